@@ -1,0 +1,1 @@
+"""Name tables between our parameter trees and everybody's files."""

@@ -1,0 +1,147 @@
+"""Moves tensors between a file's names and our parameter trees, every key used exactly once."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+# How a file's (PyTorch) tensor is laid out beside ours: axes to permute, then our shape.
+_PERMUTATIONS = {
+    "same": None,
+    "linear": (1, 0),  # (out, in) -> (in, out)
+    "conv2d": (2, 3, 1, 0),  # (out, in, h, w) -> (h, w, in, out)
+    "conv3d": (2, 3, 4, 1, 0),  # (out, in, t, h, w) -> (t, h, w, in, out)
+    "vector": None,  # (c, 1, 1[, 1]) <-> (c,): reshaped
+}
+
+
+class Entry(NamedTuple):
+    """One tensor: `key` in the file is `path` in our tree.
+
+    `index` picks a layer where ours are stacked along a leading axis; `shape` is the file's
+    shape where it differs from our permuted one (layout "vector").
+    """
+
+    key: str
+    path: tuple[str, ...]
+    layout: str = "same"
+    index: int | None = None
+    shape: tuple[int, ...] | None = None
+
+
+def to_ours(value: np.ndarray, layout: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A file's tensor in our layout; `shape` is ours, used by layout "vector"."""
+    if layout == "vector":
+        return value.reshape(shape)
+    permutation = _PERMUTATIONS[layout]
+    return value if permutation is None else value.transpose(permutation)
+
+
+def to_file(value: np.ndarray, entry: Entry) -> np.ndarray:
+    """Our tensor in the file's layout, contiguous (safetensors writes views wrongly)."""
+    if entry.shape is not None:
+        value = value.reshape(entry.shape)
+    elif _PERMUTATIONS[entry.layout] is not None:
+        value = value.transpose(np.argsort(_PERMUTATIONS[entry.layout]))
+    return np.ascontiguousarray(value)
+
+
+def _flat(params) -> dict[tuple[str, ...], nnx.Variable]:
+    return {tuple(str(p) for p in path): leaf for path, leaf in nnx.to_flat_state(params)}
+
+
+def _problems(title: str, keys: Iterable[str]) -> list[str]:
+    keys = sorted(keys)
+    if not keys:
+        return []
+    shown = ", ".join(keys[:10]) + (", ..." if len(keys) > 10 else "")
+    return [f"{len(keys)} {title}: {shown}"]
+
+
+def load(
+    abstract_params,
+    entries: list[Entry],
+    *,
+    keys: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    source: str,
+    optional: frozenset[str] = frozenset(),
+    dtype=jnp.float32,
+):
+    """Fills `abstract_params` (an `eval_shape`d State) from a file, tensor by tensor.
+
+    Args:
+      entries: the name table; several entries may name one path (stacked layers).
+      keys: every key of the file with its shape.
+      read: returns one tensor by key.
+      source: name of the file, for errors.
+      optional: keys that the file may hold and that are not used (tied copies).
+
+    Raises:
+      ValueError: listing all missing, unknown and misshapen keys together.
+    """
+    flat = _flat(abstract_params)
+    by_key = {entry.key: entry for entry in entries}
+    missing = [entry.key for entry in entries if entry.key not in keys]
+    unknown = [key for key in keys if key not in by_key and key not in optional]
+    misshapen = []
+    for entry in entries:
+        ours = flat[entry.path].shape if entry.index is None else flat[entry.path].shape[1:]
+        if entry.key in keys:
+            expected = file_shape(entry, ours)
+            if tuple(keys[entry.key]) != expected:
+                misshapen.append(f"{entry.key} {tuple(keys[entry.key])} (expected {expected})")
+    problems = (
+        _problems("missing", missing)
+        + _problems("unknown", unknown)
+        + _problems("of another shape", misshapen)
+    )
+    if problems:
+        raise ValueError(f"{source}: tensors do not match the config: {'; '.join(problems)}.")
+    arrays: dict[tuple[str, ...], np.ndarray] = {}
+    for entry in entries:
+        shape = flat[entry.path].shape
+        if entry.index is None:
+            arrays[entry.path] = np.asarray(to_ours(read(entry.key), entry.layout, shape), dtype)
+        else:
+            stack = arrays.setdefault(entry.path, np.empty(shape, dtype))
+            stack[entry.index] = to_ours(read(entry.key), entry.layout, shape[1:])
+    unfilled = set(flat) - set(arrays)
+    assert not unfilled, f"name table leaves parameters unfilled: {sorted(unfilled)[:5]}"
+    filled = {path: leaf.replace(jnp.asarray(arrays[path])) for path, leaf in flat.items()}
+    return _unflatten(abstract_params, filled)
+
+
+def _unflatten(like, flat):
+    def one(path, leaf):
+        key = tuple(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
+        return flat[key]
+
+    return jax.tree_util.tree_map_with_path(
+        one, like, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+
+
+def export(params, entries: list[Entry]) -> dict[str, np.ndarray]:
+    """Our parameters under the file's names, in the file's layouts."""
+    flat = _flat(params)
+    tensors = {}
+    for entry in entries:
+        value = np.asarray(flat[entry.path][...])
+        tensors[entry.key] = to_file(value if entry.index is None else value[entry.index], entry)
+    unused = set(flat) - {entry.path for entry in entries}
+    assert not unused, f"name table leaves parameters out: {sorted(unused)[:5]}"
+    return tensors
+
+
+def file_shape(entry: Entry, ours: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a file's tensor must have for our shape."""
+    if entry.shape is not None:
+        return tuple(entry.shape)
+    permutation = _PERMUTATIONS[entry.layout]
+    if permutation is None:
+        return tuple(ours)
+    return tuple(ours[i] for i in np.argsort(permutation))

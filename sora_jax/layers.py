@@ -1,0 +1,125 @@
+"""Linear, embedding and norm layers whose parameters carry logical axes; no blocks.
+
+Parameters, norms and the residual stream are float32. Matrix products take operands in a
+compute dtype and accumulate in float32, in the backward pass too, so that bfloat16 runs on
+the matrix units of TPUs, GPUs and CPUs alike.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+Axes = Sequence[str | None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dot(x: jax.Array, w: jax.Array, dtype: str) -> jax.Array:
+    """x (..., i) @ w (i, o): operands cast to `dtype`, sums and result in float32.
+
+    A custom gradient, because the transpose of a dot with float32 output would multiply a
+    float32 cotangent with a low-precision operand, which no matrix unit does.
+    """
+    return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _dot_forward(x, w, dtype):
+    x_, w_ = x.astype(dtype), w.astype(dtype)
+    y = jnp.matmul(x_, w_, preferred_element_type=jnp.float32)
+    return y, (x_, w_, jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
+
+
+def _dot_backward(dtype, residuals, dy):
+    x, w, x_like, w_like = residuals
+    dy = dy.astype(dtype)
+    dx = jnp.matmul(dy, w.T, preferred_element_type=jnp.float32)
+    dw = jnp.einsum("...i,...o->io", x, dy, preferred_element_type=jnp.float32)
+    return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
+
+
+dot.defvjp(_dot_forward, _dot_backward)
+
+
+def truncated_normal(stddev: float):
+    """Initialiser: normal cut at two standard deviations."""
+    return nnx.initializers.truncated_normal(stddev)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias.
+
+    Args:
+      axes: logical axes of the kernel, (input, output); the bias takes the output's.
+      init: kernel initialiser; LeCun normal unless given.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: Axes,
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        init=None,
+        dtype: str = "float32",
+    ):
+        init = nnx.initializers.lecun_normal() if init is None else init
+        kernel = init(rngs.params(), (in_features, out_features), jnp.float32)
+        self.kernel = nnx.Param(kernel, axes=tuple(axes))
+        self.bias = nnx.Param(jnp.zeros(out_features), axes=(axes[-1],)) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        y = dot(x, self.kernel[...], self.dtype)
+        return y if self.bias is None else y + _last(self.bias[...], y)
+
+
+class Embedding(nnx.Module):
+    """Rows of a table, by id."""
+
+    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs, stddev: float = 1.0):
+        table = stddev * jax.random.normal(rngs.params(), (vocab_size, width))
+        self.embedding = nnx.Param(table, axes=("vocab", "embed"))
+
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
+        return self.embedding[...][ids]
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis (Ba et al. 2016), with or without parameters."""
+
+    def __init__(self, width: int, *, eps: float = 1e-6, affine: bool = True):
+        self.scale = nnx.Param(jnp.ones(width), axes=("norm",)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(width), axes=("norm",)) if affine else None
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        x = x.astype(jnp.float32)
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
+        y = (x - mean) * jax.lax.rsqrt(variance + self.eps)
+        if self.scale is None:
+            return y
+        return y * _last(self.scale[...], y) + _last(self.bias[...], y)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, *, eps: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones(width), axes=("norm",))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        x = x.astype(jnp.float32)
+        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return y * _last(self.scale[...], y)
+
+
+def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """`vector` with leading axes, so that it broadcasts under rank_promotion="raise"."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)

@@ -1,0 +1,172 @@
+"""The mesh, and the one table that maps logical axis names to it.
+
+Parameters carry logical axes in their NNX metadata (``axes=("embed", "mlp")``) and
+activations pass through `constrain`; nothing else in the package writes a PartitionSpec.
+"""
+
+import contextlib
+import contextvars
+import math
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+# Logical axis -> mesh axes. `data` replicates weights (across slices), `fsdp` shards weights
+# and batch, `tensor` shards heads and MLP, `context` shards video tokens.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "tokens": "context",
+    "text_tokens": None,
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_mlp": "tensor",
+    "frames": None,
+    "height": None,
+    "width": None,
+    "channels": None,
+    # weights
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "conv_in": None,
+    "conv_out": "fsdp",
+    "norm": None,
+    "bias": None,
+    "patch": None,
+    "time": None,
+    "buckets": None,
+    "spatial": None,
+}
+
+_active_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, devices=None
+) -> Mesh:
+    """A mesh of `data x fsdp x tensor x context` devices; one size may be -1 (the rest).
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1:
+        raise ValueError(f"mesh sizes {sizes}: only one may be -1; change config.mesh.")
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh sizes {sizes} do not multiply to the {len(devices)} devices; change config.mesh."
+        )
+    array = jax.make_mesh(
+        tuple(sizes.values()),
+        MESH_AXES,
+        devices=devices,
+        # make_mesh defaults to Explicit axes, which reject ambiguous contractions.
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+    )
+    return array
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh | None):
+    """Makes `constrain` act on `mesh` for code traced inside the block."""
+    token = _active_mesh.set(mesh)
+    try:
+        yield mesh
+    finally:
+        _active_mesh.reset(token)
+
+
+def current_mesh() -> Mesh | None:
+    return _active_mesh.get()
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """PartitionSpec of logical `axes`; a mesh axis is used by the first that asks for it.
+
+    Raises:
+      ValueError: for a name that RULES does not hold.
+    """
+    used: set[str] = set()
+    entries = []
+    for axis in axes:
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"unknown logical axis {axis!r}; known: {', '.join(RULES)}.")
+        mapped = RULES[axis] if axis is not None else None
+        names = (mapped,) if isinstance(mapped, str) else (mapped or ())
+        names = tuple(name for name in names if name not in used)
+        used.update(names)
+        entries.append(names[0] if len(names) == 1 else (names or None))
+    return PartitionSpec(*entries)
+
+
+def _fit(pspec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Drops the mesh axes that do not divide a dimension: such a dimension is replicated."""
+    entries = []
+    for size, names in zip(shape, tuple(pspec) + (None,) * (len(shape) - len(pspec)), strict=True):
+        names_ = (names,) if isinstance(names, str) else (names or ())
+        while names_ and size % math.prod(mesh.shape[n] for n in names_):
+            names_ = names_[:-1]
+        entries.append(names_[0] if len(names_) == 1 else (names_ or None))
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrains activation `x` to its logical `axes`; does nothing without a mesh."""
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, _fit(spec(*axes), x.shape, mesh))
+    )
+
+
+def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """NamedSharding of logical `axes` on `mesh`."""
+    return NamedSharding(mesh, spec(*axes))
+
+
+def tree_shardings(tree, mesh: Mesh):
+    """Shardings for a tree of NNX variables (or their `eval_shape`), from their `axes`.
+
+    Axes name the trailing dimensions; leading stack axes (scanned layers) are replicated.
+    Optimizer moments and EMA, being maps over the same variables, inherit them. Plain
+    scalars and keys are replicated.
+
+    Raises:
+      ValueError: for a parameter without `axes`.
+    """
+
+    def one(path, leaf):
+        if isinstance(leaf, nnx.Variable):
+            value = leaf.get_raw_value() if hasattr(leaf, "get_raw_value") else leaf.value
+            axes = leaf.get_metadata().get("axes")
+            if axes is None:
+                raise ValueError(f"parameter {jax.tree_util.keystr(path)} declares no axes.")
+            ndim = len(value.shape)
+            pspec = PartitionSpec(*((None,) * (ndim - len(axes)) + tuple(spec(*axes))))
+            sharding = NamedSharding(mesh, _fit(pspec, value.shape, mesh))
+            return leaf.replace(sharding)
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(
+        one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+
+
+def axis_size(mesh: Mesh, *axes: str) -> int:
+    """Number of shards that logical `axes` make on `mesh`."""
+    flat = [
+        n for entry in spec(*axes) for n in ((entry,) if isinstance(entry, str) else entry or ())
+    ]
+    return int(np.prod([mesh.shape[name] for name in flat], initial=1))
