@@ -1,0 +1,1 @@
+"""Rectified flow: path, times, loss, guidance and samplers; knows no model."""

@@ -1,0 +1,107 @@
+"""Classifier-free guidance: combines a conditional and an unconditional velocity.
+
+Ho & Salimans 2022 (arXiv:2207.12598), with the guidance interval of Kynkaanniemi et al. 2024
+(arXiv:2404.07724) and the rescale of Lin et al. 2023 (arXiv:2305.08891, Sec. 3.4).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sora_jax.types import Velocity
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceConfig:
+    """How strongly a sampler follows the prompt, and when.
+
+    Attributes:
+      scale: 1 is the conditional velocity alone, 0 the unconditional; Wan uses 5.
+      interval: (lo, hi) in flow time; outside it the conditional velocity is used as it is.
+        Guidance near t = 1 costs variety, near t = 0 it does nothing (arXiv:2404.07724).
+      rescale: in [0, 1]; how far the guided velocity's standard deviation is brought back to the
+        conditional one's, against over-saturation at large scales.
+    """
+
+    scale: float = 5.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+
+    def __post_init__(self):
+        lo, hi = self.interval
+        if not 0 <= lo <= hi <= 1:
+            raise ValueError(
+                f"guidance interval {self.interval} must satisfy 0 <= lo <= hi <= 1 "
+                "(t = 0 data, t = 1 noise); (0, 1) guides everywhere."
+            )
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance rescale {self.rescale} must lie in [0, 1]; 0 is none.")
+
+    @property
+    def needs_uncond(self) -> bool:
+        """False where guidance changes nothing, so half of the model's work can be saved."""
+        return self.scale != 1.0 and self.interval[0] < self.interval[1]
+
+
+def combine(
+    cond: Float[Array, "*x"], uncond: Float[Array, "*x"], *, scale: float | Float[Array, ""]
+) -> Float[Array, "*x"]:
+    """uncond + scale (cond - uncond) (arXiv:2207.12598, Eq. 6 with w = scale - 1)."""
+    return uncond + scale * (cond - uncond)
+
+
+def rescale_to(
+    guided: Float[Array, "b *x"], cond: Float[Array, "b *x"], *, amount: float
+) -> Float[Array, "b *x"]:
+    """Brings each example's standard deviation back to the conditional one's.
+
+    amount * guided std(cond) / std(guided) + (1 - amount) * guided, the standard deviations over
+    everything but the batch (arXiv:2305.08891, Eq. 15 and 16).
+    """
+    axes = tuple(range(1, guided.ndim))
+    std_cond = jnp.std(cond, axis=axes, keepdims=True)
+    std_guided = jnp.std(guided, axis=axes, keepdims=True)
+    # A constant prediction has nothing to rescale: keep it instead of dividing 0 by 0.
+    factor = jnp.where(std_guided > 0, std_cond / jnp.where(std_guided > 0, std_guided, 1.0), 1.0)
+    return guided * (amount * factor + (1 - amount))
+
+
+def guide(
+    cond: Float[Array, "b *x"],
+    uncond: Float[Array, "b *x"],
+    *,
+    t: Float[Array, ""],
+    config: GuidanceConfig,
+) -> Float[Array, "b *x"]:
+    """One velocity out of two at time t: scale, rescale and interval of `config`.
+
+    `t` may be traced: the interval is a `where`, so a scan over steps keeps one program.
+    """
+    guided = combine(cond, uncond, scale=config.scale)
+    if config.rescale > 0:
+        guided = rescale_to(guided, cond, amount=config.rescale)
+    lo, hi = config.interval
+    return jnp.where((t >= lo) & (t <= hi), guided, cond)
+
+
+def guided_velocity(velocity: Velocity, *, config: GuidanceConfig) -> Velocity:
+    """Turns a velocity over a doubled batch into a guided velocity over the batch.
+
+    Args:
+      velocity: (x_t of 2b examples, t) -> velocities of 2b examples, the first b with the prompt
+        and the last b without (or with the negative prompt). Where `config.needs_uncond` is
+        false it is called on the b examples with the prompt alone.
+
+    Returns:
+      (x_t of b examples, t) -> velocity of b examples. `t` is a scalar.
+    """
+
+    def guided(x: jax.Array, t: jax.Array) -> jax.Array:
+        if not config.needs_uncond:
+            return velocity(x, t)
+        cond, uncond = jnp.split(velocity(jnp.concatenate([x, x]), t), 2)
+        return guide(cond, uncond, t=t, config=config)
+
+    return guided

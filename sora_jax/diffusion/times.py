@@ -1,0 +1,167 @@
+"""Where t is drawn in training and which t a sampler visits.
+
+Every distribution and schedule ends in the same map, `shift_time`, which spends more of [0, 1]
+on noise the more tokens an example has (Esser et al. 2024, arXiv:2403.03206, Eq. 23).
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeConfig:
+    """Training distribution of t before the shift.
+
+    Attributes:
+      kind: "uniform" on [0, 1], or "logit_normal": t = sigmoid(mean + std N(0, 1))
+        (arXiv:2403.03206, Eq. 19).
+      mean: of the logit; positive favours noise.
+      std: of the logit; positive.
+      stratified: give each example of the batch its own 1/b of the distribution's mass. Each t
+        keeps its distribution, and the batch covers it evenly, which lowers the variance of the
+        loss over t (the aim of Kingma et al. 2021, arXiv:2107.00630, App. I.1; here by jittered
+        strata in random order, so any part of the batch is a fair sample as well).
+    """
+
+    kind: Literal["uniform", "logit_normal"] = "logit_normal"
+    mean: float = 0.0
+    std: float = 1.0
+    stratified: bool = True
+
+    def __post_init__(self):
+        if self.kind not in ("uniform", "logit_normal"):
+            raise ValueError(
+                f"time kind {self.kind!r} is unknown; use 'uniform' or 'logit_normal'."
+            )
+        if not self.std > 0:
+            raise ValueError(f"time std {self.std} must be positive; SD3's value is 1.0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenShift:
+    """Shift as a function of the number of video tokens: a line in sqrt(tokens).
+
+        shift(n) = shift_lo + (shift_hi - shift_lo) (sqrt n - sqrt lo) / (sqrt hi - sqrt lo)
+
+    held at shift_lo below `tokens_lo` (a line continued towards 0 tokens could turn negative) and
+    continued above `tokens_hi`. With shift_lo = 1 and shift_hi = sqrt(hi / lo) this is exactly
+    the sqrt(m / n) of SD3 (arXiv:2403.03206, Eq. 23). Equal shifts give a constant.
+    """
+
+    tokens_lo: int = 256
+    shift_lo: float = 1.0
+    tokens_hi: int = 4096
+    shift_hi: float = 4.0
+
+    def __post_init__(self):
+        if not 0 < self.tokens_lo < self.tokens_hi:
+            raise ValueError(
+                f"tokens_lo {self.tokens_lo} and tokens_hi {self.tokens_hi} must satisfy "
+                "0 < tokens_lo < tokens_hi; change one of them."
+            )
+        if not 0 < self.shift_lo <= self.shift_hi:
+            raise ValueError(
+                f"shift_lo {self.shift_lo} and shift_hi {self.shift_hi} must satisfy "
+                "0 < shift_lo <= shift_hi; more tokens need at least as much shift."
+            )
+
+
+def shift_time(t, shift):
+    """t -> shift t / (1 + (shift - 1) t): maps [0, 1] onto itself, 1 changes nothing.
+
+    Args:
+      t: flow time, any array or float.
+      shift: positive; above 1 moves mass towards noise. Broadcasts against t.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def unshift_time(t, shift):
+    """Inverse of `shift_time`."""
+    return shift_time(t, 1 / shift)
+
+
+def shift_for_tokens(num_tokens: int, config: TokenShift = TokenShift()) -> float:
+    """The shift of `TokenShift`'s line for an example of `num_tokens` video tokens."""
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens {num_tokens} must be at least 1.")
+    lo, hi = np.sqrt(config.tokens_lo), np.sqrt(config.tokens_hi)
+    fraction = max(0.0, (np.sqrt(num_tokens) - lo) / (hi - lo))
+    return float(config.shift_lo + fraction * (config.shift_hi - config.shift_lo))
+
+
+def _uniform(key: PRNGKeyArray, shape: tuple[int, ...], stratified: bool) -> Array:
+    if not stratified:
+        return jax.random.uniform(key, shape)
+    order_key, jitter_key = jax.random.split(key)
+    ranks = jnp.arange(shape[0], dtype=jnp.float32).reshape((-1,) + (1,) * (len(shape) - 1))
+    # Strata run along the batch alone, in an order of its own for each trailing position.
+    ranks = jax.random.permutation(
+        order_key, jnp.broadcast_to(ranks, shape), axis=0, independent=True
+    )
+    return (ranks + jax.random.uniform(jitter_key, shape)) / shape[0]
+
+
+def sample_t(
+    key: PRNGKeyArray | jax.Array,
+    shape: tuple[int, ...],
+    *,
+    config: TimeConfig = TimeConfig(),
+    shift: float | Float[Array, "*s"] = 1.0,
+) -> Float[Array, "*t"]:
+    """Flow times in [0, 1] for training, float32.
+
+    Args:
+      key: consumed.
+      shape: `(b,)`, or `(b, f)` and so on for a t per latent position; the batch comes first.
+      shift: from `shift_for_tokens`; an array must have as many axes as `shape`.
+    """
+    u = _uniform(key, shape, config.stratified)
+    if config.kind == "logit_normal":
+        u = jax.nn.sigmoid(config.mean + config.std * jax.scipy.special.ndtri(u))
+    return shift_time(u, shift)
+
+
+def _check_steps(num_steps: int, shift: float) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps {num_steps} must be at least 1.")
+    if not shift > 0:
+        raise ValueError(f"shift {shift} must be positive; 1 is none, Wan uses 3 for 480p.")
+
+
+def sampling_times(num_steps: int, *, shift: float = 1.0) -> Float[np.ndarray, " s"]:
+    """`num_steps + 1` times from exactly 1 to exactly 0, equally spaced before the shift.
+
+    Float64 on the host: solvers work their coefficients out from it before anything is traced.
+    """
+    _check_steps(num_steps, shift)
+    return shift_time(np.linspace(1.0, 0.0, num_steps + 1), shift)
+
+
+def wan_times(num_steps: int, *, shift: float = 3.0) -> Float[np.ndarray, " s"]:
+    """The schedule Wan's weights are published with: from exactly 1, then exactly 0 at the end.
+
+        s = linspace(1, 1/1000, num_steps + 1) without its last;  t = shift s / (1 + (shift - 1) s)
+
+    This is diffusers' UniPC with `use_flow_sigmas`, whose first value is 1 - 1e-6 instead; see
+    `truncate_times` for the integer timesteps it shows the model.
+    """
+    _check_steps(num_steps, shift)
+    s = np.linspace(1.0, 1e-3, num_steps + 1)[:-1]
+    return np.append(shift_time(s, shift), 0.0)
+
+
+def truncate_times(times: Float[np.ndarray, " s"]) -> Float[np.ndarray, " s"]:
+    """The t that diffusers' UniPC shows the model: t * 1000 cut to an integer, over 1000.
+
+    A t of exactly 1 becomes .999, because diffusers starts at 1 - 1e-6. Pass the result as
+    `model_times` to `sampler.sample` to repeat a diffusers trajectory exactly.
+    """
+    inside = np.minimum(times, 1 - 1e-6)
+    # Schedules are computed in float64; a product such as 900.0000000001 must not depend on luck.
+    return np.floor(np.round(inside * 1000, 9)) / 1000
