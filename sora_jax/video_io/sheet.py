@@ -11,8 +11,9 @@ from jaxtyping import UInt8
 
 from sora_jax.video_io.paths import atomic_path, check_output_path
 
-Frames = UInt8[np.ndarray, "F H W 3"]
-Image = UInt8[np.ndarray, "H W 3"]
+# Sizes differ from clip to clip and between input and output, so they go without letters.
+Frames = UInt8[np.ndarray, "_ _ _ 3"]
+Image = UInt8[np.ndarray, "_ _ 3"]
 
 SAVED_IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 PAPER, INK, FAINT = (250, 249, 246), (32, 32, 36), (120, 120, 126)
