@@ -17,7 +17,7 @@ Image = UInt8[np.ndarray, "_ _ 3"]
 
 SAVED_IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 PAPER, INK, FAINT = (250, 249, 246), (32, 32, 36), (120, 120, 126)
-LEGIBLE_WIDTH = 128  # smaller frames are enlarged to about this width
+LEGIBLE_WIDTHS = (128, 320)  # frames outside are enlarged, or shrunk, to these pixels
 GAP, MARGIN = 6, 16
 CAPTION_POINTS, NUMBER_POINTS = 16, 12
 
@@ -78,7 +78,7 @@ def contact_sheet(
 
     Args:
       columns: frames in a row; by default at most 8.
-      scale: enlargement; by default the whole factor that makes frames legible.
+      scale: enlargement; by default what makes a frame 128 to 320 pixels wide.
       labels: a caption above each clip; wrapped to the width of its row.
 
     Raises:
@@ -97,11 +97,16 @@ def contact_sheet(
     for i, clip in enumerate(clips):
         count = len(clip) if single else min(columns, len(clip))
         indices = np.linspace(0, len(clip) - 1, count).round().astype(int)
-        factor = scale or max(1, math.ceil(LEGIBLE_WIDTH / clip.shape[2]))
+        factor = scale or _legible_scale(clip.shape[2])
         tiles = enlarge(clip[indices], factor)
         label = labels[i] if labels else None
         bands.append(_band(tiles, indices, columns=columns, label=label))
     return _stack(bands)
+
+
+def _legible_scale(width: int) -> float | int:
+    least, most = LEGIBLE_WIDTHS
+    return max(1, math.ceil(least / width)) if width <= most else most / width
 
 
 def _font(points: int) -> Any:
