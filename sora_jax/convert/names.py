@@ -15,6 +15,9 @@ _PERMUTATIONS = {
     "conv2d": (2, 3, 1, 0),  # (out, in, h, w) -> (h, w, in, out)
     "conv3d": (2, 3, 4, 1, 0),  # (out, in, t, h, w) -> (t, h, w, in, out)
     "vector": None,  # (c, 1, 1[, 1]) <-> (c,): reshaped
+    # (out, in, t, h, w) -> (t*h*w*in, out): a convolution whose stride is its kernel, as the
+    # linear layer over patches that it is.
+    "patch": (2, 3, 4, 1, 0),
 }
 
 
@@ -22,7 +25,7 @@ class Entry(NamedTuple):
     """One tensor: `key` in the file is `path` in our tree.
 
     `index` picks a layer where ours are stacked along a leading axis; `shape` is the file's
-    shape where it differs from our permuted one (layout "vector").
+    shape where it differs from our permuted one (layouts "vector" and "patch").
     """
 
     key: str
@@ -33,16 +36,21 @@ class Entry(NamedTuple):
 
 
 def to_ours(value: np.ndarray, layout: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A file's tensor in our layout; `shape` is ours, used by layout "vector"."""
+    """A file's tensor in our layout; `shape` is ours, used by "vector" and "patch"."""
     if layout == "vector":
         return value.reshape(shape)
     permutation = _PERMUTATIONS[layout]
-    return value if permutation is None else value.transpose(permutation)
+    value = value if permutation is None else value.transpose(permutation)
+    return value.reshape(shape) if layout == "patch" else value
 
 
 def to_file(value: np.ndarray, entry: Entry) -> np.ndarray:
     """Our tensor in the file's layout, contiguous (safetensors writes views wrongly)."""
-    if entry.shape is not None:
+    if entry.layout == "patch":
+        permutation = _PERMUTATIONS["patch"]
+        value = value.reshape([entry.shape[i] for i in permutation])
+        value = value.transpose(np.argsort(permutation))
+    elif entry.shape is not None:
         value = value.reshape(entry.shape)
     elif _PERMUTATIONS[entry.layout] is not None:
         value = value.transpose(np.argsort(_PERMUTATIONS[entry.layout]))
