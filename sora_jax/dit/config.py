@@ -1,0 +1,158 @@
+"""Settings of the diffusion transformer, and their form in diffusers' config.json."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from sora_jax import attention
+
+DTYPES = ("float32", "bfloat16")
+QK_NORM = "rms_norm_across_heads"
+
+_policies = jax.checkpoint_policies
+# What a block keeps for its backward pass; the rest is computed again.
+REMAT: dict[str, Any] = {
+    "none": None,  # everything: no rematerialisation
+    "full": _policies.nothing_saveable,  # the block's input
+    "dots": _policies.dots_saveable,  # results of all matrix products, attention logits too
+    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,  # of the linear layers
+    "attention_out": _policies.save_only_these_names("attention_out"),  # input, attentions
+}
+
+# Our name -> diffusers' name and the default of its class (the 14B model's).
+_DIFFUSERS = {
+    "patch_size": ("patch_size", (1, 2, 2)),
+    "in_channels": ("in_channels", 16),
+    "out_channels": ("out_channels", 16),
+    "depth": ("num_layers", 40),
+    "num_heads": ("num_attention_heads", 40),
+    "ffn_dim": ("ffn_dim", 13824),
+    "freq_dim": ("freq_dim", 256),
+    "text_dim": ("text_dim", 4096),
+    "eps": ("eps", 1e-6),
+    "cross_attn_norm": ("cross_attn_norm", True),
+    "qk_norm": ("qk_norm", QK_NORM),
+    "rope_max_seq_len": ("rope_max_seq_len", 1024),
+}
+_HEAD_DIM = ("attention_head_dim", 128)
+_IMAGE_KEYS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Shape and execution of a `DiT`; the defaults are Wan 2.1 1.3B's.
+
+    Args:
+      patch_size: latents in a token along (time, height, width).
+      text_len: padded length of the text that the model was trained with; see
+        `embed.padding_bias`.
+      rope_max_seq_len: only kept for export: our rotary embedding has no table.
+      dtype: of the operands of matrix products; parameters, residual stream, norms and
+        modulation are float32.
+      remat: a name in REMAT.
+      attention: a name in `attention.IMPLEMENTATIONS`.
+
+    Raises:
+      ValueError: for a value out of range.
+    """
+
+    patch_size: Sequence[int] = (1, 2, 2)
+    in_channels: int = 16
+    out_channels: int = 16
+    depth: int = 30
+    width: int = 1536
+    num_heads: int = 12
+    ffn_dim: int = 8960
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    eps: float = 1e-6
+    cross_attn_norm: bool = True
+    qk_norm: str = QK_NORM
+    rope_max_seq_len: int = 1024
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "auto"
+
+    def __post_init__(self):
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if len(self.patch_size) != 3 or any(size < 1 for size in self.patch_size):
+            raise ValueError(
+                f"dit.patch_size {self.patch_size} must be three positive integers "
+                "(time, height, width)."
+            )
+        for name in (
+            *("in_channels", "out_channels", "depth", "width", "num_heads", "ffn_dim"),
+            *("freq_dim", "text_dim", "text_len"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"dit.{name} {getattr(self, name)} must be at least 1.")
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            step = 2 * self.num_heads
+            below = max(self.width // step, 1) * step
+            raise ValueError(
+                f"dit.width {self.width} must be a multiple of 2 * num_heads = {step}; the "
+                f"nearest are {below} and {below + step}."
+            )
+        if self.head_dim < 6:
+            raise ValueError(
+                f"dit.width / num_heads = {self.head_dim} must be at least 6, so that rotary "
+                "embedding has a channel pair for time, height and width."
+            )
+        if self.freq_dim % 2:
+            raise ValueError(f"dit.freq_dim {self.freq_dim} must be even (cosines and sines).")
+        for name, allowed in (
+            ("qk_norm", (QK_NORM,)),
+            ("dtype", DTYPES),
+            ("remat", tuple(REMAT)),
+            ("attention", attention.IMPLEMENTATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"dit.{name} {getattr(self, name)!r} is unknown; use one of "
+                    f"{', '.join(allowed)}."
+                )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **overrides) -> "DiTConfig":
+        """Reads diffusers' transformer config.json; `overrides` set our own fields.
+
+        Keys that the file leaves out take the defaults of diffusers' class.
+
+        Raises:
+          ValueError: for unknown keys, and for image conditioning, which is not supported.
+        """
+        known = {name for name, _ in _DIFFUSERS.values()} | {_HEAD_DIM[0], *_IMAGE_KEYS}
+        unknown = sorted(key for key in values if key not in known and not key.startswith("_"))
+        if unknown:
+            raise ValueError(
+                f"transformer config has unknown keys {', '.join(unknown)}; allowed: "
+                f"{', '.join(sorted(known))}."
+            )
+        image = [key for key in _IMAGE_KEYS if values.get(key) is not None]
+        if image:
+            raise ValueError(
+                f"transformer config sets {', '.join(image)}: the image embedder is not "
+                "supported; use a checkpoint that has them null."
+            )
+        fields = {ours: values.get(name, default) for ours, (name, default) in _DIFFUSERS.items()}
+        fields["out_channels"] = fields["out_channels"] or fields["in_channels"]
+        fields["width"] = fields["num_heads"] * values.get(*_HEAD_DIM)
+        return cls(**{**fields, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """diffusers' transformer config.json."""
+        values = {name: getattr(self, ours) for ours, (name, _) in _DIFFUSERS.items()}
+        values["patch_size"] = list(self.patch_size)
+        return {
+            "_class_name": "WanTransformer3DModel",
+            **values,
+            _HEAD_DIM[0]: self.head_dim,
+            **dict.fromkeys(_IMAGE_KEYS),
+        }

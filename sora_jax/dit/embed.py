@@ -1,0 +1,92 @@
+"""Timestep and text embedders, and the key that stands for text padding; no blocks."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sora_jax import attention, layers, sharding
+
+# Wan was trained on timesteps in [0, 1000]; ours are in [0, 1].
+TIMESTEPS = 1000.0
+_MAX_PERIOD = 10000.0
+_normal = layers.truncated_normal(0.02)
+
+
+def sinusoidal(t: Float[Array, "*batch"], freq_dim: int) -> Float[Array, "*batch freq_dim"]:
+    """[cos, sin] of 1000 t at geometric frequencies (Vaswani et al. 2017, section 3.5).
+
+    The frequencies are computed in float32 on purpose: Wan's were, and at t = 1 an angle of
+    1000 radians makes their rounding visible.
+    """
+    half = freq_dim // 2
+    exponent = -math.log(_MAX_PERIOD) * np.arange(half, dtype=np.float32) / half
+    frequencies = np.exp(exponent.astype(np.float32))
+    angle = (t.astype(jnp.float32) * TIMESTEPS)[..., None] * frequencies.reshape(
+        (1,) * t.ndim + (half,)
+    )
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class TimeEmbed(nnx.Module):
+    """Flow time to a vector of the model's width: sinusoids, linear, SiLU, linear; float32."""
+
+    def __init__(self, freq_dim: int, width: int, *, rngs: nnx.Rngs):
+        self.linear_1 = layers.Linear(
+            freq_dim, width, axes=("time", "mlp"), init=_normal, rngs=rngs
+        )
+        self.linear_2 = layers.Linear(width, width, axes=("mlp", "embed"), init=_normal, rngs=rngs)
+        self.freq_dim = freq_dim
+
+    def __call__(self, t: Float[Array, "b n"]) -> Float[Array, "b n d"]:
+        return self.linear_2(jax.nn.silu(self.linear_1(sinusoidal(t, self.freq_dim))))
+
+
+class TextEmbed(nnx.Module):
+    """Text encoder's output to the model's width: linear, GELU (tanh), linear."""
+
+    def __init__(self, text_dim: int, width: int, *, rngs: nnx.Rngs, dtype: str = "float32"):
+        self.linear_1 = layers.Linear(
+            text_dim, width, axes=("embed", "mlp"), init=_normal, rngs=rngs, dtype=dtype
+        )
+        self.linear_2 = layers.Linear(
+            width, width, axes=("mlp", "embed"), init=_normal, rngs=rngs, dtype=dtype
+        )
+
+    def __call__(self, text: Float[Array, "b l d_text"]) -> Float[Array, "b l d"]:
+        y = jax.nn.gelu(self.linear_1(text), approximate=True)
+        return sharding.constrain(self.linear_2(y), "batch", "text_tokens", "act_embed")
+
+
+def append_zero_rows(
+    text_emb: Float[Array, "b l d_text"], num_rows: int
+) -> Float[Array, "b s d_text"]:
+    """`text_emb` and `num_rows` rows of zeros: the padding keys, before the text embedder."""
+    return jnp.pad(text_emb, ((0, 0), (0, num_rows), (0, 0)))
+
+
+def padding_bias(
+    text_mask: Bool[Array, "b l"],
+    text_segment_ids: Int[Array, "b l"] | None,
+    *,
+    text_len: int,
+    num_segments: int,
+) -> Float[Array, "b s"]:
+    """Logit bias of the l given keys and of `num_segments` padding keys after them.
+
+    Wan attends, without a mask, to `text_len` rows of which the padding is zero before the
+    embedder. n equal keys weigh as one whose logit is larger by log n, so one zero row with
+    that bias replaces them, exactly: 0 for valid keys, MASKED for the others, and log(text_len
+    - valid) for the padding key of each segment (MASKED where nothing is padded).
+    """
+    valid = text_mask[:, :, None]
+    if text_segment_ids is not None:
+        segments = jnp.arange(num_segments)[None, None, :]
+        valid = valid & (text_segment_ids[:, :, None] == segments)
+    padding = text_len - jnp.sum(valid, axis=1)
+    given = jnp.where(text_mask, 0.0, attention.MASKED)
+    zeros = jnp.where(padding > 0, jnp.log(jnp.maximum(padding, 1)), attention.MASKED)
+    return jnp.concatenate([given, zeros], axis=1).astype(jnp.float32)

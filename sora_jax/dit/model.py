@@ -1,0 +1,275 @@
+"""The diffusion transformer: predicts velocity from noisy latents, time and text.
+
+Wan's architecture (Wan Team 2025, arXiv:2503.20314, section 4.2): every block is
+self-attention, cross-attention to text, MLP; the first and last are modulated by time (adaLN,
+Peebles and Xie 2023, arXiv:2212.09748) through one shared projection plus a table per block.
+
+At initialisation the modulation (tables and projection), the cross-attention's output and the
+head are zero: all gates are closed, every block is the identity and the velocity is zero.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from sora_jax import layers, sharding, types
+from sora_jax.attention import attention
+from sora_jax.dit import embed, patchify, rope
+from sora_jax.dit.config import REMAT, DiTConfig
+
+_zeros = nnx.initializers.zeros_init()
+
+# Time of each token: per example, per token, or per cell of the grid of patches.
+Time = Float[Array, " b"] | Float[Array, "b n"] | Float[Array, "b f_grid h_grid w_grid"]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with q and k RMS-normalised over the full width."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, out_init=None):
+        linear = functools.partial(
+            layers.Linear, config.width, config.width, rngs=rngs, dtype=config.dtype
+        )
+        self.q = linear(axes=("embed", "heads"))
+        self.k = linear(axes=("embed", "heads"))
+        self.v = linear(axes=("embed", "heads"))
+        self.out = linear(axes=("heads", "embed"), init=out_init)
+        self.norm_q = layers.RMSNorm(config.width, eps=config.eps)
+        self.norm_k = layers.RMSNorm(config.width, eps=config.eps)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        source: Float[Array, "b s d"],
+        *,
+        rotation: tuple[jax.Array, jax.Array] | None = None,
+        kv_axis: str = "tokens",
+        q_segment_ids: Int[Array, "b n"] | None = None,
+        kv_segment_ids: Int[Array, "b s"] | None = None,
+        kv_bias: Float[Array, "b s"] | None = None,
+    ) -> Float[Array, "b n d"]:
+        """Queries from `x`, keys and values from `source`; `rotation` is rope's cos and sin."""
+        heads = (self.config.num_heads, self.config.head_dim)
+        q = self.norm_q(self.q(x)).reshape(*x.shape[:2], *heads)
+        k = self.norm_k(self.k(source)).reshape(*source.shape[:2], *heads)
+        v = self.v(source).reshape(*source.shape[:2], *heads)
+        if rotation is not None:
+            q, k = rope.apply(q, *rotation), rope.apply(k, *rotation)
+        y = attention(
+            q,
+            k,
+            v,
+            q_segment_ids=q_segment_ids,
+            kv_segment_ids=kv_segment_ids,
+            kv_bias=kv_bias,
+            kv_axis=kv_axis,
+            implementation=self.config.attention,
+            dtype=self.config.dtype,
+        )
+        y = checkpoint_name(y, "attention_out")
+        return self.out(y.reshape(*x.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    """Linear, GELU (tanh), linear."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.up = layers.Linear(
+            config.width, config.ffn_dim, axes=("embed", "mlp"), rngs=rngs, dtype=config.dtype
+        )
+        self.down = layers.Linear(
+            config.ffn_dim, config.width, axes=("mlp", "embed"), rngs=rngs, dtype=config.dtype
+        )
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        y = sharding.constrain(self.up(x), "batch", "tokens", "act_mlp")
+        return self.down(jax.nn.gelu(y, approximate=True))
+
+
+class DiTBlock(nnx.Module):
+    """Self-attention, cross-attention, MLP; the identity at initialisation."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        norm = functools.partial(layers.LayerNorm, config.width, eps=config.eps)
+        self.norm_self = norm(affine=False)
+        self.self_attention = Attention(config, rngs=rngs)
+        self.norm_cross = norm() if config.cross_attn_norm else None
+        self.cross_attention = Attention(config, rngs=rngs, out_init=_zeros)
+        self.norm_mlp = norm(affine=False)
+        self.mlp = MLP(config, rngs=rngs)
+        self.modulation = nnx.Param(jnp.zeros((6, config.width)), axes=("time", "norm"))
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        text: Float[Array, "b s d"],
+        *,
+        modulation: Float[Array, "b #n 6 d"],
+        rotation: tuple[jax.Array, jax.Array],
+        text_bias: Float[Array, "b s"],
+        segment_ids: Int[Array, "b n"] | None = None,
+        text_segment_ids: Int[Array, "b s"] | None = None,
+    ) -> Float[Array, "b n d"]:
+        modulation = modulation + self.modulation[...][None, None]
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (modulation[:, :, i] for i in range(6))
+        y = self.self_attention(
+            *2 * (self.norm_self(x) * (1 + scale) + shift,),
+            rotation=rotation,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+        )
+        x = sharding.constrain(x + y * gate, "batch", "tokens", "act_embed")
+        y = self.cross_attention(
+            x if self.norm_cross is None else self.norm_cross(x),
+            text,
+            kv_axis="text_tokens",
+            q_segment_ids=None if text_segment_ids is None else segment_ids,
+            kv_segment_ids=text_segment_ids,
+            kv_bias=text_bias,
+        )
+        x = x + y
+        y = self.mlp(self.norm_mlp(x) * (1 + scale_mlp) + shift_mlp)
+        return sharding.constrain(x + y * gate_mlp, "batch", "tokens", "act_embed")
+
+
+class DiT(nnx.Module):
+    """Velocity of latents under the rectified flow, given time and text."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        patch, d = math.prod(config.patch_size), config.width
+        self.patch_embed = layers.Linear(
+            patch * config.in_channels, d, axes=("patch", "embed"), rngs=rngs, dtype=config.dtype
+        )
+        self.time_embed = embed.TimeEmbed(config.freq_dim, d, rngs=rngs)
+        self.time_proj = layers.Linear(d, 6 * d, axes=("embed", "time"), init=_zeros, rngs=rngs)
+        self.text_embed = embed.TextEmbed(config.text_dim, d, rngs=rngs, dtype=config.dtype)
+        self.blocks = jax.vmap(lambda r: DiTBlock(config, rngs=r))(rngs.split(config.depth))
+        self.norm_out = layers.LayerNorm(d, eps=config.eps, affine=False)
+        self.modulation_out = nnx.Param(jnp.zeros((2, d)), axes=("time", "norm"))
+        self.proj_out = layers.Linear(
+            d,
+            patch * config.out_channels,
+            axes=("embed", "patch"),
+            init=_zeros,
+            rngs=rngs,
+            dtype=config.dtype,
+        )
+        self.config = config
+
+    def __call__(
+        self,
+        latents: types.Latents,
+        t: Time,
+        text_emb: Float[Array, "b l d_text"],
+        *,
+        text_mask: Bool[Array, "b l"] | None = None,
+    ) -> Float[Array, "b f h w c_out"]:
+        """Velocity at time `t` of every example (b,), token (b, n) or patch (b, f', h', w').
+
+        Args:
+          latents: noisy latents x_t, in_channels wide.
+          t: flow time; 0 is data, 1 is noise.
+          text_emb: the text encoder's output, of any length up to `config.text_len`.
+          text_mask: True for real tokens; None: all of them.
+
+        Raises:
+          ValueError: if the patches do not tile the latents, `t` does not fit the tokens, or
+            the text is longer than `config.text_len`.
+        """
+        grid = patchify.grid(*latents.shape[1:4], patch_size=self.config.patch_size)
+        if t.ndim != 1 and t.shape[1:] not in ((math.prod(grid),), grid):
+            raise ValueError(
+                f"t of shape {t.shape} fits neither examples {t.shape[:1]}, nor tokens "
+                f"{(t.shape[0], math.prod(grid))}, nor the grid {(t.shape[0], *grid)}."
+            )
+        velocity = self.tokens(
+            patchify.patchify(latents, self.config.patch_size),
+            t.reshape(t.shape[0], -1),
+            text_emb,
+            text_mask=text_mask,
+            positions=patchify.positions(*grid)[None],
+        )
+        return patchify.unpatchify(velocity, self.config.patch_size, grid=grid)
+
+    def tokens(
+        self,
+        x: Float[Array, "b n p"],
+        t: Float[Array, "b #n"],
+        text_emb: Float[Array, "b l d_text"],
+        *,
+        positions: Int[Array, "#b n 3"],
+        text_mask: Bool[Array, "b l"] | None = None,
+        segment_ids: Int[Array, "b n"] | None = None,
+        text_segment_ids: Int[Array, "b l"] | None = None,
+        num_segments: int = 1,
+    ) -> Float[Array, "b n p_out"]:
+        """The model on patch tokens, where several examples may share a row (packing).
+
+        A token sees the video and text tokens of its own segment, and as many padding rows of
+        text as would fill that segment's text up to `config.text_len`.
+
+        Args:
+          t: time of every token, or one for a whole row.
+          positions: (time, row, column) of every token within its own video.
+          segment_ids: which example a token belongs to, in [0, num_segments); other ids are
+            padding, whose output has no meaning.
+          text_segment_ids: the same for text; needed with more than one segment.
+          num_segments: static bound on the number of segments in a row.
+
+        Raises:
+          ValueError: if the text is longer than `config.text_len`, or segment ids are given
+            for text but not for video.
+        """
+        config = self.config
+        length = text_emb.shape[1]
+        if text_segment_ids is None and length > config.text_len:
+            raise ValueError(
+                f"text of {length} tokens is longer than dit.text_len {config.text_len}; cut it "
+                "or raise dit.text_len."
+            )
+        if text_segment_ids is not None and segment_ids is None:
+            raise ValueError("text_segment_ids need segment_ids; give both or neither.")
+        if text_mask is None:
+            text_mask = jnp.ones(text_emb.shape[:2], bool)
+        padding_rows = 1 if text_segment_ids is None else num_segments
+        text_bias = embed.padding_bias(
+            text_mask, text_segment_ids, text_len=config.text_len, num_segments=padding_rows
+        )
+        if text_segment_ids is not None:
+            ids = jnp.broadcast_to(jnp.arange(num_segments)[None], (x.shape[0], num_segments))
+            text_segment_ids = jnp.concatenate(
+                [text_segment_ids, ids.astype(text_segment_ids.dtype)], axis=1
+            )
+        time = self.time_embed(t)
+        modulation = self.time_proj(jax.nn.silu(time)).reshape(*t.shape, 6, config.width)
+        x = sharding.constrain(self.patch_embed(x), "batch", "tokens", "act_embed")
+        x = self._run_blocks(
+            x,
+            self.text_embed(embed.append_zero_rows(text_emb, padding_rows)),
+            modulation=modulation,
+            rotation=rope.rotation(positions, config.head_dim),
+            text_bias=text_bias,
+            segment_ids=segment_ids,
+            text_segment_ids=text_segment_ids,
+        )
+        modulation_out = time[:, :, None] + self.modulation_out[...][None, None]
+        shift, scale = modulation_out[:, :, 0], modulation_out[:, :, 1]
+        return self.proj_out(self.norm_out(x) * (1 + scale) + shift)
+
+    def _run_blocks(self, x: jax.Array, text: jax.Array, **kwargs) -> jax.Array:
+        """Scans the stacked blocks, each rematerialised by `config.remat`."""
+        graph, params = nnx.split(self.blocks, nnx.Param)
+
+        def block(x, params):
+            return nnx.merge(graph, params)(x, text, **kwargs), None
+
+        if self.config.remat != "none":
+            # Inside scan, nothing outside a block can be merged with its recomputation.
+            block = jax.checkpoint(block, policy=REMAT[self.config.remat], prevent_cse=False)
+        return jax.lax.scan(block, x, params)[0]

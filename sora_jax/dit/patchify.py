@@ -1,0 +1,58 @@
+"""Latents to patch tokens and exactly back; no parameters.
+
+A token holds its patch in the order (frame, row, column, channel) of Wan's unpatchify.
+"""
+
+import einops
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sora_jax import types
+
+PatchSize = tuple[int, int, int]
+
+
+def grid(frames: int, height: int, width: int, *, patch_size: PatchSize) -> tuple[int, int, int]:
+    """Tokens along time, height and width of latents of that size.
+
+    Raises:
+      ValueError: if the patches do not tile the latents; names the nearest sizes that do.
+    """
+    sizes = (frames, height, width)
+    if any(size < 1 or size % p for size, p in zip(sizes, patch_size, strict=True)):
+        below = tuple(max(size // p, 1) * p for size, p in zip(sizes, patch_size, strict=True))
+        above = tuple(-(-size // p) * p for size, p in zip(sizes, patch_size, strict=True))
+        raise ValueError(
+            f"latents of {sizes} (frames, height, width) are not tiled by patches of "
+            f"{tuple(patch_size)}; the nearest sizes that are: {below} and {above}."
+        )
+    return tuple(size // p for size, p in zip(sizes, patch_size, strict=True))
+
+
+def patchify(latents: types.Latents, patch_size: PatchSize) -> Float[Array, "b n p"]:
+    """One token per patch, in raster order (time, height, width).
+
+    Raises:
+      ValueError: if the patches do not tile the latents.
+    """
+    grid(*latents.shape[1:4], patch_size=patch_size)
+    pt, ph, pw = patch_size
+    return einops.rearrange(
+        latents, "b (f i) (h j) (w k) c -> b (f h w) (i j k c)", i=pt, j=ph, k=pw
+    )
+
+
+def unpatchify(
+    tokens: Float[Array, "b n p"], patch_size: PatchSize, *, grid: tuple[int, int, int]
+) -> types.Latents:
+    """Exact inverse of `patchify`; `grid` is the number of patches (time, height, width)."""
+    (f, h, w), (pt, ph, pw) = grid, patch_size
+    return einops.rearrange(
+        tokens, "b (f h w) (i j k c) -> b (f i) (h j) (w k) c", f=f, h=h, w=w, i=pt, j=ph, k=pw
+    )
+
+
+def positions(f: int, h: int, w: int) -> Int[Array, "n 3"]:
+    """(time, row, column) of every token of an f x h x w grid of patches, in raster order."""
+    axes = jnp.meshgrid(jnp.arange(f), jnp.arange(h), jnp.arange(w), indexing="ij")
+    return jnp.stack([axis.reshape(-1) for axis in axes], axis=-1).astype(jnp.int32)

@@ -1,0 +1,86 @@
+"""The model equals diffusers' WanTransformer3DModel; goldens by tools/make_goldens_dit.py."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sora_jax.convert import names
+from sora_jax.convert.dit import dit_entries
+from sora_jax.dit.config import DiTConfig
+from sora_jax.dit.model import DiT
+
+GOLDENS = pathlib.Path(__file__).parent.parent / "goldens/dit.npz"
+KEYS_1_3B = pathlib.Path(__file__).parent / "wan_1_3b_keys.txt"
+
+
+def golden(case):
+    with np.load(GOLDENS) as file:
+        arrays = {key: file[key] for key in file.files}
+    weights = "scalar" if case == "per_token" else case
+    tensors = {
+        key.split("params/")[1]: value
+        for key, value in arrays.items()
+        if key.startswith(f"{weights}/params/")
+    }
+    config = DiTConfig.from_dict(json.loads(str(arrays[f"{case}/config"])))
+    return config, tensors, {k: arrays[f"{case}/{k}"] for k in INPUTS}
+
+
+INPUTS = ("latents", "t", "text_emb", "text_mask", "velocity")
+
+
+def load(config, tensors):
+    abstract = jax.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(abstract, nnx.Param)
+    params = names.load(
+        params,
+        dit_entries(config),
+        keys={key: value.shape for key, value in tensors.items()},
+        read=tensors.__getitem__,
+        source="golden",
+    )
+    return nnx.merge(graph, params)
+
+
+@pytest.mark.parametrize("case", ["scalar", "per_token", "other_patch"])
+def test_velocity_equals_diffusers(case):
+    config, tensors, io = golden(case)
+    model = load(config, tensors)
+    velocity = jax.jit(lambda x, t, text, mask: model(x, t, text, text_mask=mask))(
+        *(jnp.asarray(io[k]) for k in INPUTS[:4])
+    )
+    assert np.abs(io["velocity"]).max() > 1
+    np.testing.assert_allclose(velocity, io["velocity"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["scalar", "other_patch"])
+def test_export_returns_the_file(case):
+    config, tensors, _ = golden(case)
+    exported = names.export(nnx.state(load(config, tensors), nnx.Param), dit_entries(config))
+    assert set(exported) == set(tensors)
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(exported[key], value, err_msg=key)
+
+
+def test_wan_1_3b_has_every_key_shape_and_parameter():
+    config = DiTConfig()
+    expected = {}
+    for line in KEYS_1_3B.read_text().splitlines():
+        key, *shape = line.split()
+        layers = range(config.depth) if "*" in key else [0]
+        expected |= {key.replace("*", str(i)): tuple(map(int, shape)) for i in layers}
+    assert len(expected) == 825
+    params = nnx.state(jax.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), nnx.Param)
+    flat = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
+    shapes = {}
+    for entry in dit_entries(config):
+        ours = flat[entry.path].shape
+        shapes[entry.key] = names.file_shape(entry, ours if entry.index is None else ours[1:])
+    assert shapes == expected
+    assert {entry.path for entry in dit_entries(config)} == set(flat)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 1_418_996_800
