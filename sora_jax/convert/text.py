@@ -1,0 +1,83 @@
+"""Names of a text encoder's tensors in transformers' T5EncoderModel and UMT5EncoderModel files."""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax.convert import names
+from sora_jax.convert.names import Entry
+from sora_jax.text.t5 import T5Config
+
+# The same table under two names; files hold either or both.
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
+
+_BLOCK = (
+    ("layer.0.SelfAttention.q.weight", ("attention", "q", "kernel"), "linear"),
+    ("layer.0.SelfAttention.k.weight", ("attention", "k", "kernel"), "linear"),
+    ("layer.0.SelfAttention.v.weight", ("attention", "v", "kernel"), "linear"),
+    ("layer.0.SelfAttention.o.weight", ("attention", "o", "kernel"), "linear"),
+    ("layer.0.layer_norm.weight", ("attention_norm", "scale"), "same"),
+    ("layer.1.DenseReluDense.wo.weight", ("mlp", "wo", "kernel"), "linear"),
+    ("layer.1.layer_norm.weight", ("mlp_norm", "scale"), "same"),
+)
+_GATED = (
+    ("layer.1.DenseReluDense.wi_0.weight", ("mlp", "wi_0", "kernel"), "linear"),
+    ("layer.1.DenseReluDense.wi_1.weight", ("mlp", "wi_1", "kernel"), "linear"),
+)
+_UNGATED = (("layer.1.DenseReluDense.wi.weight", ("mlp", "wi_0", "kernel"), "linear"),)
+_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+def text_entries(config: T5Config, *, embeddings: tuple[str, ...] = EMBEDDINGS) -> list[Entry]:
+    """The name table of an encoder, `embeddings` being the names of its table of embeddings.
+
+    With both names (the default) it is right for writing. For reading, `load_text` picks the
+    name that the file holds.
+    """
+    block = _BLOCK + (_GATED if config.mlp == "gated-gelu" else _UNGATED)
+    if config.per_layer_bias:
+        block += ((_BIAS, ("attention", "relative_bias", "table"), "same"),)
+    entries = [Entry(key, ("embed", "embedding")) for key in embeddings]
+    entries += [
+        Entry(f"encoder.block.{layer}.{key}", ("blocks", *path), layout, layer)
+        for layer in range(config.depth)
+        for key, path, layout in block
+    ]
+    if not config.per_layer_bias:
+        entries.append(Entry(f"encoder.block.0.{_BIAS}", ("relative_bias", "table")))
+    return [*entries, Entry("encoder.final_layer_norm.weight", ("norm", "scale"))]
+
+
+def load_text(
+    abstract_params,
+    config: T5Config,
+    *,
+    keys: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    source: str,
+    dtype=jnp.float32,
+):
+    """Fills an encoder's parameters from a file; arguments as in `names.load`.
+
+    The embeddings are read under either name. The decoder of a full T5 file is not used.
+
+    Raises:
+      ValueError: listing all missing, unknown and misshapen keys together.
+    """
+    held = [key for key in EMBEDDINGS if key in keys] or list(EMBEDDINGS[:1])
+    unused = {key for key in keys if key.startswith("decoder.") or key == "lm_head.weight"}
+    return names.load(
+        abstract_params,
+        text_entries(config, embeddings=(held[0],)),
+        keys=keys,
+        read=read,
+        source=source,
+        optional=frozenset(unused.union(held[1:])),
+        dtype=dtype,
+    )
+
+
+def export_text(params, config: T5Config) -> dict[str, np.ndarray]:
+    """An encoder's parameters under the file's names, the embeddings under both."""
+    return names.export(params, text_entries(config))
