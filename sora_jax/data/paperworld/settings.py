@@ -1,0 +1,61 @@
+"""What kind of clips Paperworld makes: frame size, duration, shares of each kind of scene."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperworldSettings:
+    """Static settings of the world; the defaults are those of the demo model.
+
+    Shares are probabilities in [0, 1]. A clip is first drawn as multi-shot, colliding, accompanied
+    or single; `occlusion` is the share of the verb "hides" among single subjects, and
+    `moving_camera` applies to those verbs whose motion a pan or a zoom cannot be mistaken for.
+
+    Raises:
+      ValueError: a size that is not a multiple of 8, a frame count, rate or share out of range.
+    """
+
+    width: int = 64
+    height: int = 64
+    frames: int = 17  # 1 makes single images
+    fps: float | int = 8.0
+    multi_shot: float | int = 0.04
+    collisions: float | int = 0.06
+    companions: float | int = 0.04
+    occlusion: float | int = 0.125
+    moving_camera: float | int = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if value < 32 or value % 8:
+                near = max(32, round(value / 8) * 8)
+                raise ValueError(
+                    f"paperworld {name} {value} is not a multiple of 8 >= 32; use {near}."
+                )
+        if self.frames < 1:
+            raise ValueError(f"paperworld frames {self.frames} is not >= 1; use 1 for an image.")
+        if not self.fps > 0:
+            raise ValueError(f"paperworld fps {self.fps} is not > 0; use 8.")
+        if max(self.width, self.height) > 4 * min(self.width, self.height):
+            raise ValueError(
+                f"paperworld size {self.width}x{self.height} is longer than 4:1; "
+                "make the sides more equal."
+            )
+        shares = ("multi_shot", "collisions", "companions", "occlusion", "moving_camera")
+        for name in shares:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"paperworld {name} {getattr(self, name)} is not in [0, 1].")
+        if self.multi_shot + self.collisions + self.companions > 1:
+            raise ValueError(
+                "paperworld multi_shot + collisions + companions is above 1; lower one of them."
+            )
+
+    @property
+    def world(self) -> tuple[float, float]:
+        """Width and height of the view in world units: the shorter side is 1."""
+        unit = min(self.width, self.height)
+        return self.width / unit, self.height / unit
+
+
+DEFAULT_SETTINGS = PaperworldSettings()
