@@ -20,7 +20,7 @@ _ACTION = 2.0
 _BOUNCE = 0.93  # part of the vertical speed that survives an impact
 _COLLISION = 0.8
 GRAVITY = 6.0  # of verbs that stay on the ground, world units per action second squared
-DRAG = 0.05  # friction of colliding cut-outs on the ground, so that they stay in view
+DRAG = 0.03  # friction of colliding cut-outs on the ground, so that they stay in view
 _TURNS = 1.25  # of a spin, per action
 _BOB = 0.045  # amplitude of a flight's waves
 
@@ -70,7 +70,7 @@ def _push(body: pymunk.Body, actor: Actor) -> None:
     """Initial velocities."""
     speed = actor.travel / _ACTION
     if actor.verb == "collides":
-        speed *= 1.35
+        speed *= 1.25
     body.velocity = (speed, 0.0)
     if actor.verb == "rolls":
         body.angular_velocity = speed / (silhouette(actor.shape).radius * actor.scale)
@@ -110,7 +110,7 @@ def simulate(shot: Shot, world: tuple[float, float], *, fps: float) -> tuple[Tra
     space = pymunk.Space()
     space.iterations = 10
     space.collision_slop = 0.0005
-    space.gravity = (0.0, max(_gravity(actor, floor) for actor in shot.actors))
+    space.gravity = (0.0, _gravity(shot.actors[0], floor))
     thickness = 0.5
     ground = pymunk.Segment(
         space.static_body, (-9.0, floor + thickness), (9.0 + world[0], floor + thickness), thickness
