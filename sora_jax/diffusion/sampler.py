@@ -17,6 +17,7 @@ from sora_jax.diffusion.solvers import EVALUATIONS, SOLVERS, Solver
 from sora_jax.types import Velocity
 
 Times = Float[np.ndarray, " s"] | Float[Array, " s"]
+ModelTimes = Float[np.ndarray, " r"] | Float[Array, " r"]  # r = s, or s - 1
 
 
 def num_evaluations(solver: str, num_steps: int) -> int:
@@ -26,7 +27,11 @@ def num_evaluations(solver: str, num_steps: int) -> int:
 
 
 def make_solver(
-    velocity: Velocity, times: Times, *, solver: str = "unipc", model_times: Times | None = None
+    velocity: Velocity,
+    times: Times,
+    *,
+    solver: str = "unipc",
+    model_times: ModelTimes | None = None,
 ) -> Solver:
     """The named solver for this velocity and these times, as `init` and `step`.
 
@@ -61,7 +66,7 @@ def sample(
     times: Times,
     *,
     solver: str = "unipc",
-    model_times: Times | None = None,
+    model_times: ModelTimes | None = None,
     return_trajectory: bool = False,
 ) -> Float[Array, "*x"] | Float[Array, "s *x"]:
     """Integrates dx/dt = velocity(x, t) from x = noise at times[0] to times[-1], as one scan.
@@ -96,7 +101,7 @@ def sample_steps(
     *,
     operands: tuple = (),
     solver: str = "unipc",
-    model_times: Times | None = None,
+    model_times: ModelTimes | None = None,
 ) -> Iterator[Float[Array, "*x"]]:
     """As `sample`, but a Python loop that yields x after each step (for a progress bar).
 

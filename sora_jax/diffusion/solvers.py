@@ -10,9 +10,10 @@ lambda = log((1 - t) / t), in which a step from time c to n < c with x0-predicti
     x_n = (n / c) x_c + (1 - n / c) D
 
 (Lu et al. 2022, arXiv:2211.01095, Eq. 9 with alpha = 1 - t, sigma = t): finite, although lambda
-is -inf at t = 1 and +inf at t = 0. The higher-order terms hold only ratios of lambda's steps,
-and those have limits too: after a step from t = 1 the ratio h / h_prev is 0, and the step into
-t = 0, where it would be infinite, is first order. So nothing is clipped and no nan arises.
+is -inf at t = 1 and +inf at t = 0. The second-order terms hold ratios of lambda's steps. After a
+step from t = 1 that ratio is 0, and would throw the slope of D away; D is taken as linear in t
+there and integrated exactly. Into t = 0 the ratio is infinite, and the step is first order. So
+nothing is clipped and no nan arises.
 """
 
 from collections.abc import Callable
@@ -134,6 +135,20 @@ def _inner_ratios(times: Table) -> Table:
     return ratios
 
 
+def _extrapolation_weights(times: Table) -> Table:
+    """Weight of (D_i - D_{i-1}) in the prediction from times[i]: h_i / (2 h_{i-1}).
+
+    Where h_{i-1} is infinite (times[i-1] = 1), D is linear in t instead of lambda. Since
+    d(x / t) = -D dt / t^2, a step from c to n adds n times the integral of (t - c) / t^2 over
+    [n, c], which is n log(c / n) - (c - n), times D's slope (D_i - D_{i-1}) / (c - 1).
+    """
+    weights = _inner_ratios(times) / 2
+    if times[0] == 1 and len(times) > 3:
+        c, n = times[1], times[2]
+        weights[1] = (n * np.log(c / n) - (c - n)) / ((1 - n / c) * (c - 1))
+    return weights
+
+
 def dpmpp_2m(velocity: Velocity, times: Table, model_times: Table) -> Solver:
     """DPM-Solver++(2M) (arXiv:2211.01095, Alg. 2) in flow form: order 2, one evaluation a step.
 
@@ -142,7 +157,7 @@ def dpmpp_2m(velocity: Velocity, times: Table, model_times: Table) -> Solver:
     log(n) / n^2: a measured order of 1.8 to 1.9.
     """
     keep = times[1:] / times[:-1]
-    weight = _inner_ratios(times) / 2
+    weight = _extrapolation_weights(times)
 
     def init(x: jax.Array) -> MultistepState:
         return MultistepState(x, jnp.zeros_like(x))
@@ -184,7 +199,7 @@ def unipc(velocity: Velocity, times: Table, model_times: Table) -> Solver:
     the first-order steps from t = 1 and into t = 0 set the error.
     """
     keep = times[1:] / times[:-1]
-    weight = _inner_ratios(times) / 2
+    weight = _extrapolation_weights(times)
     keep_last = np.append(1.0, keep[:-1])  # row 0 leaves x as it is: nothing to correct yet
     older, newer = _corrector_weights(times)
 

@@ -144,24 +144,36 @@ def sampling_times(num_steps: int, *, shift: float = 1.0) -> Float[np.ndarray, "
 
 
 def wan_times(num_steps: int, *, shift: float = 3.0) -> Float[np.ndarray, " s"]:
-    """The schedule Wan's weights are published with: from exactly 1, then exactly 0 at the end.
+    """The schedule Wan's weights are published with, that of diffusers' UniPC with flow sigmas.
 
         s = linspace(1, 1/1000, num_steps + 1) without its last;  t = shift s / (1 + (shift - 1) s)
 
-    This is diffusers' UniPC with `use_flow_sigmas`, whose first value is 1 - 1e-6 instead; see
-    `truncate_times` for the integer timesteps it shows the model.
+    then 0; the first is 1 - 1e-6 and not 1, which this package's solvers do not need but which
+    makes a trajectory equal to diffusers', together with `truncate_times`.
     """
     _check_steps(num_steps, shift)
     s = np.linspace(1.0, 1e-3, num_steps + 1)[:-1]
+    times = np.append(shift_time(s, shift), 0.0)
+    times[0] -= 1e-6
+    return times
+
+
+def flow_match_euler_times(num_steps: int, *, shift: float = 3.0) -> Float[np.ndarray, " s"]:
+    """The schedule of diffusers' FlowMatchEuler, which applies the shift twice at the low end.
+
+    shift_time of linspace(1, shift_time(1/1000), num_steps), then 0. The model sees these times
+    as they are.
+    """
+    _check_steps(num_steps, shift)
+    s = np.linspace(1.0, shift_time(1e-3, shift), num_steps)
     return np.append(shift_time(s, shift), 0.0)
 
 
 def truncate_times(times: Float[np.ndarray, " s"]) -> Float[np.ndarray, " s"]:
     """The t that diffusers' UniPC shows the model: t * 1000 cut to an integer, over 1000.
 
-    A t of exactly 1 becomes .999, because diffusers starts at 1 - 1e-6. Pass the result as
-    `model_times` to `sampler.sample` to repeat a diffusers trajectory exactly.
+    Pass the result for `wan_times` as `model_times` to `sampler.sample` to repeat a diffusers
+    trajectory. Four steps at shift 3 give .999, .9, .75, .5, 0.
     """
-    inside = np.minimum(times, 1 - 1e-6)
-    # Schedules are computed in float64; a product such as 900.0000000001 must not depend on luck.
-    return np.floor(np.round(inside * 1000, 9)) / 1000
+    # Not rounded first: a product that falls an ulp short of an integer is cut there too.
+    return np.floor(times * 1000) / 1000

@@ -1,0 +1,88 @@
+"""Classifier-free guidance, its interval and its rescale."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.diffusion import guidance
+from sora_jax.diffusion.guidance import GuidanceConfig
+
+SHAPE = (2, 3, 4)
+
+
+def _pair():
+    cond_key, uncond_key = jax.random.split(jax.random.key(0))
+    return jax.random.normal(cond_key, SHAPE), 1 + 2 * jax.random.normal(uncond_key, SHAPE)
+
+
+def test_scale_one_is_conditional_and_zero_unconditional():
+    cond, uncond = _pair()
+    np.testing.assert_allclose(guidance.combine(cond, uncond, scale=1.0), cond, atol=1e-6)
+    np.testing.assert_array_equal(guidance.combine(cond, uncond, scale=0.0), uncond)
+
+
+def test_scale_extrapolates_from_unconditional_through_conditional():
+    cond, uncond = _pair()
+    guided = guidance.combine(cond, uncond, scale=5.0)
+    np.testing.assert_allclose(guided - cond, 4 * (cond - uncond), atol=1e-5)
+
+
+def test_full_rescale_has_the_conditional_standard_deviation_per_example():
+    cond, uncond = _pair()
+    guided = guidance.combine(cond, uncond, scale=5.0)
+    rescaled = guidance.rescale_to(guided, cond, amount=1.0)
+    np.testing.assert_allclose(np.std(rescaled, axis=(1, 2)), np.std(cond, axis=(1, 2)), rtol=1e-5)
+    half = guidance.rescale_to(guided, cond, amount=0.5)
+    np.testing.assert_allclose(half, 0.5 * (rescaled + guided), atol=1e-5)
+
+
+def test_rescale_of_a_constant_is_that_constant():
+    flat = jnp.full(SHAPE, 3.0)
+    np.testing.assert_array_equal(guidance.rescale_to(flat, flat, amount=1.0), flat)
+
+
+@pytest.mark.parametrize(("t", "inside"), [(0.1, False), (0.2, True), (0.7, True), (0.8, False)])
+def test_guidance_holds_inside_its_interval_alone(t, inside):
+    cond, uncond = _pair()
+    config = GuidanceConfig(scale=4.0, interval=(0.15, 0.75))
+    got = jax.jit(lambda t: guidance.guide(cond, uncond, t=t, config=config))(t)
+    wanted = guidance.combine(cond, uncond, scale=4.0) if inside else cond
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+def test_guided_velocity_takes_the_first_half_of_the_batch_as_conditional():
+    x = jax.random.normal(jax.random.key(1), SHAPE)
+
+    def velocity(x2, t):
+        factor = jnp.repeat(jnp.asarray([3.0, 1.0]), 2)[:, None, None]
+        return factor * x2
+
+    guided = guidance.guided_velocity(velocity, config=GuidanceConfig(scale=2.0))
+    np.testing.assert_allclose(guided(x, jnp.asarray(0.5)), 5.0 * x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", [{"scale": 1.0}, {"interval": (0.5, 0.5)}])
+def test_guidance_that_changes_nothing_runs_the_model_on_one_batch(config):
+    config = GuidanceConfig(**config)
+    sizes = []
+
+    def velocity(x, t):
+        sizes.append(len(x))
+        return x
+
+    guidance.guided_velocity(velocity, config=config)(jnp.ones(SHAPE), jnp.asarray(0.5))
+    assert sizes == [2] and not config.needs_uncond
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"interval": (0.8, 0.2)}, "0 <= lo <= hi <= 1"),
+        ({"interval": (0.0, 1.5)}, "0 <= lo <= hi <= 1"),
+        ({"rescale": 1.2}, "must lie in"),
+    ],
+)
+def test_bad_settings_say_what_is_allowed(setting, message):
+    with pytest.raises(ValueError, match=message):
+        GuidanceConfig(**setting)
