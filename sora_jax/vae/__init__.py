@@ -1,0 +1,1 @@
+"""The causal video VAE: pixels to latents and back."""
