@@ -62,6 +62,7 @@ def read_video(
     num_frames: int | None = None,
     fps: float | int | None = None,
     size: tuple[int, int] | None = None,
+    info: VideoInfo | None = None,
 ) -> Clip:
     """Reads `num_frames` frames at `fps`, from `start` seconds on, fitted to `size`.
 
@@ -73,13 +74,14 @@ def read_video(
       num_frames: None reads to the end of the file.
       fps: None keeps the file's own rate; a still image takes any rate.
       size: None keeps the file's own size.
+      info: what `probe` said, to save probing the same file for each of many clips.
 
     Raises:
       ValueError: a file that `probe` refuses, one that breaks off early, or a clip that does not
         fit into it; one line.
     """
     path = _check_input_path(path)
-    info = probe(path)
+    info = probe(path) if info is None else info
     rate = info.fps if fps is None else float(fps)
     if not (math.isfinite(rate) and (rate > 0 or info.duration == 0)):
         raise ValueError(f"{path}: fps {fps}; give a rate above 0.")
