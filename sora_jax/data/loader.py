@@ -1,0 +1,262 @@
+"""Batches of a source in a seeded order, read in parallel, resumable exactly.
+
+The order is one global sequence of records that depends on the seed alone. Batch n is its records
+n B .. (n + 1) B - 1, whatever the number of threads, worker processes or hosts: each host reads
+the rows of it that its devices hold. A position is therefore one number, and training may resume
+with other workers, or on another mesh.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sora_jax import sharding
+from sora_jax.data.sources import Source
+from sora_jax.data.transforms import RandomTransform
+
+Transform = RandomTransform | Callable[[Any], Any]
+
+
+class Loader(Iterator[dict[str, np.ndarray]]):
+    """An iterator of this host's batches with `get_state` and `set_state`; see `make_loader`.
+
+    Args:
+      batches: batch n of this host, as a random-access dataset.
+      identity: what the order depends on: "seed" and "num_records".
+    """
+
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        *,
+        batch_size: int,
+        identity: Mapping[str, int],
+        read_options: grain.ReadOptions,
+        num_workers: int,
+    ) -> None:
+        self._batches = batches
+        self._batch_size = batch_size
+        self._identity = dict(identity)
+        self._read_options = read_options
+        self._num_workers = num_workers
+        self._next = 0
+        self._iterator: Iterator[Any] | None = None
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        self._next += 1
+        return batch
+
+    def _start(self) -> Iterator[Any]:
+        if self._next >= len(self._batches):
+            return iter(())
+        dataset = self._batches[self._next :].to_iter_dataset(self._read_options)
+        if self._num_workers:
+            from absl import flags
+
+            # Grain's worker processes read absl flags, which only absl's own main parses.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(num_workers=self._num_workers)
+            dataset = dataset.mp_prefetch(options)
+        return iter(dataset)
+
+    def get_state(self) -> dict[str, int]:
+        """The position as JSON; read-ahead does not count as read."""
+        return {"records_read": self._next * self._batch_size} | self._identity
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Continues from a position that `get_state` gave, on this or any other machine.
+
+        Raises:
+          ValueError: the seed differs, or the position is not between two batches.
+        """
+        if state["seed"] != self._identity["seed"]:
+            raise ValueError(
+                f"the checkpoint read its data in the order of seed {state['seed']}, not "
+                f"{self._identity['seed']}; set config.seed = {state['seed']} to resume."
+            )
+        if state["num_records"] != self._identity["num_records"]:
+            logging.warning(
+                "The data had %d records when the checkpoint was written and has %d now: their "
+                "order differs from here on.",
+                state["num_records"],
+                self._identity["num_records"],
+            )
+        records_read = int(state["records_read"])
+        if records_read % self._batch_size:
+            raise ValueError(
+                f"the checkpoint has read {records_read} records, which are not whole batches of "
+                f"{self._batch_size}; use a batch_size that divides them."
+            )
+        self.close()
+        self._next = records_read // self._batch_size
+
+    def close(self) -> None:
+        """Stops reading ahead; the next batch starts it again."""
+        close = getattr(self._iterator, "close", None)
+        if close is not None:
+            close()
+        self._iterator = None
+
+
+class _HostRows:
+    """Of each global batch of `batch_size` records, those in `rows`: a source for grain."""
+
+    def __init__(self, records: grain.MapDataset, *, batch_size: int, rows: Sequence[int]) -> None:
+        self._records, self._batch_size, self._rows = records, batch_size, list(rows)
+
+    def __len__(self) -> int:
+        return len(self._records) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        batch, row = divmod(index, len(self._rows))
+        return self._records[batch * self._batch_size + self._rows[row]]
+
+
+def make_loader(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    num_epochs: int | None = None,
+    transforms: Sequence[Transform] = (),
+    num_threads: int = 2,
+    num_workers: int = 0,
+    prefetch: int = 4,
+    mesh: Mesh | None = None,
+    shard: tuple[int, int] | None = None,
+) -> Loader:
+    """Iterates over this host's share of global batches of `batch_size` records of `source`.
+
+    Batches are dictionaries of numpy arrays stacked along a leading axis; frames stay uint8,
+    since four times fewer bytes travel to the device. Every epoch has an order of its own. The
+    last records of the last epoch that fill no batch are left out.
+
+    Args:
+      seed: of the order and of the random transforms; 0 to 2**32 - 1.
+      num_epochs: None goes on for ever.
+      transforms: plain callables and `RandomTransform`s, in order.
+      num_threads: reader threads of each process; 0 reads when asked.
+      num_workers: reader processes of each host, for decoding that holds Python's lock; the
+        source and the transforms must then be picklable.
+      prefetch: batches read ahead.
+      mesh: the rows this host reads are those that its devices of the mesh hold.
+      shard: (index, count) cuts a batch into `count` equal runs instead; without both, one run
+        per process of jax.
+
+    Raises:
+      ValueError: a batch that cannot be divided, an empty source, or too few records for a batch.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} is out of range; use 0 to {2**32 - 1}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is not above 0; change config.batch_size.")
+    records = len(source) * (num_epochs or 1)
+    if len(source) == 0 or (num_epochs is not None and records < batch_size):
+        raise ValueError(
+            f"{len(source)} records make no batch of {batch_size}; lower batch_size, or give "
+            "more data or epochs."
+        )
+    dataset = grain.MapDataset.source(source).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    dataset = dataset.repeat(num_epochs)
+    for transform in transforms:
+        is_random = isinstance(transform, RandomTransform)
+        dataset = dataset.random_map(transform) if is_random else dataset.map(transform)
+    rows = _host_rows(batch_size, mesh=mesh, shard=shard)
+    share = grain.MapDataset.source(_HostRows(dataset, batch_size=batch_size, rows=rows))
+    return Loader(
+        share.batch(len(rows), drop_remainder=True),
+        batch_size=batch_size,
+        identity={"seed": seed, "num_records": len(source)},
+        read_options=grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch),
+        num_workers=num_workers,
+    )
+
+
+def _host_rows(
+    batch_size: int, *, mesh: Mesh | None, shard: tuple[int, int] | None
+) -> Sequence[int]:
+    """Rows of a global batch that this host reads, ascending."""
+    if mesh is not None and shard is not None:
+        raise ValueError("give make_loader a mesh or a shard, not both.")
+    if mesh is not None:
+        return _mesh_rows(batch_size, mesh)
+    index, count = shard or (jax.process_index(), jax.process_count())
+    if batch_size % count:
+        raise ValueError(
+            f"batch_size {batch_size} is not divisible by the {count} processes; use "
+            f"{_near(batch_size, count)}."
+        )
+    size = batch_size // count
+    return range(index * size, (index + 1) * size)
+
+
+def _mesh_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """As `_host_rows`. A topology may scatter a host's devices along the batch axis."""
+    shards = sharding.axis_size(mesh, "batch")
+    if batch_size % shards:
+        raise ValueError(
+            f"batch_size {batch_size} is not divisible by data*fsdp = {shards}; change "
+            f"config.batch_size to {_near(batch_size, shards)}, or config.mesh."
+        )
+    placement = sharding.named(mesh, "batch").addressable_devices_indices_map((batch_size,))
+    return sorted({row for (rows,) in placement.values() for row in range(batch_size)[rows]})
+
+
+def _near(value: int, divisor: int) -> str:
+    """The multiples of `divisor` around `value`, as "8 or 16"."""
+    below = value // divisor * divisor
+    return f"{below} or {below + divisor}" if below else str(divisor)
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """One global array per entry, from the rows that `make_loader(mesh=mesh)` read on each host.
+
+    Batch rows are sharded over `data` and `fsdp` and replicated over the rest. Entries that a
+    device cannot hold (captions) are left out.
+
+    Raises:
+      ValueError: the batch does not divide over the mesh.
+    """
+    placement = sharding.named(mesh, "batch")
+    shards = sharding.axis_size(mesh, "batch")
+    held = placement.addressable_devices_indices_map((shards,))
+    held_shards = len({row for (rows,) in held.values() for row in range(shards)[rows]})
+    arrays = {}
+    for name, value in batch.items():
+        value = np.asarray(value)
+        if value.dtype.kind not in "biuf":
+            continue
+        if value.shape[0] % held_shards:
+            raise ValueError(
+                f"{value.shape[0]} rows of {name!r} are not divisible by the {held_shards} batch "
+                "shards of this host; change config.batch_size or config.mesh."
+            )
+        global_size = value.shape[0] // held_shards * shards
+        arrays[name] = _assemble(value, placement, global_size, _mesh_rows(global_size, mesh))
+    return arrays
+
+
+def _assemble(
+    value: np.ndarray, placement: jax.sharding.Sharding, global_size: int, rows: list[int]
+) -> jax.Array:
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        first, last, _ = index[0].indices(global_size)
+        at = np.searchsorted(rows, first)
+        return value[at : at + last - first]
+
+    return jax.make_array_from_callback((global_size, *value.shape[1:]), placement, shard)
