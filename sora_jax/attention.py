@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sora_jax import sharding
+from sora_jax import layers, sharding
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "reference")
 
@@ -149,42 +149,11 @@ def _reference(q, k, v, mask, kv_bias):
 
 
 def _xla(q, k, v, mask, kv_bias, *, dtype):
-    logits = _contract("bnke,bske->bkns", q, k, dtype) * q.shape[-1] ** -0.5
-    return _contract("bkns,bske->bnke", _probabilities(logits, mask, kv_bias), v, dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _contract(equation: str, x: jax.Array, y: jax.Array, dtype: str) -> jax.Array:
-    """einsum with operands in `dtype` and float32 sums, in the backward pass too.
-
-    Every letter of an operand must occur in the other operand or the result, so that each
-    gradient is itself one einsum.
-    """
-    return jnp.einsum(
-        equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32
-    )
-
-
-def _contract_forward(equation, x, y, dtype):
-    x_, y_ = x.astype(dtype), y.astype(dtype)
-    out = jnp.einsum(equation, x_, y_, preferred_element_type=jnp.float32)
-    return out, (x_, y_, jnp.zeros((), x.dtype), jnp.zeros((), y.dtype))
-
-
-def _contract_backward(equation, dtype, residuals, cotangent):
-    x, y, x_like, y_like = residuals
-    x_axes, y_axes, out_axes = equation.replace("->", ",").split(",")
-    cotangent = cotangent.astype(dtype)
-    dx = jnp.einsum(
-        f"{out_axes},{y_axes}->{x_axes}", cotangent, y, preferred_element_type=jnp.float32
-    )
-    dy = jnp.einsum(
-        f"{x_axes},{out_axes}->{y_axes}", x, cotangent, preferred_element_type=jnp.float32
-    )
-    return dx.astype(x_like.dtype), dy.astype(y_like.dtype)
-
-
-_contract.defvjp(_contract_forward, _contract_backward)
+    # Heads before tokens, as a batch: XLA's CPU back end has no bfloat16 product otherwise.
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    logits = layers.contract("bkne,bkse->bkns", q, k, dtype) * q.shape[-1] ** -0.5
+    out = layers.contract("bkns,bkse->bkne", _probabilities(logits, mask, kv_bias), v, dtype)
+    return out.swapaxes(1, 2)
 
 
 def _cudnn(q, k, v, q_segment_ids, kv_segment_ids, *, dtype):

@@ -1,0 +1,165 @@
+"""Every kernel against the reference, values and gradients, with and without segment ids."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax import sharding
+from sora_jax.attention import MASKED, attention, select
+
+KERNELS = ["xla", "splash"]
+if jax.default_backend() == "gpu":
+    KERNELS.append("cudnn")
+
+
+def inputs(batch=2, n=72, s=72, k=2, e=64):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(batch, n, k, e), (batch, s, k, e), (batch, s, k, e), (batch, n, k, e)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def segments(batch, length, count):
+    """`count` segments, then padding (-1) at the end of row 0."""
+    ids = jnp.arange(length)[None] * count // length
+    ids = jnp.broadcast_to(ids, (batch, length))
+    return ids.at[0, -5:].set(-1)
+
+
+def value_and_grads(q, k, v, cotangent, **kwargs):
+    def loss(q, k, v):
+        out = attention(q, k, v, **kwargs)
+        return jnp.sum(out * cotangent), out
+
+    grads, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return (out, *grads)
+
+
+def assert_close(got, expected, tolerance):
+    for name, x, y in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+        error = np.abs(x - y).max() / np.abs(y).max()
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+def test_reference_is_softmax_over_the_keys_of_a_segment():
+    q, k, v, _ = inputs(batch=1, n=6, s=8, k=1, e=8)
+    q_ids, kv_ids = jnp.array([[0, 0, 0, 1, 1, 1]]), jnp.array([[0, 0, 0, 0, 0, 1, 1, 1]])
+    out = attention(q, k, v, q_segment_ids=q_ids, kv_segment_ids=kv_ids, implementation="reference")
+    for rows, cols in ((slice(0, 3), slice(0, 5)), (slice(3, 6), slice(5, 8))):
+        logits = np.asarray(q[0, rows, 0] @ k[0, cols, 0].T) / np.sqrt(8)
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        np.testing.assert_allclose(out[0, rows, 0], p @ v[0, cols, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(256, 256), (72, 200)])
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_equals_reference(kernel, dtype, tolerance, segmented, lengths):
+    if kernel == "cudnn" and dtype == "float32":
+        with pytest.raises(ValueError, match="bfloat16"):
+            attention(*inputs()[:3], implementation=kernel, dtype=dtype)
+        return
+    *qkv, cotangent = inputs(n=lengths[0], s=lengths[1])
+    ids = {}
+    if segmented:
+        ids["q_segment_ids"] = segments(2, lengths[0], 3)
+        ids["kv_segment_ids"] = segments(2, lengths[1], 3)
+    expected = value_and_grads(*qkv, cotangent, implementation="reference", **ids)
+    got = value_and_grads(
+        *qkv, cotangent, implementation=kernel, dtype=dtype, interpret=True, **ids
+    )
+    assert_close(got, expected, tolerance)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_key_bias_is_a_multiplicity(segmented):
+    """A key whose logit is larger by log 3 weighs as three equal keys; MASKED, as none."""
+    *qkv, cotangent = inputs(s=12)
+    q, k, v = qkv
+    bias = jnp.zeros((2, 12)).at[:, 4].set(np.log(3)).at[:, 7].set(MASKED)
+    repeat = np.array([0, 1, 2, 3, 4, 4, 4, 5, 6, 8, 9, 10, 11])
+    kv_ids = segments(2, 12, 1)
+    ids = {"q_segment_ids": segments(2, 72, 1)} if segmented else {}
+    expected = attention(
+        q,
+        k[:, repeat],
+        v[:, repeat],
+        **ids,
+        kv_segment_ids=kv_ids[:, repeat] if segmented else None,
+        implementation="reference",
+    )
+    for kernel in ("reference", "xla", "splash", "cudnn", "auto"):
+        out = attention(
+            q,
+            k,
+            v,
+            kv_bias=bias,
+            **ids,
+            kv_segment_ids=kv_ids if segmented else None,
+            implementation=kernel,
+        )
+        np.testing.assert_allclose(out, expected, atol=1e-5, err_msg=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_mesh_equals_one_device(kernel):
+    *qkv, cotangent = inputs(batch=2, n=128, s=128, k=2, e=16)
+    ids = segments(2, 128, 2)
+    arguments = {"q_segment_ids": ids, "kv_segment_ids": ids, "interpret": True}
+    expected = value_and_grads(*qkv, cotangent, implementation="reference", **arguments)
+    with sharding.use_mesh(sharding.make_mesh(fsdp=2, tensor=2, context=2)):
+        got = value_and_grads(*qkv, cotangent, implementation=kernel, **arguments)
+    assert len(got[0].sharding.device_set) == 8
+    assert_close(got, expected, 2e-5)
+
+
+def test_bfloat16_products_have_bfloat16_operands_in_both_passes():
+    *qkv, cotangent = inputs()
+    text = (
+        jax.jit(lambda *a: value_and_grads(*a, implementation="xla", dtype="bfloat16"))
+        .lower(*qkv, cotangent)
+        .as_text()
+    )
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(dots) == 6
+    for line in dots:
+        operands, result = line.split(" : ")[-1].split("->")
+        assert operands.count("bf16") == 2 and "f32" in result
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("auto", "bfloat16", "cuda", 128, 4096, False), "cudnn"),
+        (("auto", "bfloat16", "gpu", 128, 16, True), "xla"),
+        (("auto", "float32", "gpu", 128, 4096, False), "xla"),
+        (("auto", "bfloat16", "gpu", 12, 4096, False), "xla"),
+        (("auto", "bfloat16", "tpu", 128, 4096, False), "splash"),
+        (("auto", "bfloat16", "tpu", 128, 512, False), "xla"),
+        (("auto", "bfloat16", "cpu", 128, 4096, False), "xla"),
+        (("splash", "float32", "cpu", 128, 16, False), "splash"),
+        (("splash", "bfloat16", "tpu", 128, 4096, True), "xla"),
+        (("reference", "bfloat16", "gpu", 128, 16, True), "reference"),
+    ],
+)
+def test_select(arguments, expected):
+    implementation, dtype, backend, head_dim, length, kv_bias = arguments
+    kernel = select(
+        implementation,
+        dtype,
+        backend=backend,
+        head_dim=head_dim,
+        q_len=length,
+        kv_len=length,
+        kv_bias=kv_bias,
+    )
+    assert kernel == expected
+
+
+def test_unknown_kernel_and_one_sided_segments_are_refused():
+    q, k, v, _ = inputs(n=4, s=4)
+    with pytest.raises(ValueError, match="use one of auto, xla"):
+        attention(q, k, v, implementation="flash")
+    with pytest.raises(ValueError, match="both or neither"):
+        attention(q, k, v, q_segment_ids=jnp.zeros((2, 4), jnp.int32))
