@@ -1,0 +1,42 @@
+"""Open, JAX-native Sora: text-to-video diffusion transformers, from data to MP4.
+
+`pipe = sora_jax.load("paperworld")`, then `pipe("a red ball rolls left").save("ball.mp4")`.
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+__all__ = ["load", "weights_folder"]
+
+
+def weights_folder(name: str = "paperworld") -> Path:
+    """The folder of shipped weights called `name`, or `name` itself where it is a folder.
+
+    Raises:
+      ValueError: neither.
+    """
+    shipped = Path(__file__).parent / "weights"
+    if (shipped / name / "model_index.json").is_file():
+        return shipped / name
+    if Path(name).is_dir():
+        return Path(name)
+    known = sorted(p.name for p in shipped.iterdir() if p.is_dir()) if shipped.is_dir() else []
+    raise ValueError(
+        f"checkpoint {name!r} is neither a folder nor shipped weights; give a folder in diffusers "
+        f"layout, or one of: {', '.join(known)}."
+    )
+
+
+def load(checkpoint: str | Path = "paperworld"):
+    """A `sora_jax.generate.Pipeline` from shipped weights by name, or from a folder.
+
+    Raises:
+      ValueError: naming what is missing or damaged.
+    """
+    from flax import nnx
+
+    from sora_jax.generate import Pipeline
+
+    nnx.set_graph_mode(False)
+    nnx.set_graph_updates(False)
+    return Pipeline.from_folder(weights_folder(str(checkpoint)))

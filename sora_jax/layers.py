@@ -43,6 +43,47 @@ def _dot_backward(dtype, residuals, dy):
 dot.defvjp(_dot_forward, _dot_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def contract(equation: str, x: jax.Array, y: jax.Array, dtype: str) -> jax.Array:
+    """Einsum of two operands cast to `dtype`, with sums and result in float32, as `dot` is.
+
+    No letter may stand in one term alone, so that each gradient is itself one einsum.
+    """
+    dtype = _contract_dtype(dtype)
+    return jnp.einsum(
+        equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _contract_dtype(dtype: str) -> str:
+    # XLA's CPU backend refuses some batched bfloat16 products with float32 results ("Unsupported
+    # element type for DotThunk"), and gains nothing on those that it takes.
+    return "float32" if jax.default_backend() == "cpu" else dtype
+
+
+def _contract_forward(equation, x, y, dtype):
+    dtype_ = _contract_dtype(dtype)
+    x_, y_ = x.astype(dtype_), y.astype(dtype_)
+    out = jnp.einsum(equation, x_, y_, preferred_element_type=jnp.float32)
+    return out, (x_, y_, jnp.zeros((), x.dtype), jnp.zeros((), y.dtype))
+
+
+def _contract_backward(equation, dtype, residuals, cotangent):
+    x, y, x_like, y_like = residuals
+    x_axes, y_axes, out_axes = equation.replace("->", ",").split(",")
+    cotangent = cotangent.astype(x.dtype)
+    dx = jnp.einsum(
+        f"{out_axes},{y_axes}->{x_axes}", cotangent, y, preferred_element_type=jnp.float32
+    )
+    dy = jnp.einsum(
+        f"{x_axes},{out_axes}->{y_axes}", x, cotangent, preferred_element_type=jnp.float32
+    )
+    return dx.astype(x_like.dtype), dy.astype(y_like.dtype)
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
 def truncated_normal(stddev: float):
     """Initialiser: normal cut at two standard deviations."""
     return nnx.initializers.truncated_normal(stddev)

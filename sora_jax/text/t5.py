@@ -209,15 +209,14 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b l d"]:
         def heads(projected):
             split = projected.reshape(*projected.shape[:2], self.num_heads, -1)
-            split = sharding.constrain(split, "batch", "text_tokens", "act_heads", None)
-            return split.astype(self.dtype)
+            return sharding.constrain(split, "batch", "text_tokens", "act_heads", None)
 
         q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
         bias = shared_bias if self.relative_bias is None else self.relative_bias(x.shape[1])
-        logits = jnp.einsum("bqke,blke->bkql", q, k, preferred_element_type=jnp.float32)
+        logits = layers.contract("bqke,blke->bkql", q, k, self.dtype)
         logits = jnp.where(allowed, logits + bias, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        y = jnp.einsum("bkql,blke->bqke", weights, v, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits, axis=-1)
+        y = layers.contract("bkql,blke->bqke", weights, v, self.dtype)
         return self.o(y.reshape(*y.shape[:2], -1))
 
 

@@ -1,0 +1,99 @@
+"""Every configuration key, with its unit. Run files call `get_config` and change what differs."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """An unlocked ConfigDict; a run file assigns its differences and locks it."""
+    c = ConfigDict()
+    c.stage = "dit"  # "vae": reconstruction; "dit": diffusion transformer and text encoder
+    c.seed = 0
+    c.num_steps = 1000  # optimizer steps in all
+    c.batch_size = 8  # clips a step, over all devices and processes
+    c.init_from = ""  # inference folder whose weights start this run; "" starts from scratch
+
+    # Devices along each mesh axis; -1 takes the rest.
+    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
+
+    c.data = ConfigDict()
+    c.data.kind = "paperworld"  # "paperworld", "folder" or "tfds"
+    c.data.path = ""  # directory of a "folder", data_dir of a "tfds" set
+    c.data.width = 64  # pixels
+    c.data.height = 64  # pixels
+    c.data.frames = 17  # 1 + a multiple of the VAE's temporal factor
+    c.data.fps = 8.0  # frames a second that clips are resampled to
+    c.data.seed = 0  # of the data set itself; c.seed orders it
+    c.data.threads = 2  # reader threads of each process
+    c.data.workers = 0  # reader processes of each process; 0 reads in threads
+    c.data.cache = ""  # directory of encoded latents; "" encodes on the fly
+    c.data.cache_clips = 0  # clips to encode into the cache
+    c.data.flip = False  # mirror clips whose caption names no direction
+
+    c.vae = ConfigDict()  # read when stage is "vae"; the fields of vae.model.VAEConfig
+    c.vae.base_dim = 96  # channels of the encoder's first level
+    c.vae.decoder_base_dim = 0  # of the decoder's last; 0 is base_dim
+    c.vae.z_dim = 16  # latent channels
+    c.vae.dim_mult = (1, 2, 4, 4)  # channels of each level, times base_dim
+    c.vae.num_res_blocks = 2  # residual blocks a level
+    c.vae.temporal_downsample = (False, True, True)  # which levels halve the frame rate
+    c.vae.patch_size = 1  # pixels folded into channels in front of the first level
+    c.vae.is_residual = False  # Wan 2.2's residual up and down sampling
+    c.vae_checkpoint = ""  # stage "dit": inference folder that holds the VAE
+
+    c.vae_loss = ConfigDict()
+    c.vae_loss.l1 = 1.0
+    c.vae_loss.l2 = 1.0
+    c.vae_loss.multiscale = 1.0  # finite differences at several scales
+    c.vae_loss.kl = 1e-6  # nats per latent value
+    c.vae_loss.crop = (17, 64, 64)  # frames, height, width of the random crops trained on
+    c.vae_loss.crops = 1  # crops taken from each clip
+
+    c.text = ConfigDict()  # fields of text.t5.T5Config
+    c.text.vocab_size = 384  # bytes, and ByT5's special tokens
+    c.text.width = 256
+    c.text.head_dim = 64
+    c.text.mlp_dim = 640
+    c.text.depth = 4
+    c.text.num_heads = 4
+    c.text.dtype = "float32"
+    c.text_tokens = 224  # tokens a caption is cut or padded to
+
+    c.dit = ConfigDict()  # fields of dit.model.DiTConfig; channels follow the VAE
+    c.dit.patch_size = (1, 2, 2)  # latents folded into one token: frames, height, width
+    c.dit.depth = 12
+    c.dit.width = 384
+    c.dit.num_heads = 6
+    c.dit.ffn_dim = 1536
+    c.dit.dtype = "float32"  # operands of matrix products; "bfloat16" on accelerators
+    c.dit.remat = "none"  # rematerialisation policy of the blocks
+
+    c.diffusion = ConfigDict()
+    c.diffusion.kind = "logit_normal"  # distribution of t: "logit_normal" or "uniform"
+    c.diffusion.mean = 0.0
+    c.diffusion.std = 1.0
+    c.diffusion.shift = 1.0  # > 1 moves t towards noise
+    c.diffusion.text_dropout = 0.1  # share of captions dropped, for guidance
+
+    c.optim = ConfigDict()
+    c.optim.peak_lr = 1e-3
+    c.optim.warmup_steps = 100
+    c.optim.final_lr = 0.0  # share of peak_lr at the last step (cosine)
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.99
+    c.optim.weight_decay = 0.01  # on matrices and kernels alone
+    c.optim.grad_clip = 1.0  # global norm
+    c.optim.accumulate = 1  # micro-batches a step
+    c.optim.ema_decay = 0.999
+
+    c.sample = ConfigDict()  # previews, and the defaults written into exports
+    c.sample.steps = 30
+    c.sample.guidance = 3.0
+    c.sample.shift = 1.0
+    c.sample.solver = "unipc"
+    c.sample.prompts = ("a red ball rolls left in the meadow",)
+
+    c.log_every = 20  # steps
+    c.sample_every = 1000  # steps; 0 never
+    c.checkpoint_every = 500  # steps
+    c.checkpoints_kept = 2
+    return c

@@ -1,0 +1,141 @@
+"""Inference checkpoints: safetensors in the diffusers folder layout, read and written.
+
+    model_index.json
+    transformer/  config.json  diffusion_pytorch_model.safetensors
+    vae/          config.json  diffusion_pytorch_model.safetensors
+    text_encoder/ config.json  model.safetensors
+    tokenizer/    scheduler/   sampling.json (our defaults for size, steps and guidance)
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from sora_jax.convert import names
+from sora_jax.convert.dit import dit_entries
+from sora_jax.convert.tensors import TensorFile, hash_files, missing_file, write_tensors
+from sora_jax.convert.text import text_entries
+from sora_jax.convert.vae import vae_entries
+from sora_jax.dit.model import DiT, DiTConfig
+from sora_jax.text.t5 import T5Config, T5Encoder
+from sora_jax.vae.model import VAEConfig, VideoVAE
+
+
+class Component(NamedTuple):
+    """How one part of a pipeline is stored."""
+
+    folder: str
+    stem: str
+    config: type
+    module: Callable[..., nnx.Module]
+    entries: Callable[[Any], list[names.Entry]]
+    optional: frozenset[str] = frozenset()
+
+
+TIED = frozenset({"shared.weight", "encoder.embed_tokens.weight"})
+COMPONENTS = {
+    "dit": Component(
+        "transformer", "diffusion_pytorch_model", DiTConfig, DiT, dit_entries
+    ),
+    "vae": Component("vae", "diffusion_pytorch_model", VAEConfig, VideoVAE, vae_entries),
+    "text": Component("text_encoder", "model", T5Config, T5Encoder, text_entries, TIED),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingDefaults:
+    """What `sora-jax sample` uses where the user says nothing; sizes in pixels.
+
+    `text_tokens` is the longest prompt in tokens, end of sequence included.
+    """
+
+    width: int = 64
+    height: int = 64
+    frames: int = 17
+    fps: float = 8.0
+    steps: int = 30
+    guidance: float = 3.0
+    shift: float = 1.0
+    solver: str = "unipc"
+    text_tokens: int = 224
+
+
+def read_json(path: Path) -> dict:
+    """Raises ValueError, in one line, for a missing file or one that is not JSON."""
+    if not path.is_file():
+        raise ValueError(missing_file(path))
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); copy or export it again.") from error
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def tensor_path(folder: Path, name: str) -> Path:
+    component = COMPONENTS[name]
+    return Path(folder) / component.folder / f"{component.stem}.safetensors"
+
+
+def read_config(folder: Path, name: str):
+    """The frozen config dataclass of component `name` ("dit", "vae" or "text")."""
+    component = COMPONENTS[name]
+    return component.config.from_dict(
+        read_json(Path(folder) / component.folder / "config.json")
+    )
+
+
+def abstract_params(name: str, config):
+    """(graphdef, parameter shapes) of a component, without allocating."""
+    module = nnx.eval_shape(lambda: COMPONENTS[name].module(config, rngs=nnx.Rngs(0)))
+    return nnx.split(module, nnx.Param)
+
+
+def load_component(folder: Path, name: str):
+    """(config, graphdef, params) of component `name` of an inference folder.
+
+    Raises:
+      ValueError: naming the missing or damaged file and tensor.
+    """
+    component = COMPONENTS[name]
+    config = read_config(folder, name)
+    graphdef, abstract = abstract_params(name, config)
+    file = TensorFile(tensor_path(folder, name))
+    params = names.load(
+        abstract,
+        component.entries(config),
+        keys=file.shapes,
+        read=file.read,
+        source=str(file.path),
+        optional=component.optional,
+    )
+    return config, graphdef, params
+
+
+def save_component(folder: Path, name: str, config, params, *, dtype: str = "float32") -> None:
+    """Writes config.json and the tensors of one component."""
+    component = COMPONENTS[name]
+    target = Path(folder) / component.folder
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / "config.json", config.to_dict())
+    tensors = names.export(jax.device_get(params), component.entries(config))
+    write_tensors(tensor_path(folder, name), tensors, dtype=dtype)
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """First 16 hexadecimal digits of the SHA-256 over all tensor files present."""
+    paths = [tensor_path(folder, name) for name in COMPONENTS]
+    return hash_files([path for path in paths if path.is_file()])[:16]
+
+
+def read_sampling(folder: Path) -> SamplingDefaults:
+    path = Path(folder) / "sampling.json"
+    return SamplingDefaults(**read_json(path)) if path.is_file() else SamplingDefaults()

@@ -1,0 +1,84 @@
+"""Reads and writes safetensors files, with a checksum per tensor in the file's own header."""
+
+import difflib
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+_CHECKSUMS = "crc32"
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+class TensorFile:
+    """A safetensors file opened for reading one tensor at a time.
+
+    Raises:
+      ValueError: the file is missing or damaged; `read` raises it for a damaged tensor.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(missing_file(self.path))
+        try:
+            self._file = safe_open(self.path, framework="np")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.path}: damaged safetensors file ({error}); copy or export it again."
+            ) from error
+        metadata = self._file.metadata() or {}
+        self._checksums = json.loads(metadata.get(_CHECKSUMS, "{}"))
+        keys = self._file.keys()
+        self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in keys}
+
+    def read(self, key: str) -> np.ndarray:
+        value = self._file.get_tensor(key)
+        expected = self._checksums.get(key)
+        if expected is not None and zlib.crc32(value.tobytes()) != expected:
+            raise ValueError(
+                f"{self.path}: tensor {key!r} is damaged (its checksum differs); "
+                "copy or export the file again."
+            )
+        return value
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, dtype: str = "float32") -> None:
+    """Writes `tensors` as `dtype`, atomically."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    # A transposed view would be written in the wrong order without an error.
+    tensors = {k: np.ascontiguousarray(v, dtype=DTYPES[dtype]) for k, v in tensors.items()}
+    checksums = {key: zlib.crc32(value.tobytes()) for key, value in tensors.items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(tensors, temporary, {"format": "pt", _CHECKSUMS: json.dumps(checksums)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def missing_file(path: Path) -> str:
+    """One line that names a missing file and the nearest thing that is there."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f"{path}: no such file, and no folder {parent}; check --checkpoint."
+    near = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir()], n=1)
+    hint = f" did you mean {near[0]}?" if near else " the folder is not a complete checkpoint."
+    return f"{path}: no such file;{hint}"
+
+
+def hash_files(paths: list[Path]) -> str:
+    """Hexadecimal SHA-256 over the contents of `paths`, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Training: `loop.train(config, workdir)` runs either stage."""

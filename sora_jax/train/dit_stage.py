@@ -1,0 +1,125 @@
+"""Second stage: the diffusion transformer and the text encoder learn to denoise latents."""
+
+import itertools
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sora_jax.convert import folder
+from sora_jax.diffusion import objective, times
+from sora_jax.dit.flops import flops as dit_flops
+from sora_jax.dit.model import DiT, DiTConfig
+from sora_jax.text.t5 import T5Config, T5Encoder
+from sora_jax.text.tokenizer import ByteTokenizer
+from sora_jax.train.vae_stage import to_float
+
+# Edges of the buckets of t that the loss is logged by: shape and motion are decided in the middle.
+T_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class DiTStage:
+    """Builds DiT, text encoder and the frozen VAE from a config."""
+
+    name = "dit"
+    components = ("dit", "text")
+
+    def __init__(self, config):
+        if not config.vae_checkpoint:
+            raise ValueError(
+                "config.vae_checkpoint is empty; set it to an inference folder that holds a VAE."
+            )
+        vae_config, self.vae_graphdef, vae_params = folder.load_component(
+            Path(config.vae_checkpoint), "vae"
+        )
+        self.vae_config = vae_config
+        fields = config.dit.to_dict()
+        self.text_config = T5Config(**config.text.to_dict())
+        self.dit_config = DiTConfig(
+            **fields,
+            in_channels=vae_config.z_dim,
+            out_channels=vae_config.z_dim,
+            text_dim=self.text_config.width,
+        )
+        self.time_config = times.TimeConfig(
+            kind=config.diffusion.kind, mean=config.diffusion.mean, std=config.diffusion.std
+        )
+        self.shift = float(config.diffusion.shift)
+        self.text_dropout = float(config.diffusion.text_dropout)
+        self.text_tokens = int(config.text_tokens)
+        self.tokenizer = ByteTokenizer()
+        self.frozen = {"vae": vae_params}
+        self.dit_graphdef = self._graphdef(DiT, self.dit_config)
+        self.text_graphdef = self._graphdef(T5Encoder, self.text_config)
+        empty, mask = self.tokenizer.batch([""], length=self.text_tokens)
+        self.empty_ids, self.empty_mask = jnp.asarray(empty), jnp.asarray(mask)
+
+    @staticmethod
+    def _graphdef(module, config):
+        abstract = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))
+        return nnx.split(abstract, nnx.Param)[0]
+
+    def init(self, key: jax.Array):
+        dit_key, text_key = jax.random.split(key)
+        dit = DiT(self.dit_config, rngs=nnx.Rngs(dit_key))
+        text = T5Encoder(self.text_config, rngs=nnx.Rngs(text_key))
+        return {"dit": nnx.split(dit, nnx.Param)[1], "text": nnx.split(text, nnx.Param)[1]}
+
+    def prepare(self, record: dict) -> dict:
+        """Per-record numpy work in the loader: token ids and mask beside the pixels or latents."""
+        ids, mask = self.tokenizer.batch(
+            [record["caption"]], length=self.text_tokens, max_length=self.text_tokens
+        )
+        pixels = {name: record[name] for name in ("video", "latents") if name in record}
+        return pixels | {"ids": ids[0], "mask": mask[0]}
+
+    def latents(self, frozen, batch):
+        """Cached latents, or those of the batch's pixels."""
+        if "latents" in batch:
+            return batch["latents"].astype(jnp.float32)
+        vae = nnx.merge(self.vae_graphdef, frozen["vae"])
+        return jax.lax.stop_gradient(vae.encode(to_float(batch["video"])))
+
+    def velocity(self, params, text_emb, text_mask):
+        """Velocity function of (x_t, t) for given text."""
+        dit = nnx.merge(self.dit_graphdef, params["dit"])
+        return lambda x_t, t: dit(x_t, t, text_emb, text_mask=text_mask)
+
+    def loss(self, params, frozen, batch, key):
+        """Rectified-flow loss with text dropout, and the loss by bucket of t."""
+        t_key, noise_key, drop_key = jax.random.split(key, 3)
+        x0 = self.latents(frozen, batch)
+        b = x0.shape[0]
+        drop = jax.random.bernoulli(drop_key, self.text_dropout, (b, 1))
+        ids = jnp.where(drop, self.empty_ids, batch["ids"])
+        mask = jnp.where(drop, self.empty_mask, batch["mask"])
+        text = nnx.merge(self.text_graphdef, params["text"])
+        text_emb = text(ids, mask)
+        t = times.sample_t(t_key, (b,), config=self.time_config, shift=self.shift)
+        noise = jax.random.normal(noise_key, x0.shape)
+        loss = objective.flow_matching_loss(
+            self.velocity(params, text_emb, mask), x0, noise=noise, t=t
+        )
+        metrics = {}
+        for lo, hi in itertools.pairwise(T_BUCKETS):
+            inside = (t >= lo) & (t < hi)
+            # NaN where the batch has no t in this bucket; the writer averages what there is.
+            metrics[f"loss_by_t/{lo:.2f}"] = jnp.sum(loss * inside) / jnp.sum(inside)
+        return jnp.mean(loss), metrics
+
+    def flops(self, batch) -> float:
+        """Floating-point operations of one training step on `batch`: three times the forward."""
+        latents = batch.get("latents")
+        if latents is None:
+            b, F, H, W, _ = batch["video"].shape
+            s = self.vae_config
+            f = (F - 1) // s.scale_factor_temporal + 1
+            size = (f, H // s.scale_factor_spatial, W // s.scale_factor_spatial)
+        else:
+            b, size = latents.shape[0], latents.shape[1:4]
+        patch = self.dit_config.patch_size
+        tokens = math.prod(n // p for n, p in zip(size, patch, strict=True))
+        forward = dit_flops(self.dit_config, tokens=tokens, text_tokens=self.text_tokens)
+        return 3.0 * b * sum(forward.values())

@@ -1,0 +1,128 @@
+"""Metrics to JSONL always, to TensorBoard where its writer is installed; rates, MFU, loss plot."""
+
+import importlib.util
+import json
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sora_jax import video_io
+
+# Dense bfloat16 FLOP/s of one device, from the makers' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak dense bfloat16 FLOP/s of `device`, or None where no data sheet is known (CPUs)."""
+    matches = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+class MetricWriter:
+    """Appends one JSON object a line to `workdir/metrics.jsonl`; process 0 alone writes."""
+
+    def __init__(self, workdir: Path):
+        self._active = jax.process_index() == 0
+        self._path = Path(workdir) / "metrics.jsonl"
+        self._board = None
+        if self._active:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if importlib.util.find_spec("tensorboardX"):
+                from tensorboardX import SummaryWriter
+
+                self._board = SummaryWriter(str(workdir))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if not self._active:
+            return
+        known = {name: float(v) for name, v in values.items() if not math.isnan(v)}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step} | known) + "\n")
+        if self._board is not None:
+            for name, value in known.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+class Rates:
+    """Steps, clips and tokens a second, and model FLOP/s utilisation, between two calls."""
+
+    def __init__(self):
+        self._time, self._step = time.perf_counter(), None
+
+    def update(self, step: int, *, clips: int, flops: float | None) -> dict[str, float]:
+        """Rates since the last call; empty at the first one.
+
+        Args:
+          clips: in one step, over all processes.
+          flops: of one step, or None.
+        """
+        now = time.perf_counter()
+        elapsed, steps = now - self._time, step - (step if self._step is None else self._step)
+        self._time, self._step = now, step
+        if steps == 0:
+            return {}
+        rates = {
+            "perf/steps_per_second": steps / elapsed,
+            "perf/clips_per_second": clips * steps / elapsed,
+        }
+        if flops is not None:
+            rates["perf/tflops_per_second"] = flops * steps / elapsed / 1e12
+            peak = peak_flops(jax.devices()[0])
+            if peak is not None:
+                rates["perf/mfu"] = flops * steps / elapsed / (peak * jax.device_count())
+        return rates
+
+
+def read_metrics(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a metrics.jsonl as (k, 2) arrays of step and value."""
+    columns: dict[str, list[tuple[int, float]]] = {}
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            if name != "step":
+                columns.setdefault(name, []).append((row["step"], value))
+    return {name: np.array(rows) for name, rows in columns.items()}
+
+
+def plot_losses(metrics: Path, out: Path) -> None:
+    """Draws train/loss (smoothed) and, where logged, the loss by bucket of t to a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = read_metrics(metrics)
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axes = figure.add_subplot()
+    names = [n for n in columns if n == "train/loss" or n.startswith("loss_by_t/")]
+    for name in names:
+        step, value = columns[name].T
+        window = max(1, len(value) // 50)
+        kernel = np.ones(window) / window
+        smooth = np.convolve(value, kernel, mode="valid")
+        label = "mean" if name == "train/loss" else f"t from {name.split('/')[1]}"
+        axes.plot(step[window - 1 :], smooth, label=label, lw=2 if name == "train/loss" else 1)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    FigureCanvasAgg(figure).draw()
+    image = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    video_io.save_image(out, np.ascontiguousarray(image))

@@ -1,0 +1,75 @@
+"""The optax chain, its schedule and the weight-decay mask; knows no model."""
+
+import dataclasses
+
+import jax
+import optax
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warmup, cosine decay and clipping; see configs/base.py for units.
+
+    Raises:
+      ValueError: for a rate, decay or count out of range.
+    """
+
+    peak_lr: float
+    warmup_steps: int
+    final_lr: float
+    b1: float
+    b2: float
+    weight_decay: float
+    grad_clip: float
+    accumulate: int
+    ema_decay: float
+
+    def __post_init__(self):
+        if self.peak_lr <= 0:
+            raise ValueError(f"optim.peak_lr {self.peak_lr} must be positive, for example 1e-3.")
+        if self.accumulate < 1:
+            raise ValueError(f"optim.accumulate {self.accumulate} must be at least 1.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"optim.ema_decay {self.ema_decay} must be in [0, 1).")
+
+
+def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Linear warmup to `peak_lr`, then cosine to `final_lr * peak_lr` at `num_steps`."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.peak_lr,
+        warmup_steps=min(config.warmup_steps, num_steps - 1),
+        decay_steps=num_steps,
+        end_value=config.final_lr * config.peak_lr,
+    )
+
+
+def decays(params):
+    """True for matrices and kernels, False for norms, biases and tables of modulation.
+
+    Judged by the declared logical axes, because scanned layers stack their biases into matrices.
+    """
+    return jax.tree.map(
+        lambda leaf: leaf.replace(_is_kernel(leaf)),
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+
+
+def _is_kernel(leaf: nnx.Variable) -> bool:
+    axes = [axis for axis in leaf.get_metadata()["axes"] if axis is not None]
+    return len(axes) >= 2 and "vocab" not in axes and "buckets" not in axes
+
+
+def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.adamw(
+            schedule(config, num_steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=decays,
+        ),
+    )

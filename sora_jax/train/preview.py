@@ -1,0 +1,67 @@
+"""What a training run shows of itself: generated or reconstructed clips as MP4 and PNG."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sora_jax import video_io
+from sora_jax.diffusion import guidance, sampler, times
+from sora_jax.generate import to_bytes
+
+COLUMNS = 9  # frames shown of each clip on the sheet
+
+
+def write(stage, config, params, frozen, batch, workdir: Path, *, step: int) -> None:
+    """Writes `workdir/samples/<step>.mp4` and `.png` from the averaged weights `params`."""
+    if stage.name == "vae":
+        clips, labels = reconstructions(stage, params, batch)
+    else:
+        labels = list(config.sample.prompts)
+        clips = generations(stage, config, params, frozen, batch, labels)
+    if jax.process_index() != 0:
+        return
+    folder = Path(workdir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    base = folder / f"{step:07d}"
+    sheet = video_io.contact_sheet(clips, columns=COLUMNS, labels=labels)
+    video_io.save_image(base.with_suffix(".png"), sheet)
+    video_io.write_video(
+        base.with_suffix(".mp4"), video_io.tile_videos(clips), fps=config.data.fps
+    )
+
+
+def reconstructions(stage, params, batch) -> tuple[list[np.ndarray], list[str]]:
+    """Pairs of original and reconstruction for up to four clips of the batch."""
+    video = batch["video"][:4]
+    recon, _ = jax.jit(stage.reconstruct)(params, video)
+    clips, labels = [], []
+    for original, shown in zip(np.asarray(video), to_bytes(recon), strict=True):
+        clips += [original, shown]
+        labels += ["original", "reconstruction"]
+    return clips, labels
+
+
+def generations(stage, config, params, frozen, batch, prompts: list[str]) -> list[np.ndarray]:
+    """One clip a prompt, with the sampling settings of the config and a fixed seed."""
+    ids, mask = stage.tokenizer.batch(
+        [*prompts, *[""] * len(prompts)], length=stage.text_tokens, max_length=stage.text_tokens
+    )
+    shape = jax.eval_shape(lambda b: stage.latents(frozen, b), batch).shape[1:]
+    table = times.sampling_times(config.sample.steps, shift=config.sample.shift)
+    guide = guidance.GuidanceConfig(scale=config.sample.guidance)
+
+    @jax.jit
+    def run(params, frozen, ids, mask, noise):
+        text = nnx.merge(stage.text_graphdef, params["text"])
+        velocity = stage.velocity(params, text(ids, mask), mask)
+        guided = guidance.guided_velocity(
+            lambda x, t: velocity(x, jnp.full(x.shape[:1], t)), config=guide
+        )
+        latents = sampler.sample(guided, noise, table, solver=config.sample.solver)
+        return nnx.merge(stage.vae_graphdef, frozen["vae"]).decode(latents)
+
+    noise = jax.random.normal(jax.random.key(0), (len(prompts), *shape))
+    return list(to_bytes(run(params, frozen, ids, mask, noise)))

@@ -1,0 +1,59 @@
+"""The pure training step: gradients, update, EMA; no jit, no input or output."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sora_jax.train.optimizer import OptimConfig
+from sora_jax.train.state import TrainState
+
+# (params, frozen, batch, key) -> (scalar loss, metrics)
+LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, config: OptimConfig):
+    """Returns train_step(state, frozen, batch, seed_key) -> (state, metrics).
+
+    The step's randomness is fold_in(seed_key, step), so any step replays alone. With
+    `accumulate` > 1 the batch is cut into micro-batches and their gradients averaged.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradients(params, frozen, batch, key):
+        if config.accumulate == 1:
+            return value_and_grad(params, frozen, batch, key)
+        micro = jax.tree.map(
+            lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), batch
+        )
+        keys = jax.random.split(key, config.accumulate)
+
+        def body(total, inputs):
+            one = value_and_grad(params, frozen, *inputs)
+            return jax.tree.map(jnp.add, total, one), None
+
+        shapes = jax.eval_shape(
+            value_and_grad, params, frozen, jax.tree.map(lambda x: x[0], micro), keys[0]
+        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(body, zeros, (micro, keys))
+        return jax.tree.map(lambda x: x / config.accumulate, total)
+
+    def train_step(state: TrainState, frozen, batch, seed_key: jax.Array):
+        key = jax.random.fold_in(seed_key, state.step)
+        (loss, metrics), grads = gradients(state.params, frozen, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # Early averages would remember the initial weights: let the window grow with the step.
+        decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        metrics = metrics | {
+            "train/loss": loss,
+            "train/grad_norm": optax.global_norm(grads),
+            "train/param_norm": optax.global_norm(params),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
