@@ -189,10 +189,11 @@ def test_model_sees_model_times_while_the_solver_keeps_its_own():
     np.testing.assert_allclose(seen, [-0.5 * 0.8 - 0.5 * 0.4], rtol=1e-6)
 
 
-def test_bfloat16_model_leaves_the_state_in_float32():
+@pytest.mark.parametrize("solver", sampler.SOLVERS)
+def test_bfloat16_model_leaves_the_state_in_float32(solver):
     velocity = lambda x, t: gaussian_velocity(x, t).astype(jnp.bfloat16)  # noqa: E731
     noise = jnp.linspace(-2, 2, 5, dtype=jnp.bfloat16)
-    x0 = sampler.sample(velocity, noise, times.sampling_times(8))
+    x0 = sampler.sample(velocity, noise, times.sampling_times(8), solver=solver)
     assert x0.dtype == jnp.float32
 
 
