@@ -10,7 +10,7 @@ import concurrent.futures
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
@@ -347,11 +347,12 @@ class MixtureSource:
         return f"MixtureSource({self.parts}, counts={self.counts()})"
 
 
-def make_source(config: Mapping[str, Any], *, split: str = "train") -> Source:
+def make_source(config: Any, *, split: str = "train") -> Source:
     """The source that `config.data` describes.
 
     Args:
-      config: the `data` part of a config, with kind, path, width, height, frames, fps and seed.
+      config: the `data` part of a config, or a dict, with kind, path, width, height, frames, fps
+        and seed.
       split: "train", or another split of a Paperworld or TFDS set; a folder has only "train".
 
     Raises:
@@ -388,7 +389,7 @@ def make_source(config: Mapping[str, Any], *, split: str = "train") -> Source:
     raise ValueError(f"unknown data.kind {kind!r}: use one of {', '.join(KINDS)}{hint}")
 
 
-def _checked_shape(source: TfdsSource, config: Mapping[str, Any]) -> TfdsSource:
+def _checked_shape(source: TfdsSource, config: Any) -> TfdsSource:
     have = source[0]["video"].shape
     want = (config["frames"], config["height"], config["width"], 3)
     if have != want:

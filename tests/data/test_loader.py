@@ -1,6 +1,10 @@
 """The order of batches depends on the seed alone, and a position is one number."""
 
 import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -160,6 +164,55 @@ def test_global_arrays_hold_the_batch_sharded_over_the_mesh(shape):
     assert arrays["video"].sharding.spec == sharding.spec("batch")
     rows = arrays["video"].addressable_shards[0].data.shape[0]
     assert rows == 8 // (shape.get("data", 1) * shape["fsdp"])
+
+
+HOST = """
+import sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from sora_jax import sharding
+from sora_jax.data.loader import make_loader, to_global
+
+class Source:
+    def __len__(self):
+        return 24
+    def __getitem__(self, index):
+        return {"index": index}
+
+first, second, third, fourth = jax.devices()
+mesh = sharding.make_mesh(devices=[first, third, second, fourth])  # hosts take turns
+loader = make_loader(Source(), batch_size=8, seed=0, shuffle=False, mesh=mesh)
+for n in range(2):
+    batch = next(loader)
+    print("rows", batch["index"].tolist())
+    array = to_global(batch, mesh)["index"]
+    whole = jax.jit(lambda x: x + 0, out_shardings=sharding.named(mesh))(array)
+    assert np.asarray(whole).tolist() == list(range(8 * n, 8 * n + 8)), whole
+"""
+
+
+def test_two_hosts_whose_devices_alternate_read_each_their_rows():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, address, str(i)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        for i in range(2)
+    ]
+    outputs = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    rows = [[line for line in out.split("\n") if line.startswith("rows")] for out, _ in outputs]
+    assert rows == [
+        ["rows [0, 1, 4, 5]", "rows [8, 9, 12, 13]"],
+        ["rows [2, 3, 6, 7]", "rows [10, 11, 14, 15]"],
+    ]
 
 
 def test_batches_that_do_not_divide_are_refused():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from sora_jax import video_io
@@ -158,7 +159,7 @@ def test_mixture_keeps_its_shares_and_goes_round_every_part():
 
 def data_config(**changes):
     base = {"kind": "paperworld", "path": "", "width": 64, "height": 32}
-    return base | {"frames": 5, "fps": 8.0, "seed": 3} | changes
+    return ConfigDict(base | {"frames": 5, "fps": 8.0, "seed": 3} | changes)
 
 
 def test_make_source_reads_a_config(real_folder):
