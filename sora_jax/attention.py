@@ -149,7 +149,7 @@ def _reference(q, k, v, mask, kv_bias):
 
 
 def _xla(q, k, v, mask, kv_bias, *, dtype):
-    # Heads before tokens, as a batch: XLA's CPU back end has no bfloat16 product otherwise.
+    # Heads before tokens, so that gradients too are plain batched matrix products.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     logits = layers.contract("bkne,bkse->bkns", q, k, dtype) * q.shape[-1] ** -0.5
     out = layers.contract("bkns,bkse->bkne", _probabilities(logits, mask, kv_bias), v, dtype)
@@ -157,14 +157,26 @@ def _xla(q, k, v, mask, kv_bias, *, dtype):
 
 
 def _cudnn(q, k, v, q_segment_ids, kv_segment_ids, *, dtype):
-    out = jax.nn.dot_product_attention(
-        q.astype(dtype),
-        k.astype(dtype),
-        v.astype(dtype),
-        mask=_mask(q_segment_ids, kv_segment_ids),
-        implementation="cudnn",
-    )
-    return out.astype(jnp.float32)
+    length = q.shape[1]
+    q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+    if q_segment_ids is not None:
+        # With a mask, cuDNN's backward pass wants even lengths.
+        q, q_segment_ids = _fill(q, q_segment_ids, multiple=2)
+        k, _ = _fill(k, kv_segment_ids, multiple=2)
+        v, kv_segment_ids = _fill(v, kv_segment_ids, multiple=2)
+    mask = _mask(q_segment_ids, kv_segment_ids)
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    return out[:, :length].astype(jnp.float32)
+
+
+def _fill(x, segment_ids, *, multiple):
+    """Appends tokens of a segment of their own, up to a multiple of `multiple`."""
+    fill = -x.shape[1] % multiple
+    x = jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0)))
+    if segment_ids is None:
+        return x, None
+    ids = segment_ids.astype(jnp.int32)
+    return x, jnp.pad(ids, ((0, 0), (0, fill)), constant_values=_FILL_SEGMENT)
 
 
 def _splash(q, k, v, q_segment_ids, kv_segment_ids, *, dtype, interpret):
@@ -197,19 +209,13 @@ def _splash_shard(q, k, v, q_segment_ids=None, kv_segment_ids=None, *, interpret
     batch, q_len, heads, _ = q.shape
     kv_len = k.shape[1]
     q_block, kv_block = _block(q_len), _block(kv_len)
-    q_fill, kv_fill = -q_len % q_block, -kv_len % kv_block
-    if q_segment_ids is None and (q_fill or kv_fill):
+    if q_segment_ids is None and (q_len % q_block or kv_len % kv_block):
         q_segment_ids = jnp.zeros((batch, q_len), jnp.int32)
         kv_segment_ids = jnp.zeros((batch, kv_len), jnp.int32)
-    ids = None
-    if q_segment_ids is not None:
-        fill = functools.partial(jnp.pad, constant_values=_FILL_SEGMENT)
-        ids = splash.SegmentIds(
-            q=fill(q_segment_ids.astype(jnp.int32), ((0, 0), (0, q_fill))),
-            kv=fill(kv_segment_ids.astype(jnp.int32), ((0, 0), (0, kv_fill))),
-        )
-    q = jnp.pad(q, ((0, 0), (0, q_fill), (0, 0), (0, 0)))
-    k, v = (jnp.pad(x, ((0, 0), (0, kv_fill), (0, 0), (0, 0))) for x in (k, v))
+    q, q_segment_ids = _fill(q, q_segment_ids, multiple=q_block)
+    k, _ = _fill(k, kv_segment_ids, multiple=kv_block)
+    v, kv_segment_ids = _fill(v, kv_segment_ids, multiple=kv_block)
+    ids = None if q_segment_ids is None else splash.SegmentIds(q_segment_ids, kv_segment_ids)
     mask = masks.MultiHeadMask([masks.FullMask((q.shape[1], k.shape[1]))] * heads)
     kernel = splash.make_splash_mha(
         mask,
