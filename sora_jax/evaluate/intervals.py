@@ -1,0 +1,38 @@
+"""How far a measured rate can be trusted."""
+
+import math
+import statistics
+from typing import NamedTuple
+
+Z_95 = statistics.NormalDist().inv_cdf(0.975)
+
+
+class Interval(NamedTuple):
+    """Both ends belong to it; within [0, 1]."""
+
+    low: float
+    high: float
+
+
+def wilson(right: int, total: int, *, z: float | int = Z_95) -> Interval:
+    """Score interval of a binomial rate (Wilson 1927, J. Am. Stat. Assoc. 22:209; no correction).
+
+    The rates p for which the observed right / total lies within z standard errors sqrt(p(1-p)/n)
+    of p. Unlike the textbook interval around right / total it is no point at 0 and 1, where a
+    good model ends up, and it never leaves [0, 1].
+
+    Args:
+      z: standard normal quantile; the default gives 95 %.
+
+    Raises:
+      ValueError: unless 0 <= right <= total and total >= 1.
+    """
+    if total < 1 or not 0 <= right <= total:
+        raise ValueError(f"{right} right of {total}; give 0 <= right <= total and total >= 1.")
+    rate, spread = right / total, z * z / total
+    centre = (rate + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (rate * (1 - rate) + spread / 4)) / (1 + spread)
+    # Rounding may leave the ends a hair beside 0 and 1, where they belong exactly.
+    low = 0.0 if right == 0 else max(0.0, centre - half)
+    high = 1.0 if right == total else min(1.0, centre + half)
+    return Interval(low, high)

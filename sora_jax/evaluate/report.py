@@ -1,0 +1,109 @@
+"""What is left of an evaluation: a JSON file, contact sheets beside it, and a printed table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from sora_jax import video_io
+from sora_jax.evaluate import scores
+
+FIRST = 16  # videos on the sheet
+MOST_FAILURES = 16  # videos of each split on the sheet of failures
+COLUMNS = 9  # frames shown of each: every second of 17
+
+
+class Gallery:
+    """Keeps the few videos of an evaluation that are shown; `add` is its `on_video`."""
+
+    def __init__(self) -> None:
+        self.first: list[tuple[str, np.ndarray]] = []
+        self.failures: dict[str, list[tuple[str, np.ndarray]]] = {}
+
+    def add(self, split: str, record: dict[str, Any], frames: UInt8[np.ndarray, "F H W 3"]) -> None:
+        """Keeps one of the first videos, or one with a wrong attribute; forgets the others."""
+        if len(self.first) < FIRST:
+            self.first.append((record["prompt"], frames))
+        failures = self.failures.setdefault(split, [])
+        wrong = wrong_words(record)
+        if wrong and len(failures) < MOST_FAILURES:
+            failures.append((f"{split}: {record['prompt']} ({wrong})", frames))
+
+
+def wrong_words(record: dict[str, Any]) -> str:
+    """What was asked and what was read instead: "red -> orange, rolls left -> flies left"."""
+    return ", ".join(
+        f"{record['asked'][name]} -> {record['read'][name]}"
+        for name in scores.ATTRIBUTES
+        if not record["right"][name]
+    )
+
+
+def sheet_paths(out: Path) -> tuple[Path, Path]:
+    """Where the sheets of the first videos and of the failures lie: beside `out`."""
+    return out.with_suffix(".png"), out.with_name(f"{out.stem}_failures.png")
+
+
+def write(result: dict[str, Any], out: Path, *, gallery: Gallery) -> list[Path]:
+    """Writes the sheets, then `out`, each by an atomic rename; returns the paths written.
+
+    Where nothing failed there is no sheet of failures, and one of an earlier run is removed.
+    """
+    failures = [item for items in gallery.failures.values() for item in items]
+    written = []
+    for path, items in zip(sheet_paths(out), (gallery.first, failures), strict=True):
+        if not items:
+            path.unlink(missing_ok=True)
+            continue
+        labels, clips = zip(*items, strict=True)
+        sheet = video_io.contact_sheet(clips, columns=COLUMNS, labels=labels)
+        written.append(video_io.save_image(path, sheet))
+    with video_io.atomic_path(out) as temporary:
+        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return [*written, out]
+
+
+def table(result: dict[str, Any]):
+    """A `rich` table: each attribute's rate and interval by split, its ceiling and its target."""
+    from rich.table import Table
+
+    splits = ("heldout", "seen")
+    shown = Table(title=f"{result['suite']}: {result.get('checkpoint', 'checkpoint')}")
+    shown.add_column("attribute")
+    for split in splits:
+        for heading in (f"{split} (95 % interval)", "oracle's ceiling", "target"):
+            shown.add_column(heading, justify="right")
+    for name in (*scores.ATTRIBUTES, "all", *scores.EXTRAS):
+        row = [name]
+        for split in splits:
+            section, target = result[split], result["targets"].get(f"{split}/{name}")
+            row += [_rate(section["attributes"][name])]
+            row += [f"{section['ceiling']['attributes'][name]['rate']:.3f}", _target(target)]
+        shown.add_row(*row)
+    vae = result["vae"]
+    shown.caption = (
+        f"VAE: {vae['psnr_mean']:.2f} dB {_target(result['targets']['vae/psnr'])}, all four read "
+        f"right in {vae['attributes']['all']['rate']:.3f} of reconstructions; "
+        f"{result['heldout']['seconds_per_video']:.2f} s a video on {result['device']}"
+    )
+    return shown
+
+
+def print_table(result: dict[str, Any], console=None) -> None:
+    """Prints `table`, by default to standard output."""
+    from rich.console import Console
+
+    (console or Console()).print(table(result))
+
+
+def _rate(score: dict[str, Any]) -> str:
+    low, high = score["interval"]
+    return f"{score['rate']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _target(target: dict[str, Any] | None) -> str:
+    if target is None:
+        return ""
+    return f"{'>=' if target['passed'] else 'below'} {target['target']:g}"

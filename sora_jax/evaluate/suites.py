@@ -1,0 +1,58 @@
+"""The suites that `sora-jax eval` knows, by name."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Suite(NamedTuple):
+    """A suite; `run(pipeline, out, **options)` scores, writes `out` and returns what it wrote."""
+
+    summary: str
+    run: Callable[..., dict[str, Any]]
+
+
+def _paperworld(pipeline, out: Path, **options) -> dict[str, Any]:
+    from sora_jax.evaluate import report
+    from sora_jax.evaluate.paperworld import evaluate
+
+    gallery = report.Gallery()
+    result = evaluate(pipeline, on_video=gallery.add, **options)
+    report.write(result, out, gallery=gallery)
+    return result
+
+
+SUITES = {
+    "paperworld": Suite(
+        "colour, shape, place and verb of generated videos, read back by the oracle", _paperworld
+    ),
+}
+
+
+def find_suite(name: str) -> Suite:
+    """The suite called `name`.
+
+    Raises:
+      ValueError: there is none; names the nearest.
+    """
+    if name not in SUITES:
+        near = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(SUITES)}."
+        raise ValueError(f"unknown suite {name!r}; {hint}")
+    return SUITES[name]
+
+
+def run_suite(name: str, pipeline, out: str | Path, **options) -> dict[str, Any]:
+    """Scores `pipeline` by the suite `name`; writes `out` (.json) and contact sheets beside it.
+
+    Args:
+      options: those of the suite, such as `prompts` of `evaluate.paperworld.evaluate`.
+
+    Raises:
+      ValueError: an unknown suite or an unwritable `out`, before any work; or a bad option.
+    """
+    from sora_jax import video_io
+
+    suite = find_suite(name)
+    return suite.run(pipeline, video_io.check_output_path(out, allowed=(".json",)), **options)

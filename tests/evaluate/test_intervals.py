@@ -1,0 +1,41 @@
+"""Wilson's interval against published values and its own definition."""
+
+import math
+
+import pytest
+
+from sora_jax.evaluate.intervals import Z_95, wilson
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    [  # Newcombe 1998, Statistics in Medicine 17:857, Table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_interval_equals_published_values(right, total, low, high):
+    assert wilson(right, total) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("right", "total"), [(3, 10), (243, 256), (255, 256)])
+def test_ends_lie_exactly_z_standard_errors_from_the_observed_rate(right, total):
+    for p in wilson(right, total):
+        assert abs(right / total - p) == pytest.approx(Z_95 * math.sqrt(p * (1 - p) / total))
+
+
+def test_right_and_wrong_mirror_each_other_and_stay_within_the_unit_interval():
+    for right in range(8):
+        low, high = wilson(right, 7)
+        assert 0 <= low < high <= 1
+        assert wilson(7 - right, 7) == pytest.approx((1 - high, 1 - low))
+    assert wilson(7, 7).high == 1 and wilson(0, 7).low == 0
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 0), (3, 2), (-1, 5)])
+def test_impossible_counts_are_refused_in_one_line(right, total):
+    with pytest.raises(ValueError, match="0 <= right <= total") as error:
+        wilson(right, total)
+    assert "\n" not in str(error.value)
