@@ -138,7 +138,8 @@ def _taps(x, kernel, *, stride, padding):
         )
         return y.reshape(frames.shape[0], length, *y.shape[1:])
 
-    return sum(one(tap) for tap in range(taps))
+    # A tap that meets nothing but the padding in front (a single image has two) adds nothing.
+    return sum(one(tap) for tap in range(taps) if (length - 1) * s + tap >= padding[0][0])
 
 
 def _taps_backward(x, kernel, dy, *, stride, padding):
@@ -171,12 +172,22 @@ class Carry:
         return x
 
 
+def inflated_init(key, shape, dtype=jnp.float32):
+    """LeCun normal on the newest time tap, zeros on the earlier ones.
+
+    A fresh VAE then treats a clip as single images, as one inflated from an image VAE does: it can
+    learn from images first, which cost a frame each, and then learn what motion adds.
+    """
+    newest = nnx.initializers.lecun_normal()(key, (1, *shape[1:]), dtype)
+    return jnp.concatenate([jnp.zeros((shape[0] - 1, *shape[1:]), dtype), newest])
+
+
 class CausalConv3d(nnx.Module):
     """3-D convolution that sees no later frame; height and width are padded to "same".
 
     Args:
       size: kernel size (time, height, width), odd in height and width.
-      init: kernel initialiser; LeCun normal unless given.
+      init: kernel initialiser; `inflated_init` unless given.
     """
 
     def __init__(
@@ -190,7 +201,7 @@ class CausalConv3d(nnx.Module):
         init=None,
         dtype: str = "float32",
     ):
-        init = nnx.initializers.lecun_normal() if init is None else init
+        init = inflated_init if init is None else init
         kernel = init(rngs.params(), (*size, in_channels, out_channels), jnp.float32)
         self.kernel = nnx.Param(kernel, axes=(None, None, None, "conv_in", "conv_out"))
         self.bias = nnx.Param(jnp.zeros(out_channels), axes=("bias",))

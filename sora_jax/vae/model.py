@@ -111,6 +111,10 @@ class VideoVAE(nnx.Module):
         options = {"size": (1, 1, 1), "rngs": rngs, "dtype": config.dtype}
         self.encoder = Encoder(config, rngs=rngs)
         self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, **options)
+        # Posteriors start narrow: noise as large as the signal would hide it from the decoder,
+        # and thousands of steps would go by before the means outgrow it.
+        start = jnp.concatenate([jnp.zeros(config.z_dim), jnp.full(config.z_dim, -6.0)])
+        self.quant_conv.bias[...] = start
         self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, **options)
         self.decoder = Decoder(config, rngs=rngs)
         self.config = config

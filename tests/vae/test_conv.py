@@ -1,0 +1,81 @@
+"""Both formulations of the convolution, and their gradients, are the same function."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.vae import conv
+
+NONE = (0, 0)
+KERNELS = {
+    "causal": (3, 3, 3),
+    "halve time": (3, 1, 1),
+    "halve space": (1, 3, 3),
+    "pointwise": (1, 1, 1),
+}
+SETTINGS = {
+    "causal": {"stride": (1, 1, 1), "padding": ((2, 0), (1, 1), (1, 1))},
+    "halve time": {"stride": (2, 1, 1), "padding": (NONE, NONE, NONE)},
+    "halve space": {"stride": (1, 2, 2), "padding": (NONE, (0, 1), (0, 1))},
+    "pointwise": {"stride": (1, 1, 1), "padding": (NONE, NONE, NONE)},
+}
+
+
+def operands(kernel, *, frames=5):
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (2, frames, 6, 4, 3))
+    return x, jax.random.normal(keys[1], (*kernel, 3, 5))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("frames", [5, 6])
+def test_formulations_agree(name, frames):
+    settings = SETTINGS[name]
+    x, w = operands(KERNELS[name], frames=frames)
+    single = functools.partial(conv._single, **settings)
+    y, pullback = jax.vjp(single, x, w)
+    dy = jax.random.normal(jax.random.key(1), y.shape)
+    ours, our_pullback = jax.vjp(functools.partial(conv.conv3d, **settings), x, w)
+    np.testing.assert_allclose(ours, y, atol=1e-5)
+    explicit = conv._single_backward(x, w, dy, **settings)
+    for expected, a, b in zip(pullback(dy), our_pullback(dy), explicit, strict=True):
+        np.testing.assert_allclose(a, expected, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(b, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_bfloat16_rounds_operands_only():
+    settings = SETTINGS["causal"]
+    x, w = operands((3, 3, 3))
+    low = [a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w)]
+    expected, pullback = jax.vjp(functools.partial(conv._single, **settings), *low)
+    y, our_pullback = jax.vjp(functools.partial(conv.conv3d, dtype="bfloat16", **settings), x, w)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    dy = jnp.round(jax.random.normal(jax.random.key(1), y.shape) * 8)  # exact in bfloat16
+    for a, b in zip(our_pullback(dy), pullback(dy), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
+
+
+def test_accelerators_get_one_convolution_and_cpu_none_in_3d():
+    x, w = operands((3, 3, 3))
+
+    def loss(x, w):
+        return jnp.sum(conv.conv3d(x, w, dtype="bfloat16", **SETTINGS["causal"]))
+
+    def convolutions(platform):
+        exported = jax.export.export(jax.jit(jax.grad(loss, (0, 1))), platforms=[platform])(x, w)
+        lines = exported.mlir_module().splitlines()
+        return [line for line in lines if "stablehlo.convolution" in line]
+
+    def in_3d(line):
+        return "0, 1, 2" in line
+
+    assert convolutions("cpu") and not any(map(in_3d, convolutions("cpu")))
+    for platform in ("tpu", "cuda"):
+        lines = convolutions(platform)
+        assert len(lines) == 2 and all(map(in_3d, lines))
+        assert all(line.count("bf16>") == 2 and line.count("f32>") == 1 for line in lines)
