@@ -235,6 +235,18 @@ _PLACES: dict[str, Callable[[float, float, float], tuple[RGB, list[Layer]]]] = {
 }
 
 
+OCCLUDER_COLOURS: dict[str, tuple[RGB, RGB]] = {  # body and seams
+    "wall": ((178, 150, 124), (206, 184, 160)),
+    "rock": ((150, 146, 148), (184, 180, 180)),
+}
+
+
+def colours(place: str) -> list[RGB]:
+    """The papers that a place is made of."""
+    sky, layers = _PLACES[place](1.0, 1.0, 0.0)
+    return [sky, *(layer.colour for layer in layers)]
+
+
 def shrink(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Averages a supersampled 8-bit array down to float32 in its own range."""
     return cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
@@ -298,7 +310,6 @@ def occluder(
             )
             for x in xs
         ]
-        base, line = (178, 150, 124), (206, 184, 160)
     else:
         outline = np.array(
             [
@@ -317,7 +328,7 @@ def occluder(
             _rectangle(w / 2 + x, top + y, 0.1, 0.016)
             for x, y in ((-0.2, 0.14), (0.1, 0.22), (-0.1, 0.34))
         ]
-        base, line = (150, 146, 148), (184, 180, 180)
+    base, line = OCCLUDER_COLOURS[kind]
     shape = (height * SUPERSAMPLE, width * SUPERSAMPLE)
     mask, colour = np.zeros(shape, np.uint8), np.empty((*shape, 3), np.uint8)
     for points in body:

@@ -14,7 +14,8 @@ WALL = 0.47  # height of an occluder's top above the lower edge of the view
 SHORTEST_SHOT = 8  # frames; below that a verb cannot be told
 _CALM_VERBS = ("falls", "bounces", "spins", "stays")  # those that go with a moving camera
 _ACTION = 2.0  # seconds a verb takes: 17 frames at 8 per second
-_SHORTEST_ACTION = 1.5  # seconds; a shorter shot shows the beginning of its verb
+_SHORTEST_ACTION = 1.25  # seconds; a shorter shot shows the beginning of its verb
+_RETURN = 1.6  # seconds of the action after which a hidden subject is back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +162,17 @@ def _evaluation_cast(colour: str, shape: str, *, verb: str, index: int, turn: in
     )
 
 
+def _rate(frames: int, fps: float) -> float:
+    """Action seconds per second of film: a verb fills its shot, but never hurries too much."""
+    return _ACTION / max((frames - 1) / fps, _SHORTEST_ACTION)
+
+
+def _verbs_for(frames: int, fps: float) -> tuple[str, ...]:
+    """Verbs that a shot can show: without "hides" where it would end before the return."""
+    whole = (frames - 1) / fps * _rate(frames, fps) >= _RETURN - 1e-9
+    return tuple(v for v in vocab.SOLO_VERBS if whole or v != "hides")
+
+
 def _place_actor(
     rng: np.random.Generator, cast: _Cast, *, world: tuple[float, float], size: str
 ) -> Actor:
@@ -220,7 +232,6 @@ def _shot(
     frames: int,
     hide: str | None = None,
 ) -> Shot:
-    seconds = (frames - 1) / settings.fps
     return Shot(
         place=place,
         actors=actors,
@@ -228,13 +239,13 @@ def _shot(
         occluder=hide,
         layout=_uniform(rng, 0.0, 1.0),
         begin=_uniform(rng, 0.2, 0.8) * _ACTION if frames == 1 else 0.0,
-        rate=_ACTION / max(seconds, _SHORTEST_ACTION),
+        rate=_rate(frames, float(settings.fps)),
     )
 
 
 def _with_camera(rng: np.random.Generator, shot: Shot) -> Shot:
     motion = _choice(rng, vocab.CAMERAS[1:])
-    amount = _uniform(rng, 0.2, 0.28) if motion.startswith("pan") else _uniform(rng, 1.3, 1.45)
+    amount = _uniform(rng, 0.18, 0.25) if motion.startswith("pan") else _uniform(rng, 1.3, 1.45)
     return dataclasses.replace(shot, camera=Camera(motion, amount))
 
 
@@ -268,8 +279,9 @@ def _several_shots(
 ) -> tuple[Shot, ...]:
     """The same subject in `count` places, with a new verb in each."""
     size = _choice(rng, vocab.SIZES)
-    first = _train_cast(rng, vocab.SOLO_VERBS)
-    verbs = [v for v in vocab.SOLO_VERBS if first.shape in _shapes_for(v) and v != first.verb]
+    known = _verbs_for(settings.frames // count, float(settings.fps))
+    first = _train_cast(rng, known)
+    verbs = [v for v in known if first.shape in _shapes_for(v) and v != first.verb]
     verbs = [first.verb, *rng.permutation(verbs)[: count - 1]]
     places = [str(p) for p in rng.permutation([p for p in vocab.PLACES if p != first.place])]
     places = [first.place, *places][:count]
@@ -290,16 +302,18 @@ def _train_shots(rng: np.random.Generator, settings: PaperworldSettings) -> tupl
         return _several_shots(rng, settings, int(rng.integers(2, most_shots + 1)))
     kind -= settings.multi_shot
     if 0 <= kind < settings.collisions + settings.companions:
-        collide = kind < settings.collisions
+        shown = frames == 1 or "hides" in _verbs_for(frames, float(settings.fps))
+        collide = kind < settings.collisions and shown  # else the impact might come too late
         return (_pair_shot(rng, settings, collide=collide, frames=frames),)
-    hides = rng.random() < settings.occlusion and frames > 1  # a hidden subject has no image
-    verbs = ("hides",) if hides else tuple(v for v in vocab.SOLO_VERBS if v != "hides")
+    known = _verbs_for(frames, float(settings.fps))
+    hides = rng.random() < settings.occlusion and "hides" in known
+    verbs = ("hides",) if hides else tuple(v for v in known if v != "hides")
     cast = _train_cast(rng, verbs)
     size = _choice(rng, vocab.SIZES)
     shot = _single_shot(rng, cast, settings=settings, frames=frames, size=size)
     # Calm verbs are half of the solo verbs: doubling keeps the share of all clips.
     moving = cast.verb in _CALM_VERBS and rng.random() < min(1.0, 2 * settings.moving_camera)
-    if moving and frames > 1:
+    if moving and "hides" in known:  # a pan in a short shot could pass for a slide
         shot = _with_camera(rng, shot)
     return (shot,)
 
