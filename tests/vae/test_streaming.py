@@ -37,23 +37,21 @@ def random_latents(*, frames, batch=1):
 
 
 @both
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_chunked_encode_equals_whole(random_vae, kind, chunk):
+def test_chunked_encode_equals_whole(random_vae, kind):
     vae = random_vae(CONFIGS[kind])
-    video = random_video(vae.config, frames=21, batch=2)
+    video = random_video(vae.config, frames=21, batch=2)  # 1, 2, 2 and 1 latent frames
     whole = jax.jit(lambda vae, x: vae.encode_moments(x))(vae, video)
-    chunked = jax.jit(lambda vae, x: encode_chunked(vae, x, chunk=chunk))(vae, video)
+    chunked = jax.jit(lambda vae, x: encode_chunked(vae, x, chunk=2))(vae, video)
     np.testing.assert_allclose(chunked.mean, whole.mean, atol=1e-5)
     np.testing.assert_allclose(chunked.logvar, whole.logvar, atol=1e-5)
 
 
 @both
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_chunked_decode_equals_whole(random_vae, kind, chunk):
+def test_chunked_decode_equals_whole(random_vae, kind):
     vae = random_vae(CONFIGS[kind])
     latents = random_latents(frames=6, batch=2)
     whole = jax.jit(lambda vae, z: vae.decode(z))(vae, latents)
-    chunked = jax.jit(lambda vae, z: decode_chunked(vae, z, chunk=chunk))(vae, latents)
+    chunked = jax.jit(lambda vae, z: decode_chunked(vae, z, chunk=2))(vae, latents)
     assert float(jnp.std(whole)) > 0.1
     np.testing.assert_allclose(chunked, whole, atol=1e-5)
 
