@@ -268,7 +268,12 @@ class Pipeline:
         video = self._decode(self.vae.params, state.x)
         clock.stop("decode", video)
         return [
-            Video(frames=frames, fps=request.fps, metadata=self.metadata(request))
+            Video(
+                frames=frames,
+                fps=request.fps,
+                # Another batch size may round differently: it belongs to what made the video.
+                metadata=self.metadata(request) | {"batch_size": len(requests)},
+            )
             for frames, request in zip(to_bytes(video), requests, strict=True)
         ]
 
@@ -278,15 +283,19 @@ class Pipeline:
         ids, mask = self.tokenizer.batch([*prompts, *negative], max_length=limit)
         return self._encode(self.text.params, ids, mask), jnp.asarray(mask)
 
-    def noise(self, requests: Sequence[Request]) -> Float[Array, "b f h w c"]:
-        """Standard normal latents, one key a request."""
-        config, first = self.vae.config, requests[0]
-        shape = (
-            (first.frames - 1) // config.scale_factor_temporal + 1,
-            first.height // config.scale_factor_spatial,
-            first.width // config.scale_factor_spatial,
+    def latent_shape(self, request: Request) -> tuple[int, int, int, int]:
+        """(f, h, w, c) of the request's latents."""
+        config = self.vae.config
+        return (
+            (request.frames - 1) // config.scale_factor_temporal + 1,
+            request.height // config.scale_factor_spatial,
+            request.width // config.scale_factor_spatial,
             config.z_dim,
         )
+
+    def noise(self, requests: Sequence[Request]) -> Float[Array, "b f h w c"]:
+        """Standard normal latents, one key a request."""
+        shape = self.latent_shape(requests[0])
         return jnp.stack([jax.random.normal(jax.random.key(r.seed), shape) for r in requests])
 
     def _make_step(self, steps: int, shift: float, solver: str, guidance: float):

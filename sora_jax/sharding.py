@@ -150,6 +150,8 @@ def tree_shardings(tree, mesh: Mesh):
     def one(path, leaf):
         if isinstance(leaf, nnx.Variable):
             value = leaf.get_raw_value() if hasattr(leaf, "get_raw_value") else leaf.value
+            if not jax.tree.leaves(value):  # optax masks what another transform updates
+                return leaf
             axes = leaf.get_metadata().get("axes")
             if axes is None:
                 raise ValueError(f"parameter {jax.tree_util.keystr(path)} declares no axes.")

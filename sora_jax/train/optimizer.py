@@ -5,16 +5,23 @@ import dataclasses
 import jax
 import optax
 from flax import nnx
+from optax import contrib
+
+NAMES = ("adamw", "muon")
+# Muon's updates are scaled to this root mean square, that of Adam's, so that one learning rate
+# serves both kinds of parameters (Liu et al. 2025, arXiv:2502.16982, Eq. 4).
+MUON_RMS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warmup, cosine decay and clipping; see configs/base.py for units.
+    """AdamW or Muon with warmup, cosine decay and clipping; see configs/base.py for units.
 
     Raises:
-      ValueError: for a rate, decay or count out of range.
+      ValueError: for an unknown name, or a rate, decay or count out of range.
     """
 
+    name: str
     peak_lr: float
     warmup_steps: int
     final_lr: float
@@ -26,12 +33,18 @@ class OptimConfig:
     ema_decay: float
 
     def __post_init__(self):
+        if self.name not in NAMES:
+            raise ValueError(f"optim.name {self.name!r} is unknown; use {' or '.join(NAMES)}.")
         if self.peak_lr <= 0:
             raise ValueError(f"optim.peak_lr {self.peak_lr} must be positive, for example 1e-3.")
         if self.accumulate < 1:
             raise ValueError(f"optim.accumulate {self.accumulate} must be at least 1.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"optim.ema_decay {self.ema_decay} must be in [0, 1).")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps {self.warmup_steps} must be 0 or more.")
+        if self.grad_clip <= 0:
+            raise ValueError(f"optim.grad_clip {self.grad_clip} must be positive, for example 1.")
 
 
 def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -62,14 +75,38 @@ def _is_kernel(leaf: nnx.Variable) -> bool:
     return len(axes) >= 2 and "vocab" not in axes and "buckets" not in axes
 
 
+def muon_dimensions(params):
+    """For kernels which axes Muon orthogonalises (all but the last, against the last), else None.
+
+    Leading stack axes of scanned layers are left out: each layer is a matrix of its own.
+    """
+
+    def one(leaf: nnx.Variable):
+        if not _is_kernel(leaf):
+            return leaf.replace(None)
+        ndim, own = leaf.ndim, len(leaf.get_metadata()["axes"])
+        axes = tuple(range(ndim - own, ndim - 1))
+        return leaf.replace(contrib.MuonDimensionNumbers(reduction_axis=axes, output_axis=ndim - 1))
+
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(config.grad_clip),
-        optax.adamw(
-            schedule(config, num_steps),
-            b1=config.b1,
-            b2=config.b2,
+    """Clipping, then AdamW, or Muon (Jordan et al. 2024) on kernels and AdamW on the rest."""
+    rate = schedule(config, num_steps)
+    if config.name == "adamw":
+        update = optax.adamw(
+            rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decays
+        )
+    else:
+        update = contrib.muon(
+            rate,
             weight_decay=config.weight_decay,
-            mask=decays,
-        ),
-    )
+            weight_decay_mask=decays,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_learning_rate=rate,
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=MUON_RMS,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip), update)

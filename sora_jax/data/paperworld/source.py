@@ -1,5 +1,6 @@
 """Paperworld as a random-access source of records, and its evaluation prompts."""
 
+import dataclasses
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -74,6 +75,14 @@ class PaperworldSource:
     def __getitem__(self, index: int) -> Record:
         scene = self.scene(index)
         return Record(video=render(scene), caption=caption(scene), fps=scene.fps)
+
+    def captions(self, index: int, count: int = 8) -> list[str]:
+        """`count` wordings of clip `index`, half of them the plain sentence of `describe`."""
+        scene = self.scene(index)
+        wordings = [
+            dataclasses.replace(scene, wording=scene.wording + i) for i in range(count // 2)
+        ]
+        return [describe(scene)] * (count - len(wordings)) + [caption(s) for s in wordings]
 
     def __repr__(self) -> str:
         return (

@@ -1,0 +1,42 @@
+"""The shipped Paperworld model: an 8-layer DiT of width 256 over 144 tokens, text from bytes.
+
+sora-jax train --config configs/paperworld.py --workdir runs/paperworld \
+    --config.vae_checkpoint=runs/vae/export
+"""
+
+from configs import base
+
+
+def get_config(arg: str = "full"):
+    c = base.get_config()
+    c.num_steps, c.batch_size = 40_000, 32
+    c.vae_checkpoint = "sora_jax/weights/paperworld"
+    c.data.cache, c.data.cache_clips = "runs/paperworld_latents", 20_000
+    c.text.update(width=192, head_dim=48, mlp_dim=512, depth=4, num_heads=4, dtype="bfloat16")
+    c.text_tokens = 128
+    c.dit.update(depth=8, width=256, num_heads=4, ffn_dim=1024, dtype="bfloat16")
+    # Recomputing is faster here than moving stacked activations through memory, on CPUs too.
+    c.dit.remat, c.text.remat = "full", True
+    c.optim.update(name="muon", peak_lr=3e-3, warmup_steps=200, final_lr=0.02, ema_decay=0.999)
+    c.sample.update(steps=24, guidance=2.0)
+    c.sample.prompts = (
+        "a red ball rolls left in the meadow",
+        "a yellow bird flies right at night",
+        "a blue fish bounces by the sea",
+        "a large green box slides right in the snow",
+        "a pink star spins in the desert",
+        "a purple heart hides behind a wall and comes out again in the city",
+        "a black tree falls in the forest",
+        "a small orange boat stays still in the meadow",
+    )
+    c.sample_every, c.checkpoint_every = 500, 250
+    if arg == "smoke":
+        c.num_steps, c.batch_size = 4, 8
+        c.data.frames, c.data.cache = 5, ""
+        c.text.update(width=32, head_dim=16, mlp_dim=32, depth=1, num_heads=2, dtype="float32")
+        c.dit.update(depth=2, width=32, num_heads=2, ffn_dim=64, dtype="float32")
+        c.sample.update(steps=2, prompts=c.sample.prompts[:2])
+        c.log_every, c.checkpoint_every, c.sample_every = 1, 2, 4
+    elif arg != "full":
+        raise ValueError(f"paperworld: unknown variant {arg!r}; use 'full' or 'smoke'.")
+    return c.lock()

@@ -1,0 +1,212 @@
+"""The `sora-jax` command: each subcommand parses and makes one call; no logic.
+
+Nothing heavy is imported before a subcommand runs, so that --help answers at once.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+EXAMPLES = """examples:
+  sora-jax sample --prompt "a red ball rolls left in the meadow" --out ball.mp4
+  sora-jax train --config configs/paperworld.py:smoke --workdir runs/smoke
+  sora-jax eval --suite paperworld --out scores.json
+  sora-jax info
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="sora-jax",
+        description="Turn sentences into videos, and train the models that do.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_sample, _add_train, _add_eval, _add_info, _add_convert):
+        add(commands)
+    return top
+
+
+def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def _checkpoint(command) -> None:
+    command.add_argument(
+        "--checkpoint",
+        default="paperworld",
+        metavar="DIR",
+        help="folder in diffusers layout, or the name of shipped weights (default: paperworld)",
+    )
+
+
+def _add_sample(commands) -> None:
+    sample = _command(commands, "sample", _sample, "Make videos from sentences.")
+    what = sample.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="what the video shows, in a sentence")
+    what.add_argument(
+        "--prompts-file", metavar="FILE", help="one prompt a line; videos are numbered"
+    )
+    what.add_argument(
+        "--again", metavar="FILE", help="make a video again from its .json or its own metadata"
+    )
+    sample.add_argument("--out", required=True, metavar="FILE", help=".mp4 .webm .gif .webp .png")
+    sample.add_argument("--negative-prompt", metavar="TEXT", help="what to stay away from")
+    sample.add_argument("--size", metavar="WxH", help="pixels, for example 64x64")
+    sample.add_argument("--frames", type=int, metavar="N", help="1 makes a picture")
+    sample.add_argument("--fps", type=float, metavar="RATE", help="frames a second")
+    sample.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    sample.add_argument(
+        "--guidance", type=float, metavar="SCALE", help="how closely to follow the prompt; 1 is off"
+    )
+    sample.add_argument("--shift", type=float, help="moves steps towards noise (larger videos)")
+    sample.add_argument("--solver", help="unipc, dpmpp_2m, ab2, heun or euler")
+    sample.add_argument("--seed", type=int, default=0, help="another seed, another video")
+    sample.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="videos a prompt, with seeds from --seed"
+    )
+    sample.add_argument(
+        "--sheet", action="store_true", help="also write a contact sheet PNG beside each video"
+    )
+    _checkpoint(sample)
+
+
+def _add_train(commands) -> None:
+    train = _command(
+        commands,
+        "train",
+        _train,
+        "Train a model; running the same command again resumes. Any key of the config may be "
+        "set with --config.key.path=value.",
+    )
+    train.add_argument("--config", required=True, metavar="FILE[:VARIANT]")
+    train.add_argument(
+        "--workdir", required=True, metavar="DIR", help="checkpoints, metrics and previews"
+    )
+
+
+def _add_eval(commands) -> None:
+    evaluate = _command(commands, "eval", _evaluate, "Score a checkpoint on a suite of prompts.")
+    evaluate.add_argument("--suite", default="paperworld", help="default: paperworld")
+    evaluate.add_argument("--out", required=True, metavar="FILE.json")
+    evaluate.add_argument("--prompts", type=int, default=256, help="of each kind (default: 256)")
+    evaluate.add_argument("--steps", type=int, metavar="N")
+    evaluate.add_argument("--guidance", type=float, metavar="SCALE")
+    evaluate.add_argument("--seed", type=int, default=0)
+    _checkpoint(evaluate)
+
+
+def _add_info(commands) -> None:
+    info = _command(
+        commands, "info", _info, "Show devices, versions, and a checkpoint's parts and costs."
+    )
+    info.add_argument("--size", metavar="WxH", help="of the video whose cost is shown")
+    info.add_argument("--frames", type=int, metavar="N")
+    _checkpoint(info)
+
+
+def _add_convert(commands) -> None:
+    convert = _command(commands, "convert", None, "Move weights between formats.")
+    actions = convert.add_subparsers(dest="action", required=True, metavar="ACTION")
+    export = _command(
+        actions, "export", _export, "Write a training run as a folder that diffusers reads."
+    )
+    export.add_argument("--checkpoint", required=True, metavar="RUN", help="a training workdir")
+    export.add_argument("--out", required=True, metavar="DIR")
+    export.add_argument("--weights", default="ema", choices=("ema", "raw"))
+    export.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+
+
+def _sample(args) -> None:
+    from sora_jax import sample_command
+
+    sample_command.run(args)
+
+
+def _train(args) -> None:
+    from sora_jax import config_file
+    from sora_jax.train.loop import train
+
+    train(config_file.load(args.config, args.overrides), args.workdir)
+
+
+def _evaluate(args) -> None:
+    import sora_jax
+    from sora_jax import evaluate, video_io
+    from sora_jax.evaluate import report
+
+    evaluate.find_suite(args.suite)
+    video_io.check_output_path(args.out, allowed=(".json",))
+    options = {"prompts": args.prompts, "seed": args.seed}
+    options |= {k: v for k in ("steps", "guidance") if (v := getattr(args, k)) is not None}
+    result = evaluate.run_suite(args.suite, sora_jax.load(args.checkpoint), args.out, **options)
+    report.print_table(result)
+
+
+def _info(args) -> None:
+    from sora_jax import info
+
+    info.show(args.checkpoint, size=parse_size(args.size), frames=args.frames)
+
+
+def _export(args) -> None:
+    from sora_jax.train.export import export
+
+    print(export(args.checkpoint, args.out, weights=args.weights, dtype=args.dtype))
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """(width, height) of "WxH".
+
+    Raises:
+      ValueError: for anything else.
+    """
+    if text is None:
+        return None
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdigit() and height.isdigit()):
+        raise ValueError(f"--size {text}: write width x height in pixels, for example 64x64.")
+    return int(width), int(height)
+
+
+def setup_jax() -> None:
+    """The persistent compilation cache, and NNX's tree mode."""
+    import jax
+    from flax import nnx
+
+    nnx.set_graph_mode(False)
+    nnx.set_graph_updates(False)
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "sora_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; a mistake of the caller is one line on stderr and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
+    args = parser().parse_args([a for a in argv if not a.startswith("--config.")])
+    args.overrides = overrides
+    if overrides and args.command != "train":
+        print(f"sora-jax: --config.{overrides[0]} is for `train` alone.", file=sys.stderr)
+        return 2
+    try:
+        setup_jax()
+        args.run(args)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"sora-jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"sora-jax: {interrupt or 'stopped; nothing was written.'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

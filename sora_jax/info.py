@@ -1,0 +1,76 @@
+"""What `sora-jax info` shows: devices, versions, and what a checkpoint costs to run."""
+
+import importlib.metadata
+import platform
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+import sora_jax
+from sora_jax.dit.flops import flops
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
+
+
+def show(checkpoint: str, *, size: tuple[int, int] | None, frames: int | None) -> None:
+    """Prints the tables.
+
+    Raises:
+      ValueError: no such checkpoint, or a size that it cannot make.
+    """
+    console = Console()
+    console.print(_versions())
+    pipe = sora_jax.load(checkpoint)
+    request = pipe.request("cost", size=size, frames=frames)
+    console.print(_parts(pipe))
+    console.print(_costs(pipe, request))
+
+
+def _versions() -> Table:
+    table = Table(title="this machine", show_header=False)
+    devices = jax.devices()
+    table.add_row("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
+    table.add_row("python", platform.python_version())
+    table.add_row("sora_jax", sora_jax.__version__)
+    for name in PACKAGES:
+        table.add_row(name, importlib.metadata.version(name))
+    return table
+
+
+def _count(params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _parts(pipe) -> Table:
+    table = Table(title=f"{pipe.info['checkpoint']} ({pipe.info['checkpoint_sha256']})")
+    table.add_column("module")
+    table.add_column("parameters", justify="right")
+    for name, part in (("text", pipe.text), ("dit", pipe.dit), ("vae", pipe.vae)):
+        table.add_row(name, f"{_count(part.params):,}", style="bold")
+        for child in part.params:
+            table.add_row(f"  {name}.{child}", f"{_count(part.params[child]):,}")
+    return table
+
+
+def _costs(pipe, request) -> Table:
+    latents = pipe.latent_shape(request)
+    patch = pipe.dit.config.patch_size
+    tokens = 1
+    for n, p in zip(latents[:3], patch, strict=True):
+        tokens *= n // p
+    cost = flops(pipe.dit.config, tokens=tokens, text_tokens=pipe.sampling.text_tokens)
+    evaluations = request.steps * (2 if request.guidance != 1 else 1)
+    table = Table(
+        title=f"{request.width}x{request.height}, {request.frames} frames, {request.steps} steps",
+        show_header=False,
+    )
+    table.add_row("latents (f h w c)", " x ".join(map(str, latents)))
+    table.add_row("video tokens", f"{tokens:,}")
+    for name, value in cost._asdict().items():
+        table.add_row(f"forward, {name.replace('_', ' ')}", f"{value / 1e9:,.3f} GFLOP")
+    table.add_row("forward, in all", f"{cost.total / 1e9:,.3f} GFLOP")
+    table.add_row(
+        f"denoising, {evaluations} forwards", f"{cost.total * evaluations / 1e12:,.3f} TFLOP"
+    )
+    return table

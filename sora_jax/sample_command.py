@@ -1,0 +1,127 @@
+"""What `sora-jax sample` does: requests from its arguments, a report of stages, files."""
+
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from rich.console import Console
+
+import sora_jax
+from sora_jax import video_io
+from sora_jax.convert import folder
+from sora_jax.generate import Pipeline, Request, Video
+from sora_jax.progress import Progress
+
+AT_ONCE = 8  # videos denoised together at most
+_NAMES = ("negative_prompt", "frames", "fps", "steps", "guidance", "shift", "solver")
+
+
+def run(args: Namespace) -> list[Path]:
+    """Writes the videos that `args` ask for, and prints how long each stage took.
+
+    Raises:
+      ValueError: one line: what was given, what is allowed, what to change.
+    """
+    from sora_jax.cli import parse_size
+
+    begun = time.perf_counter()
+    out = Path(args.out)
+    video_io.check_output_path(out)
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: use 1 or more.")
+    again = _read_metadata(Path(args.again)) if args.again else {}
+    prompts = [again["prompt"]] if again else _prompts(args)
+    console = Console(stderr=True, highlight=False)
+    pipe = sora_jax.load(args.checkpoint)
+    if again and again["checkpoint_sha256"] != pipe.info["checkpoint_sha256"]:
+        raise ValueError(
+            f"{args.again} was made by checkpoint {again['checkpoint_sha256']}, "
+            f"{args.checkpoint} is {pipe.info['checkpoint_sha256']}; give its --checkpoint."
+        )
+    settings = {name: getattr(args, name) for name in _NAMES} | {"size": parse_size(args.size)}
+    if again:
+        settings = {name: again[name] for name in _NAMES}
+        settings["size"] = (again["width"], again["height"])
+    first_seed = again.get("seed", args.seed)
+    requests = [
+        pipe.request(_cut(pipe, prompt, console), seed=first_seed + i, **settings)
+        for prompt in prompts
+        for i in range(args.batch)
+    ]
+    together = again.get("batch_size", min(len(requests), AT_ONCE))
+    _line(console, "load", time.perf_counter() - begun)
+    written = []
+    for start in range(0, len(requests), together):
+        chunk = requests[start : start + together]
+        videos = _denoise(pipe, chunk, together, console)
+        clock = time.perf_counter()
+        for offset, video in enumerate(videos):
+            path = _numbered(out, start + offset, len(requests))
+            written.append(video.save(path))
+            if args.sheet:
+                write_sheet(video, path)
+        _line(console, "write", time.perf_counter() - clock)
+    for path in written:
+        print(path)
+    _line(console, "in all", time.perf_counter() - begun)
+    return written
+
+
+def _denoise(pipe: Pipeline, chunk: list[Request], together: int, console: Console) -> list[Video]:
+    """The chunk's videos; a short chunk is filled up, so that one program serves all."""
+    full = chunk + chunk[-1:] * (together - len(chunk))
+    with Progress("denoising", total=chunk[0].steps) as progress:
+        videos = pipe.run(
+            full,
+            on_stage=lambda name, seconds: _line(console, name, seconds),
+            on_step=lambda step, _: progress.update(step),
+        )
+    return videos[: len(chunk)]
+
+
+def write_sheet(video: Video, path: Path) -> Path:
+    """A contact sheet of the video's frames as PNG beside it."""
+    target = path.with_name(f"{path.stem}_sheet.png")
+    sheet = video_io.contact_sheet(
+        video.frames, columns=min(9, len(video.frames)), labels=[video.metadata["prompt"]]
+    )
+    return video_io.save_image(target, sheet)
+
+
+def _line(console: Console, name: str, seconds: float) -> None:
+    console.print(f"{name:>10} {seconds:7.2f} s")
+
+
+def _prompts(args: Namespace) -> list[str]:
+    if args.prompts_file is None:
+        return [args.prompt]
+    path = Path(args.prompts_file)
+    if not path.is_file():
+        raise ValueError(f"--prompts-file {path}: no such file; write one prompt a line.")
+    prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts-file {path}: holds no prompt; write one a line.")
+    return prompts
+
+
+def _cut(pipe: Pipeline, prompt: str, console: Console) -> str:
+    """The prompt as the text encoder can take it; says how a long one was cut."""
+    limit = pipe.sampling.text_tokens
+    kept, was_cut = pipe.tokenizer.truncate(prompt, limit)
+    if was_cut:
+        console.print(f"prompt is longer than {limit} tokens and was cut to: {kept!r}")
+    return kept
+
+
+def _read_metadata(path: Path) -> dict:
+    metadata = folder.read_json(path) if path.suffix == ".json" else video_io.read_metadata(path)
+    needed = {"prompt", "seed", "width", "height", "checkpoint_sha256", *_NAMES}
+    if missing := needed - set(metadata):
+        raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; give a video made here.")
+    return metadata
+
+
+def _numbered(out: Path, index: int, count: int) -> Path:
+    if count == 1:
+        return out
+    return out.with_name(f"{out.stem}-{index:0{len(str(count - 1))}d}{out.suffix}")
