@@ -53,6 +53,7 @@ class T5Config:
       per_layer_bias: True for UMT5; False for T5, whose layers share one bias.
       init_factor: multiplies every initial standard deviation, and nothing else.
       dtype: of the operands of matrix products; sums, norms and softmax are float32.
+      remat: recompute each layer in the backward pass. Not part of the file, nor is dtype.
 
     Raises:
       ValueError: for sizes out of range or unknown names.
@@ -71,6 +72,7 @@ class T5Config:
     eps: float = 1e-6
     init_factor: float = 1.0
     dtype: str = "float32"
+    remat: bool = False
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "head_dim", "mlp_dim", "depth", "num_heads"):
@@ -209,14 +211,15 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b l d"]:
         def heads(projected):
             split = projected.reshape(*projected.shape[:2], self.num_heads, -1)
-            return sharding.constrain(split, "batch", "text_tokens", "act_heads", None)
+            split = sharding.constrain(split, "batch", "text_tokens", "act_heads", None)
+            return split.swapaxes(1, 2)  # heads first: products without transposes on CPUs
 
         q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
         bias = shared_bias if self.relative_bias is None else self.relative_bias(x.shape[1])
-        logits = layers.contract("bqke,blke->bkql", q, k, self.dtype)
+        logits = layers.contract("bkqe,bkle->bkql", q, k, self.dtype)
         logits = jnp.where(allowed, logits + bias, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1)
-        y = layers.contract("bkql,blke->bqke", weights, v, self.dtype)
+        y = layers.contract("bkql,bkle->bkqe", weights, v, self.dtype).swapaxes(1, 2)
         return self.o(y.reshape(*y.shape[:2], -1))
 
 
@@ -310,5 +313,7 @@ class T5Encoder(nnx.Module):
         def layer(x, params):
             return nnx.merge(graph, params)(x, allowed, shared_bias=shared_bias), None
 
+        if self.config.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)
         x, _ = jax.lax.scan(layer, x, params)
         return self.norm(x)
