@@ -45,8 +45,9 @@ def test_same_seed_and_index_give_identical_bytes():
 
 
 def test_splits_and_indices_draw_different_scenes():
-    drawn = {sample_scene(1, i, split=s) for s in ("train", "heldout", "seen") for i in range(50)}
-    assert len(drawn) == 150
+    drawn = [sample_scene(1, i, split=s) for s in ("train", "heldout", "seen") for i in range(50)]
+    assert len(set(drawn)) == 150
+    assert len({scene.shots[0].layout for scene in drawn}) == 150
 
 
 def test_training_never_shows_a_held_out_pair(scenes):
@@ -100,6 +101,7 @@ def test_evaluation_prompts_cover_attributes_evenly():
             assert set(counts) == set(words)
             assert min(counts.values()) > 0.6 * 256 / len(words), (attribute, counts)
         places = collections.Counter(p.scene.shots[0].place for p in prompts)
+        assert set(places) == set(vocab.PLACES)
         assert min(places.values()) > 0.6 * 256 / len(vocab.PLACES), places
         sides = collections.Counter(p.scene.subject.direction for p in prompts)
         assert abs(sides["left"] - sides["right"]) < 0.2 * (sides["left"] + sides["right"])
