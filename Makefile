@@ -1,0 +1,44 @@
+# `make demo` and `make test` need nothing but python3 (3.11 or later) with venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests share the cores; more workers than cores only swap.
+WORKERS ?= 2
+
+.PHONY: demo test lint format lock clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python tools/demo.py --out demo
+
+test: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The lock names packages, versions and hashes for every platform and Python, but no index.
+lock: $(VENV)/.uv
+	$(BIN)/uv pip compile -q --no-header --universal --generate-hashes --extra test \
+		--extra tensorboard pyproject.toml -o requirements.lock
+
+$(VENV)/.uv:
+	$(PYTHON) -c 'import sys; sys.exit("sora_jax needs Python 3.11 or later; set PYTHON=python3.12, say." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.uv pyproject.toml requirements.lock
+	$(BIN)/uv pip install -q --python $(BIN)/python -c requirements.lock -e .
+	touch $@
+
+$(VENV)/.test-installed: $(VENV)/.installed
+	$(BIN)/uv pip install -q --python $(BIN)/python -c requirements.lock -e '.[test,tensorboard]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo
