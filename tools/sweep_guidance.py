@@ -37,7 +37,7 @@ def main() -> int:
     from sora_jax.evaluate import scores
     from sora_jax.evaluate.sweep import sweep
 
-    names = (*scores.ATTRIBUTES, "all", *scores.EXTRAS)
+    names = (*scores.ATTRIBUTES, "all")
     console, errors = Console(), Console(stderr=True)
 
     def cells(row: dict) -> list[str]:
@@ -65,7 +65,7 @@ def main() -> int:
     except ValueError as error:
         errors.print(f"sweep_guidance: {error}", markup=False, soft_wrap=True)
         return 2
-    table = Table("guidance", "steps", *names, "s a video", title=f"{args.prompts} {args.split}")
+    table = Table("guidance", "steps", *names, "s/video", title=f"{args.prompts} {args.split}")
     for row in rows:
         table.add_row(*cells(row))
     console.print(table)
