@@ -41,9 +41,7 @@ def evaluate(
     on_progress: OnProgress | None = None,
     on_video: OnVideo | None = None,
 ) -> dict[str, Any]:
-    """Scores a checkpoint on prompts of held-out and of seen combinations, and its VAE.
-
-    Videos are made as `sora-jax sample` makes them: only prompts and seeds differ.
+    """Scores videos of held-out and seen combinations, made as `sora-jax sample` does; and the VAE.
 
     Args:
       prompts: how many of each split.
@@ -84,9 +82,11 @@ def evaluate(
         )
         truth = score_truth(asked, on_progress=functools.partial(report, f"{split} ceiling"))
         result[split] = section | {"ceiling": truth}
-    clips = heldout_prompts(vae_clips, settings=settings, seed=seed)
     result["vae"] = score_vae(
-        pipeline, clips, batch_size=batch_size, on_progress=functools.partial(report, "vae")
+        pipeline,
+        heldout_prompts(vae_clips, settings=settings, seed=seed),
+        batch_size=batch_size,
+        on_progress=functools.partial(report, "vae"),
     )
     return result | verdict(result)
 
