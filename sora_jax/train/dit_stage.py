@@ -1,5 +1,6 @@
 """Second stage: the diffusion transformer and the text encoder learn to denoise latents."""
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -18,6 +19,24 @@ from sora_jax.train.vae_stage import to_float
 
 # Edges of the buckets of t that the loss is logged by: shape and motion are decided in the middle.
 T_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Per-record numpy work in the loader: token ids and mask beside the pixels or latents.
+
+    Apart from the stage, so that reader processes are not sent the VAE.
+    """
+
+    tokenizer: ByteTokenizer
+    text_tokens: int
+
+    def __call__(self, record: dict) -> dict:
+        ids, mask = self.tokenizer.batch(
+            [record["caption"]], length=self.text_tokens, max_length=self.text_tokens
+        )
+        pixels = {name: record[name] for name in ("video", "latents") if name in record}
+        return pixels | {"ids": ids[0], "mask": mask[0]}
 
 
 class DiTStage:
@@ -50,6 +69,7 @@ class DiTStage:
         self.text_dropout = float(config.diffusion.text_dropout)
         self.text_tokens = int(config.text_tokens)
         self.tokenizer = ByteTokenizer()
+        self.prepare = Prepare(self.tokenizer, self.text_tokens)
         self.frozen = {"vae": vae_params}
         self.dit_graphdef = self._graphdef(DiT, self.dit_config)
         self.text_graphdef = self._graphdef(T5Encoder, self.text_config)
@@ -66,14 +86,6 @@ class DiTStage:
         dit = DiT(self.dit_config, rngs=nnx.Rngs(dit_key))
         text = T5Encoder(self.text_config, rngs=nnx.Rngs(text_key))
         return {"dit": nnx.split(dit, nnx.Param)[1], "text": nnx.split(text, nnx.Param)[1]}
-
-    def prepare(self, record: dict) -> dict:
-        """Per-record numpy work in the loader: token ids and mask beside the pixels or latents."""
-        ids, mask = self.tokenizer.batch(
-            [record["caption"]], length=self.text_tokens, max_length=self.text_tokens
-        )
-        pixels = {name: record[name] for name in ("video", "latents") if name in record}
-        return pixels | {"ids": ids[0], "mask": mask[0]}
 
     def latents(self, frozen, batch):
         """Cached latents, or those of the batch's pixels."""
@@ -109,17 +121,26 @@ class DiTStage:
             metrics[f"loss_by_t/{lo:.2f}"] = jnp.sum(loss * inside) / jnp.sum(inside)
         return jnp.mean(loss), metrics
 
+    def tokens(self, batch) -> int:
+        """Video tokens of one step on `batch`."""
+        return self._clips(batch) * self._tokens_per_clip(batch)
+
     def flops(self, batch) -> float:
-        """Floating-point operations of one training step on `batch`: three times the forward."""
-        latents = batch.get("latents")
-        if latents is None:
-            b, F, H, W, _ = batch["video"].shape
-            s = self.vae_config
-            f = (F - 1) // s.scale_factor_temporal + 1
-            size = (f, H // s.scale_factor_spatial, W // s.scale_factor_spatial)
+        """Floating-point operations of the DiT in one training step on `batch`."""
+        forward = dit_flops(
+            self.dit_config, tokens=self._tokens_per_clip(batch), text_tokens=self.text_tokens
+        )
+        return self._clips(batch) * forward.training
+
+    def _clips(self, batch) -> int:
+        return batch["ids"].shape[0]
+
+    def _tokens_per_clip(self, batch) -> int:
+        if "latents" in batch:
+            size = batch["latents"].shape[1:4]
         else:
-            b, size = latents.shape[0], latents.shape[1:4]
-        patch = self.dit_config.patch_size
-        tokens = math.prod(n // p for n, p in zip(size, patch, strict=True))
-        forward = dit_flops(self.dit_config, tokens=tokens, text_tokens=self.text_tokens)
-        return 3.0 * b * sum(forward.values())
+            _, F, H, W, _ = batch["video"].shape
+            space = self.vae_config.scale_factor_spatial
+            time = self.vae_config.scale_factor_temporal
+            size = ((F - 1) // time + 1, H // space, W // space)
+        return math.prod(n // p for n, p in zip(size, self.dit_config.patch_size, strict=True))

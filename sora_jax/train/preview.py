@@ -28,9 +28,7 @@ def write(stage, config, params, frozen, batch, workdir: Path, *, step: int) -> 
     base = folder / f"{step:07d}"
     sheet = video_io.contact_sheet(clips, columns=COLUMNS, labels=labels)
     video_io.save_image(base.with_suffix(".png"), sheet)
-    video_io.write_video(
-        base.with_suffix(".mp4"), video_io.tile_videos(clips), fps=config.data.fps
-    )
+    video_io.write_video(base.with_suffix(".mp4"), video_io.tile_videos(clips), fps=config.data.fps)
 
 
 def reconstructions(stage, params, batch) -> tuple[list[np.ndarray], list[str]]:

@@ -25,21 +25,21 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, co
     def gradients(params, frozen, batch, key):
         if config.accumulate == 1:
             return value_and_grad(params, frozen, batch, key)
+        # Strided, so that every device keeps its own rows.
         micro = jax.tree.map(
-            lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), batch
+            lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )
         keys = jax.random.split(key, config.accumulate)
 
         def body(total, inputs):
-            one = value_and_grad(params, frozen, *inputs)
-            return jax.tree.map(jnp.add, total, one), None
+            (loss, metrics), grads = value_and_grad(params, frozen, *inputs)
+            return jax.tree.map(jnp.add, total, (loss, grads)), metrics
 
-        shapes = jax.eval_shape(
-            value_and_grad, params, frozen, jax.tree.map(lambda x: x[0], micro), keys[0]
-        )
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(body, zeros, (micro, keys))
-        return jax.tree.map(lambda x: x / config.accumulate, total)
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, metrics = jax.lax.scan(body, zeros, (micro, keys))
+        loss, grads = jax.tree.map(lambda x: x / config.accumulate, total)
+        # A bucket of t without examples is NaN in some micro-batches; the loss is never left out.
+        return (loss, jax.tree.map(lambda x: jnp.nanmean(x, axis=0), metrics)), grads
 
     def train_step(state: TrainState, frozen, batch, seed_key: jax.Array):
         key = jax.random.fold_in(seed_key, state.step)

@@ -119,5 +119,8 @@ class VAEStage:
         mean, _ = vae.encode_moments(to_float(video))
         return jnp.clip(vae.decode_raw(mean), -1, 1), mean
 
+    def tokens(self, batch) -> int | None:
+        return None
+
     def flops(self, batch) -> float | None:
         return None
