@@ -11,25 +11,20 @@ from jax.experimental import multihost_utils
 
 from sora_jax.convert import folder
 from sora_jax.data.transforms import RandomTransform
-from sora_jax.train.progress import Progress
+from sora_jax.progress import Progress
 from sora_jax.train.vae_stage import to_float
 
 
 class LatentCache:
     """Random-access records of a cache directory: latents (float32) and captions.
 
-    Holds `latents.npy` (clips, f, h, w, c) in float16, `captions.jsonl` (one list of captions a
-    line) and `meta.json`, stamped with the hash of the VAE that made it.
+    Holds `latents.npy` (clips, f, h, w, c) in float16, `meta.json` (what was encoded, and the
+    hash of the VAE that did it) and, once it is complete, `captions.jsonl` (one list of captions
+    a line).
     """
 
-    def __init__(self, path: str | Path, *, vae_hash: str):
+    def __init__(self, path: str | Path):
         self._path = Path(path)
-        meta = folder.read_json(self._path / "meta.json")
-        if meta["vae_hash"] != vae_hash:
-            raise ValueError(
-                f"{path}: latents were encoded by VAE {meta['vae_hash']}, training uses "
-                f"{vae_hash}; delete the cache or change config.data.cache."
-            )
         self._captions = [
             json.loads(line) for line in (self._path / "captions.jsonl").read_text().splitlines()
         ]
@@ -57,7 +52,7 @@ class PickCaption(RandomTransform):
 
 
 def build(
-    source, vae_folder: str, path: str | Path, *, clips: int, batch_size: int = 16
+    source, vae_folder: str | Path, path: str | Path, *, clips: int, batch_size: int = 16
 ) -> LatentCache:
     """Encodes the first `clips` records of `source` into `path`, or finishes doing so.
 
@@ -65,17 +60,32 @@ def build(
     goes on where it stopped.
 
     Raises:
-      ValueError: the cache was made by another VAE.
+      ValueError: no clips are asked for, or the cache, complete or not, was made by another VAE
+        or of another number or size of clips.
     """
     path = Path(path)
-    vae_hash = folder.hash_files([folder.tensor_path(Path(vae_folder), "vae")])[:16]
-    if not (path / "meta.json").is_file():
-        _encode(source, vae_folder, path, clips=clips, batch_size=batch_size, vae_hash=vae_hash)
-    return LatentCache(path, vae_hash=vae_hash)
+    if clips < 1:
+        raise ValueError(f"cache_clips {clips} must be 1 or more; set config.data.cache_clips.")
+    wanted = {
+        "vae_hash": _vae_hash(Path(vae_folder)),
+        "clips": min(clips, len(source)),
+        "clip_shape": list(source[0]["video"].shape),
+    }
+    if (path / "meta.json").is_file():
+        found = folder.read_json(path / "meta.json")
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"the latents in {path} have {name} {found.get(name)}, the config asks for "
+                    f"{value}; delete the cache or change config.data.cache."
+                )
+    if not (path / "captions.jsonl").is_file():
+        _encode(source, vae_folder, path, meta=wanted, batch_size=batch_size)
+    return LatentCache(path)
 
 
-def _encode(source, vae_folder, path: Path, *, clips: int, batch_size: int, vae_hash: str) -> None:
-    clips = min(clips, len(source))
+def _encode(source, vae_folder, path: Path, *, meta: dict, batch_size: int) -> None:
+    clips = meta["clips"]
     path.mkdir(parents=True, exist_ok=True)
     _, graphdef, params = folder.load_component(Path(vae_folder), "vae")
 
@@ -86,13 +96,14 @@ def _encode(source, vae_folder, path: Path, *, clips: int, batch_size: int, vae_
     rank, count = jax.process_index(), jax.process_count()
     shape = jax.eval_shape(encode, params, _batch(source, [0] * batch_size)).shape[1:]
     file = path / "latents.npy"
-    if rank == 0 and not file.is_file():
+    if rank == 0 and not (path / "meta.json").is_file():
         np.lib.format.open_memmap(file, "w+", np.float16, (clips, *shape)).flush()
+        folder.write_json(path / "meta.json", meta)
     if count > 1:
         multihost_utils.sync_global_devices("latent cache created")
     latents = np.lib.format.open_memmap(file, "r+")
     captions_file = path / f"captions-{rank}.jsonl"
-    done = len(captions_file.read_text().splitlines()) if captions_file.is_file() else 0
+    done = _whole_lines(captions_file)
     share = range(rank, clips, count)
     with Progress("encoding", total=len(share), unit="clips", start=done) as progress:
         for start in range(done - done % batch_size, len(share), batch_size):
@@ -112,11 +123,28 @@ def _encode(source, vae_folder, path: Path, *, clips: int, batch_size: int, vae_
             (path / f"captions-{r}.jsonl").read_text().splitlines(keepends=True)
             for r in range(count)
         ]
-        merged = [parts[i % count][i // count] for i in range(clips)]
-        (path / "captions.jsonl").write_text("".join(merged))
-        folder.write_json(path / "meta.json", {"vae_hash": vae_hash, "clips": clips})
+        part = path / "captions.jsonl.part"
+        part.write_text("".join(parts[i % count][i // count] for i in range(clips)))
+        part.replace(path / "captions.jsonl")  # at once: its presence says that all is there
     if count > 1:
         multihost_utils.sync_global_devices("latent cache complete")
+
+
+def _vae_hash(vae_folder: Path) -> str:
+    """Of the weights and of the config, which holds the latents' mean and deviation."""
+    tensors = folder.tensor_path(vae_folder, "vae")
+    return folder.hash_files([tensors, tensors.with_name("config.json")])[:16]
+
+
+def _whole_lines(file: Path) -> int:
+    """Lines of `file`, after cutting off one that was interrupted."""
+    if not file.is_file():
+        return 0
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole)
+    return whole.count("\n")
 
 
 def _captions(source, index: int) -> list[str]:
