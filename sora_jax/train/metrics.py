@@ -47,6 +47,12 @@ class MetricWriter:
 
                 self._board = SummaryWriter(str(workdir))
 
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
     def write(self, step: int, values: dict[str, float]) -> None:
         if not self._active:
             return
@@ -68,11 +74,14 @@ class Rates:
     def __init__(self):
         self._time, self._step = time.perf_counter(), None
 
-    def update(self, step: int, *, clips: int, flops: float | None) -> dict[str, float]:
+    def update(
+        self, step: int, *, clips: int, tokens: int | None = None, flops: float | None = None
+    ) -> dict[str, float]:
         """Rates since the last call; empty at the first one.
 
         Args:
           clips: in one step, over all processes.
+          tokens: video tokens of one step, or None where there are none.
           flops: of one step, or None.
         """
         now = time.perf_counter()
@@ -84,6 +93,8 @@ class Rates:
             "perf/steps_per_second": steps / elapsed,
             "perf/clips_per_second": clips * steps / elapsed,
         }
+        if tokens is not None:
+            rates["perf/tokens_per_second"] = tokens * steps / elapsed
         if flops is not None:
             rates["perf/tflops_per_second"] = flops * steps / elapsed / 1e12
             peak = peak_flops(jax.devices()[0])
@@ -93,14 +104,21 @@ class Rates:
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
-    """Columns of a metrics.jsonl as (k, 2) arrays of step and value."""
+    """Columns of a metrics.jsonl as (k, 2) arrays of step and value, steps ascending.
+
+    A run that died after its last checkpoint wrote steps that the next run repeated: the later
+    rows count. A last line that was cut off is left out.
+    """
+    rows: dict[int, dict[str, float]] = {}
+    for line in Path(path).read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            row = json.loads(line)
+            rows[row.pop("step")] = row
     columns: dict[str, list[tuple[int, float]]] = {}
-    for line in Path(path).read_text().splitlines():
-        row = json.loads(line)
-        for name, value in row.items():
-            if name != "step":
-                columns.setdefault(name, []).append((row["step"], value))
-    return {name: np.array(rows) for name, rows in columns.items()}
+    for step in sorted(rows):
+        for name, value in rows[step].items():
+            columns.setdefault(name, []).append((step, value))
+    return {name: np.array(pairs) for name, pairs in columns.items()}
 
 
 def plot_losses(metrics: Path, out: Path) -> None:
