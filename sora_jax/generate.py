@@ -25,6 +25,7 @@ OnStage = Callable[[str, float], None]
 OnStep = Callable[[int, int], None]
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000
+MAX_GUIDANCE = 100.0
 
 
 def to_bytes(video: Float[Array, "*b F H W 3"]) -> UInt8[np.ndarray, "*b F H W 3"]:
@@ -147,10 +148,9 @@ class Pipeline:
         defaults = dataclasses.asdict(self.sampling)
         size = settings.pop("size", None) or (self.sampling.width, self.sampling.height)
         given = {name: value for name, value in settings.items() if value is not None}
-        chosen = {
-            name: given.get(name, defaults.get(name))
-            for name in ("frames", "fps", "steps", "guidance", "shift", "solver")
-        }
+        chosen = {name: given.get(name, defaults[name]) for name in ("frames", "steps", "solver")}
+        for name in ("fps", "guidance", "shift"):
+            chosen[name] = float(given.get(name, defaults[name]))
         request = Request(
             prompt=prompt,
             negative_prompt=given.get("negative_prompt", ""),
@@ -188,8 +188,12 @@ class Pipeline:
             raise ValueError(f"seed {request.seed} is out of range; use 0 to {MAX_SEED}.")
         if not 0 < request.fps <= 240:
             raise ValueError(f"fps {request.fps} is out of range; use more than 0, at most 240.")
+        if not 0 <= request.guidance <= MAX_GUIDANCE:
+            raise ValueError(
+                f"guidance {request.guidance} is out of range; use 0 to {MAX_GUIDANCE:g}, 1 is off."
+            )
         sampler.num_evaluations(request.solver, 1)
-        guidances.GuidanceConfig(scale=request.guidance)
+        times.sampling_times(request.steps, shift=request.shift)
 
     def __call__(
         self,

@@ -1,13 +1,60 @@
-"""Eight simulated devices and strict broadcasting for every test."""
+"""Eight simulated devices, strict broadcasting, and a tiny checkpoint for every test."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import dataclasses
+from pathlib import Path
+
 import jax
+import pytest
 from flax import nnx
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 nnx.set_graph_mode(False)
 nnx.set_graph_updates(False)
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory) -> Path:
+    """A complete inference folder with small random weights: 4x4x4 latents, 8x8 pixels a token."""
+    from sora_jax.convert import folder
+    from sora_jax.convert.folder import SamplingDefaults
+    from sora_jax.dit.model import DiTConfig
+    from sora_jax.text.t5 import T5Config
+    from sora_jax.text.tokenizer import ByteTokenizer
+    from sora_jax.train.export import write_index
+    from sora_jax.vae.model import VAEConfig
+
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    configs = {
+        "vae": VAEConfig(
+            base_dim=4, z_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,),
+            patch_size=2, in_channels=12, out_channels=12,
+        ),
+        "text": T5Config(width=16, head_dim=8, mlp_dim=16, depth=1, num_heads=2),
+        "dit": DiTConfig(
+            patch_size=(1, 2, 2), in_channels=4, out_channels=4, depth=2, width=24, num_heads=2,
+            ffn_dim=32, freq_dim=16, text_dim=16,
+        ),
+    }  # fmt: skip
+    for name, config in configs.items():
+        _, abstract = folder.abstract_params(name, config)
+        folder.save_component(path, name, config, random_like(abstract, seed=len(name)))
+    ByteTokenizer().save(path / "tokenizer")
+    defaults = SamplingDefaults(
+        width=16, height=16, frames=5, fps=8.0, steps=3, guidance=2.0, text_tokens=24
+    )
+    write_index(path, shift=1.0)
+    folder.write_json(path / "sampling.json", dataclasses.asdict(defaults))
+    return path
+
+
+def random_like(abstract, *, seed: int):
+    """Small normal values for every parameter, so that no zero initialisation hides a path."""
+    leaves, tree = jax.tree.flatten(abstract)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    values = [0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, values)

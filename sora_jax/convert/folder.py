@@ -1,10 +1,10 @@
 """Inference checkpoints: safetensors in the diffusers folder layout, read and written.
 
-    model_index.json
-    transformer/  config.json  diffusion_pytorch_model.safetensors
-    vae/          config.json  diffusion_pytorch_model.safetensors
-    text_encoder/ config.json  model.safetensors
-    tokenizer/    scheduler/   sampling.json (our defaults for size, steps and guidance)
+model_index.json
+transformer/  config.json  diffusion_pytorch_model.safetensors
+vae/          config.json  diffusion_pytorch_model.safetensors
+text_encoder/ config.json  model.safetensors
+tokenizer/    scheduler/   sampling.json (our defaults for size, steps and guidance)
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from flax import nnx
 from sora_jax.convert import names
 from sora_jax.convert.dit import dit_entries
 from sora_jax.convert.tensors import TensorFile, hash_files, missing_file, write_tensors
-from sora_jax.convert.text import text_entries
+from sora_jax.convert.text import load_text, text_entries
 from sora_jax.convert.vae import vae_entries
 from sora_jax.dit.model import DiT, DiTConfig
 from sora_jax.text.t5 import T5Config, T5Encoder
@@ -34,16 +34,12 @@ class Component(NamedTuple):
     config: type
     module: Callable[..., nnx.Module]
     entries: Callable[[Any], list[names.Entry]]
-    optional: frozenset[str] = frozenset()
 
 
-TIED = frozenset({"shared.weight", "encoder.embed_tokens.weight"})
 COMPONENTS = {
-    "dit": Component(
-        "transformer", "diffusion_pytorch_model", DiTConfig, DiT, dit_entries
-    ),
+    "dit": Component("transformer", "diffusion_pytorch_model", DiTConfig, DiT, dit_entries),
     "vae": Component("vae", "diffusion_pytorch_model", VAEConfig, VideoVAE, vae_entries),
-    "text": Component("text_encoder", "model", T5Config, T5Encoder, text_entries, TIED),
+    "text": Component("text_encoder", "model", T5Config, T5Encoder, text_entries),
 }
 
 
@@ -88,9 +84,7 @@ def tensor_path(folder: Path, name: str) -> Path:
 def read_config(folder: Path, name: str):
     """The frozen config dataclass of component `name` ("dit", "vae" or "text")."""
     component = COMPONENTS[name]
-    return component.config.from_dict(
-        read_json(Path(folder) / component.folder / "config.json")
-    )
+    return component.config.from_dict(read_json(Path(folder) / component.folder / "config.json"))
 
 
 def abstract_params(name: str, config):
@@ -109,14 +103,11 @@ def load_component(folder: Path, name: str):
     config = read_config(folder, name)
     graphdef, abstract = abstract_params(name, config)
     file = TensorFile(tensor_path(folder, name))
-    params = names.load(
-        abstract,
-        component.entries(config),
-        keys=file.shapes,
-        read=file.read,
-        source=str(file.path),
-        optional=component.optional,
-    )
+    source = {"keys": file.shapes, "read": file.read, "source": str(file.path)}
+    if name == "text":  # its embeddings have two names, and a file may hold either
+        params = load_text(abstract, config, **source)
+    else:
+        params = names.load(abstract, component.entries(config), **source)
     return config, graphdef, params
 
 

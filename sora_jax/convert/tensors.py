@@ -59,6 +59,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, dtype: str = "f
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file(tensors, temporary, {"format": "pt", _CHECKSUMS: json.dumps(checksums)})
+        temporary.chmod(0o644)  # safetensors writes for the owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

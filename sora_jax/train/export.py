@@ -104,7 +104,24 @@ def with_statistics(stage, config, params):
 
 
 def write_pipeline(out: Path, config) -> None:
-    """model_index.json, the scheduler's config and our sampling defaults."""
+    """The pipeline's index, its scheduler, and our sampling defaults."""
+    defaults = SamplingDefaults(
+        width=config.data.width,
+        height=config.data.height,
+        frames=config.data.frames,
+        fps=config.data.fps,
+        steps=config.sample.steps,
+        guidance=config.sample.guidance,
+        shift=config.sample.shift,
+        solver=config.sample.solver,
+        text_tokens=config.text_tokens,
+    )
+    write_index(out, shift=config.sample.shift)
+    folder.write_json(out / "sampling.json", dataclasses.asdict(defaults))
+
+
+def write_index(out: Path, *, shift: float) -> None:
+    """model_index.json and the scheduler's config, from which diffusers builds a WanPipeline."""
     index = {
         "_class_name": "WanPipeline",
         "_diffusers_version": _DIFFUSERS_VERSION,
@@ -126,20 +143,8 @@ def write_pipeline(out: Path, config) -> None:
         "prediction_type": "flow_prediction",
         "predict_x0": True,
         "use_flow_sigmas": True,
-        "flow_shift": config.sample.shift,
+        "flow_shift": shift,
         "lower_order_final": True,
     }
-    defaults = SamplingDefaults(
-        width=config.data.width,
-        height=config.data.height,
-        frames=config.data.frames,
-        fps=config.data.fps,
-        steps=config.sample.steps,
-        guidance=config.sample.guidance,
-        shift=config.sample.shift,
-        solver=config.sample.solver,
-        text_tokens=config.text_tokens,
-    )
     folder.write_json(out / "model_index.json", index)
     folder.write_json(out / "scheduler" / "scheduler_config.json", scheduler)
-    folder.write_json(out / "sampling.json", dataclasses.asdict(defaults))

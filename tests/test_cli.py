@@ -1,0 +1,135 @@
+"""The command line: what it writes, and one line with exit status 2 for every mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from sora_jax import cli, video_io
+
+
+def run(*args, capsys):
+    status = cli.main([str(a) for a in args])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture
+def sample(pipeline_folder, tmp_path, capsys):
+    def call(*args, out="ball.png", checkpoint=pipeline_folder):
+        base = ["sample", "--checkpoint", checkpoint, "--out", tmp_path / out]
+        return run(*base, *args, capsys=capsys)
+
+    return call
+
+
+def test_sample_writes_video_metadata_and_sheet(sample, tmp_path):
+    status, out, err = sample("--prompt", "a red ball", "--seed", 3, "--sheet")
+    assert status == 0 and out.strip() == str(tmp_path / "ball.png")
+    for stage in ("load", "text", "denoise", "decode", "write", "in all"):
+        assert stage in err
+    record = json.loads((tmp_path / "ball.json").read_text())
+    assert record["prompt"] == "a red ball" and record["seed"] == 3
+    assert video_io.read_video(tmp_path / "ball.png").frames.shape == (5, 16, 16, 3)
+    assert (tmp_path / "ball_sheet.png").is_file()
+
+
+def test_a_video_is_made_again_bit_for_bit_from_its_record(sample, tmp_path):
+    assert (
+        sample("--prompt", "a tree", "--seed", 9, "--batch", 2, "--steps", 2, out="t.png")[0] == 0
+    )
+    second = video_io.read_video(tmp_path / "t-1.png").frames
+    for source in ("t-1.json", "t-1.png"):
+        assert sample("--again", tmp_path / source, out="again.png")[0] == 0
+        np.testing.assert_array_equal(video_io.read_video(tmp_path / "again.png").frames, second)
+
+
+def test_a_file_of_prompts_gives_numbered_videos(sample, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a ball\n\na tree\n")
+    status, out, _ = sample("--prompts-file", tmp_path / "prompts.txt", "--frames", 1, out="p.png")
+    assert status == 0 and [line[-7:] for line in out.split()] == ["p-0.png", "p-1.png"]
+
+
+def test_a_long_prompt_is_cut_and_told(sample):
+    status, _, err = sample("--prompt", "a ball " * 20)
+    assert status == 0 and "longer than 24 tokens and was cut to: 'a ball a ball a ball'" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "out", "words"),
+    [
+        (("--prompt", ""), "a.mp4", "prompt is empty"),
+        (("--prompt", "x", "--size", "17x16"), "a.mp4", "use 16 or 24"),
+        (("--prompt", "x", "--size", "big"), "a.mp4", "--size big: write width x height"),
+        (("--prompt", "x", "--frames", 2), "a.mp4", "use 1 or 3"),
+        (("--prompt", "x", "--steps", 0), "a.mp4", "steps 0"),
+        (("--prompt", "x", "--seed", -1), "a.mp4", "seed -1"),
+        (("--prompt", "x", "--batch", 0), "a.mp4", "--batch 0"),
+        (("--prompt", "x"), "a.avi", ".mp4"),
+        (("--prompt", "x"), "no/such/folder/a.mp4", "no/such/folder"),
+        (("--prompts-file", "none.txt"), "a.mp4", "none.txt: no such file"),
+        (("--again", "none.json"), "a.mp4", "none.json"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(sample, tmp_path, args, out, words):
+    status, printed, err = sample(*args, out=out)
+    assert status == 2 and printed == ""
+    assert err.startswith("sora-jax: ") and err.count("\n") == 1 and words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_and_missing_weights_are_named(sample, pipeline_folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(pipeline_folder, broken)
+    weights = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    status, _, err = sample("--prompt", "x", checkpoint=broken)
+    assert status == 2 and str(weights) in err and "is damaged" in err and "tensor '" in err
+    weights.write_bytes(data[:-3])
+    assert "damaged safetensors file" in sample("--prompt", "x", checkpoint=broken)[2]
+    weights.unlink()
+    status, _, err = sample("--prompt", "x", checkpoint=broken)
+    assert status == 2 and f"{weights}: no such file" in err
+
+
+def test_train_refuses_an_unknown_key(capsys, tmp_path):
+    status, _, err = run(
+        *("train", "--config", "configs/paperworld.py:smoke", "--workdir", tmp_path / "run"),
+        "--config.optim.peek_lr=1",
+        capsys=capsys,
+    )
+    assert status == 2 and "did you mean optim.peak_lr" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_info_shows_parts_and_costs(pipeline_folder, capsys):
+    status, out, _ = run("info", "--checkpoint", pipeline_folder, "--frames", 9, capsys=capsys)
+    assert status == 0
+    for word in ("devices", "jax", "dit.blocks", "video tokens", "GFLOP", "5 x 4 x 4 x 4"):
+        assert word in out
+
+
+def test_an_unknown_suite_is_refused_before_anything_is_loaded(capsys, tmp_path):
+    args = ("eval", "--suite", "paperwrld", "--checkpoint", "none", "--out", tmp_path / "a.json")
+    status, _, err = run(*args, capsys=capsys)
+    assert status == 2 and "did you mean 'paperworld'" in err
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from sora_jax import cli\n"
+        "try: cli.main(['sample', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'jax', 'flax', 'numpy', 'av', 'cv2', 'rich', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    begun = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - begun < 10  # a second on a quiet machine

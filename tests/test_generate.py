@@ -1,0 +1,108 @@
+"""The pipeline: requests are checked, videos depend on what is said and on nothing else."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import sora_jax
+from sora_jax import video_io
+
+
+@pytest.fixture(scope="module")
+def pipe(pipeline_folder):
+    return sora_jax.load(pipeline_folder)
+
+
+def test_a_video_has_the_size_asked_for_and_repeats_bit_for_bit(pipe):
+    first = pipe("a red ball", size=(24, 16), frames=3, seed=5)
+    again = pipe("a red ball", size=(24, 16), frames=3, seed=5)
+    assert first.frames.shape == (3, 16, 24, 3) and first.frames.dtype == np.uint8
+    np.testing.assert_array_equal(first.frames, again.frames)
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompt": "a blue box"}, {"seed": 6}, {"guidance": 5.0}, {"steps": 4}]
+)
+def test_every_setting_changes_the_video(pipe, change):
+    settings = {"prompt": "a red ball", "seed": 5}
+    frames = pipe(**settings).frames
+    assert (pipe(**settings | change).frames != frames).any()
+
+
+def test_noise_depends_on_the_seed_and_not_on_the_place_in_the_batch(pipe):
+    requests = [pipe.request("a ball", seed=seed) for seed in (1, 2)]
+    together = pipe.noise(requests)
+    np.testing.assert_array_equal(together[1], pipe.noise(requests[1:])[0])
+    assert (together[0] != together[1]).any()
+
+
+def test_a_batch_equals_single_videos(pipe):
+    requests = [pipe.request(p, seed=s) for p, s in (("a ball", 1), ("a much longer tree", 2))]
+    for video, request in zip(pipe.run(requests), requests, strict=True):
+        alone = pipe.run([request])[0].frames
+        # Other matrix shapes round differently: at most one level of 255.
+        assert np.abs(video.frames.astype(int) - alone).max() <= 1
+
+
+def test_requests_of_a_batch_must_agree(pipe):
+    request = pipe.request("a ball")
+    with pytest.raises(ValueError, match="prompts and seeds alone"):
+        pipe.run([request, dataclasses.replace(request, steps=7)])
+
+
+def test_guidance_one_is_the_conditional_velocity(pipe):
+    frames = pipe("a red ball", guidance=1.0).frames
+    nearly = pipe("a red ball", guidance=1.0 + 1e-6).frames
+    assert np.abs(frames.astype(int) - nearly).max() <= 1
+
+
+def test_the_negative_prompt_takes_the_place_of_the_empty_one(pipe):
+    plain = pipe("a red ball", seed=1).frames
+    np.testing.assert_array_equal(pipe("a red ball", seed=1, negative_prompt="").frames, plain)
+    assert (pipe("a red ball", seed=1, negative_prompt="blur").frames != plain).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"prompt": "  "}, "empty"),
+        ({"size": (20, 16)}, "width 20 is not a multiple of 8; use 16 or 24"),
+        ({"size": (16, 4)}, "height 4 is not a multiple of 8; use 8"),
+        ({"frames": 4}, r"frames 4 is not 1 \+ a multiple of 2; use 3 or 5"),
+        ({"frames": 0}, r"frames 0 is not 1 \+ a multiple of 2; use 1"),
+        ({"steps": 0}, "steps 0 is out of range"),
+        ({"seed": -1}, "seed -1 is out of range"),
+        ({"seed": 2**32}, "out of range"),
+        ({"guidance": float("nan")}, "guidance nan is out of range"),
+        ({"guidance": -1}, "guidance -1.0 is out of range"),
+        ({"fps": 0}, "fps 0.0 is out of range"),
+        ({"solver": "unpic"}, "unipc"),
+        ({"shift": 0}, "shift"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(pipe, settings, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        pipe.request(**{"prompt": "a ball"} | settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_video_carries_what_made_it(pipe, tmp_path):
+    video = pipe("a red ball", seed=7)
+    path = video.save(tmp_path / "ball.mp4")
+    stored = video_io.read_metadata(path)
+    assert stored == video.metadata
+    assert stored["prompt"] == "a red ball" and stored["seed"] == 7
+    assert stored["sora_jax"] == sora_jax.__version__ and len(stored["checkpoint_sha256"]) == 16
+    assert (tmp_path / "ball.json").is_file()
+
+
+def test_a_notebook_shows_a_player_with_the_video_inside(pipe):
+    page = pipe('a "red" <ball>', frames=1)._repr_html_()
+    assert page.startswith("<video") and "data:video/mp4;base64," in page
+    assert "<ball>" not in page
+
+
+def test_unknown_checkpoints_are_named():
+    with pytest.raises(ValueError, match="neither a folder nor shipped weights"):
+        sora_jax.load("no-such-weights")
