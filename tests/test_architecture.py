@@ -10,12 +10,12 @@ PACKAGE = Path(__file__).parents[1] / "sora_jax"
 # From the top; a module imports from its own floor and from those below.
 FLOORS = [
     {"cli"},
-    {"plan"},
+    {"plan", "info", "sample_command", "config_file"},
     {"train", "evaluate"},
     {"generate", "convert"},
     {"text", "vae", "dit"},
     {"attention", "layers", "checkpoint", "data"},
-    {"diffusion", "sharding", "video_io", "types"},
+    {"diffusion", "sharding", "video_io", "types", "progress"},
 ]
 # On one floor, but strangers to each other; so are all that stand in two of them.
 APART = {"data", "text", "vae", "dit", "diffusion"}

@@ -1,0 +1,117 @@
+"""Logical axes to mesh axes, for parameters and activations."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from sora_jax import sharding
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(data=2, fsdp=2, tensor=2)
+
+
+def spec_of(tree, *path):
+    for key in path:
+        tree = tree[key]
+    return tree.get_raw_value().spec
+
+
+def params(**arrays):
+    """A tree of parameters: name=(shape, axes)."""
+    return {name: nnx.Param(jnp.zeros(shape), axes=axes) for name, (shape, axes) in arrays.items()}
+
+
+def test_spec_follows_the_table():
+    assert sharding.spec("batch", "tokens", None) == PartitionSpec(
+        ("data", "fsdp"), "context", None
+    )
+    assert sharding.spec("embed", "mlp") == PartitionSpec("fsdp", "tensor")
+
+
+def test_a_mesh_axis_is_used_once_by_the_first_that_asks():
+    assert sharding.spec("heads", "mlp") == PartitionSpec("tensor", None)
+    assert sharding.spec("embed", "batch") == PartitionSpec("fsdp", "data")
+
+
+def test_unknown_axis_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown logical axis 'width_'; known: batch, tokens"):
+        sharding.spec("batch", "width_")
+
+
+def test_every_rule_names_mesh_axes():
+    for axis in sharding.RULES:
+        sharding.named(sharding.make_mesh(), axis)
+
+
+def test_mesh_takes_the_rest_for_minus_one():
+    assert dict(sharding.make_mesh(data=2, fsdp=-1).shape) == {
+        "data": 2,
+        "fsdp": 4,
+        "tensor": 1,
+        "context": 1,
+    }
+    assert sharding.make_mesh(devices=jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"data": 2, "fsdp": 2}, {"fsdp": 0}]
+)
+def test_mesh_that_does_not_use_every_device_is_refused(sizes):
+    with pytest.raises(ValueError, match=r"mesh sizes .* change config.mesh"):
+        sharding.make_mesh(**sizes)
+
+
+def test_stacked_leading_axes_are_replicated(mesh):
+    tree = params(kernel=((4, 8, 6), ("embed", "mlp")), bias=((4, 6), ("mlp",)))
+    placed = sharding.tree_shardings(tree, mesh)
+    assert spec_of(placed, "kernel") == PartitionSpec(None, "fsdp", "tensor")
+    assert spec_of(placed, "bias") == PartitionSpec(None, "tensor")
+
+
+def test_sizes_that_do_not_divide_are_replicated(mesh):
+    placed = sharding.tree_shardings(params(kernel=((3, 6), ("embed", "mlp"))), mesh)
+    assert spec_of(placed, "kernel") == PartitionSpec(None, "tensor")
+    with sharding.use_mesh(mesh):
+        # 2 rows divide over `data`, not over `data` and `fsdp`.
+        x = jax.jit(lambda x: sharding.constrain(x, "batch", "act_mlp"))(jnp.zeros((2, 3)))
+    assert x.addressable_shards[0].data.shape == (1, 3)
+
+
+def test_parameter_without_axes_is_refused_by_its_path(mesh):
+    tree = {"block": {"kernel": nnx.Param(jnp.zeros(2))}}
+    with pytest.raises(ValueError, match=r"\['block'\]\['kernel'\] declares no axes"):
+        sharding.tree_shardings(tree, mesh)
+
+
+def test_moments_inherit_and_scalars_are_replicated(mesh):
+    tree = params(kernel=((8, 6), ("embed", "mlp")))
+    state = jax.eval_shape(optax.adam(1e-3).init, tree)
+    placed = sharding.tree_shardings(state, mesh)[0]
+    assert placed.count.spec == PartitionSpec()
+    for moment in (placed.mu, placed.nu):
+        assert spec_of(moment, "kernel") == PartitionSpec("fsdp", "tensor")
+
+
+def test_constrain_does_nothing_without_a_mesh_or_on_one_device():
+    x = jnp.ones((8, 4))
+    assert sharding.constrain(x, "batch", "act_mlp") is x
+    with sharding.use_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        assert sharding.constrain(x, "batch", "act_mlp") is x
+    assert sharding.current_mesh() is None
+
+
+def test_constrain_shards_an_activation(mesh):
+    with sharding.use_mesh(mesh):
+        x = jax.jit(lambda x: sharding.constrain(x, "batch", "act_mlp"))(jnp.ones((8, 4)))
+    assert x.addressable_shards[0].data.shape == (2, 2)
+
+
+def test_axis_size_counts_shards(mesh):
+    assert sharding.axis_size(mesh, "batch") == 4
+    assert sharding.axis_size(mesh, "mlp") == 2
+    assert sharding.axis_size(mesh, "norm") == 1
