@@ -72,7 +72,7 @@ def decays(params):
 
 def _is_kernel(leaf: nnx.Variable) -> bool:
     axes = [axis for axis in leaf.get_metadata()["axes"] if axis is not None]
-    return len(axes) >= 2 and "vocab" not in axes and "buckets" not in axes
+    return len(axes) >= 2 and not {"vocab", "buckets", "norm"} & set(axes)
 
 
 def muon_dimensions(params):
