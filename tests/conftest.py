@@ -8,6 +8,8 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -15,6 +17,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 nnx.set_graph_mode(False)
 nnx.set_graph_updates(False)
+# Compiling is nearly all that these tests do: LLVM optimises little, and workers share a cache.
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
+    jax.config.update("jax_compilation_cache_dir", str(shared / "xla"))
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +66,7 @@ def pipeline_folder(tmp_path_factory) -> Path:
 
 def random_like(abstract, *, seed: int):
     """Small normal values for every parameter, so that no zero initialisation hides a path."""
-    leaves, tree = jax.tree.flatten(abstract)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    values = [0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, values)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32), abstract
+    )

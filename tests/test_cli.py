@@ -56,7 +56,7 @@ def test_a_file_of_prompts_gives_numbered_videos(sample, tmp_path):
 
 def test_a_long_prompt_is_cut_and_told(sample):
     status, _, err = sample("--prompt", "a ball " * 20)
-    assert status == 0 and "longer than 24 tokens and was cut to: 'a ball a ball a ball'" in err
+    assert status == 0 and "longer than 24 tokens and was cut to: 'a ball a ball a ball a'" in err
 
 
 @pytest.mark.parametrize(
