@@ -1,6 +1,8 @@
 """Encodes clips once, so that the VAE stays off the training step's path."""
 
+import concurrent.futures
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,6 +15,8 @@ from sora_jax.convert import folder
 from sora_jax.data.transforms import RandomTransform
 from sora_jax.progress import Progress
 from sora_jax.train.vae_stage import to_float
+
+READERS = 4  # threads that draw or decode clips
 
 
 class LatentCache:
@@ -106,10 +110,11 @@ def _encode(source, vae_folder, path: Path, *, meta: dict, batch_size: int) -> N
     done = _whole_lines(captions_file)
     share = range(rank, clips, count)
     with Progress("encoding", total=len(share), unit="clips", start=done) as progress:
-        for start in range(done - done % batch_size, len(share), batch_size):
-            indices = list(share[start : start + batch_size])
-            full = indices + indices[-1:] * (batch_size - len(indices))  # one compiled shape
-            encoded = np.asarray(encode(params, _batch(source, full)))
+        starts = range(done - done % batch_size, len(share), batch_size)
+        batches = [list(share[start : start + batch_size]) for start in starts]
+        videos = _read_ahead(source, batches, batch_size)
+        for start, indices, video in zip(starts, batches, videos, strict=True):
+            encoded = np.asarray(encode(params, video))
             latents[indices] = encoded[: len(indices)]
             latents.flush()
             fresh = indices[max(0, done - start) :]
@@ -151,6 +156,23 @@ def _captions(source, index: int) -> list[str]:
     """All wordings of a clip, where the source has several."""
     several = getattr(source, "captions", None)
     return several(index) if several is not None else [source[index]["caption"]]
+
+
+def _read_ahead(source, batches: list[list[int]], size: int) -> Iterator[np.ndarray]:
+    """Videos of each batch, the next one being read while this one is used.
+
+    A short batch is filled up with its last record, so that one compiled shape serves all.
+    """
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+
+        def submit(indices):
+            full = indices + indices[-1:] * (size - len(indices))
+            return [pool.submit(lambda i: source[i]["video"], i) for i in full]
+
+        ahead = [submit(indices) for indices in batches[:1]]
+        for following in [*batches[1:], []]:
+            ahead.append(submit(following) if following else [])
+            yield np.stack([future.result() for future in ahead.pop(0)])
 
 
 def _batch(source, indices: list[int]) -> np.ndarray:
