@@ -67,6 +67,7 @@ class Checkpointer:
           FileNotFoundError: there is no checkpoint, or not that one.
           ValueError: what was saved has other arrays or shapes.
         """
+        self.wait()
         saved = self._manager.all_steps()
         if not saved or (step is not None and step not in saved):
             found = f"steps {', '.join(map(str, saved))}" if saved else "none"
