@@ -94,6 +94,9 @@ def _label_table(place: str) -> np.ndarray:
     for colour in (vocab.PAPER, *places.colours(place), *walls):
         samples += [colour, _mix(colour, (0, 0, 0), 0.8)]
         labels += [-1, -1]
+    for colour in places.colours(place):  # the outer edge of a blurred rim
+        samples.append(_mix(colour, vocab.PAPER, 0.6))
+        labels.append(-1)
     levels = np.arange(2, 256, 4, dtype=np.float32)
     cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     best = np.full(len(cube), _FAR**2, np.float32)

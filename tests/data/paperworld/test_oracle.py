@@ -42,7 +42,7 @@ def accuracy(count, *, split="train", degrade=False, seed=21, **changes):
 @pytest.mark.parametrize("split", ["seen", "heldout"])
 @pytest.mark.parametrize("degrade", [False, True], ids=["clean", "blurred and noisy"])
 def test_every_attribute_of_an_evaluation_clip_is_read(split, degrade):
-    found = accuracy(96 if degrade else 160, split=split, degrade=degrade)
+    found = accuracy(128 if degrade else 160, split=split, degrade=degrade)
     assert min(found.values()) >= 0.99, found
 
 
