@@ -148,29 +148,16 @@ def _evaluate(args) -> None:
 
 
 def _info(args) -> None:
-    from sora_jax import info
+    from sora_jax import info, sample_command
 
-    info.show(args.checkpoint, size=parse_size(args.size), frames=args.frames)
+    size = sample_command.parse_size(args.size)
+    info.show(args.checkpoint, size=size, frames=args.frames)
 
 
 def _export(args) -> None:
     from sora_jax.train.export import export
 
     print(export(args.checkpoint, args.out, weights=args.weights, dtype=args.dtype))
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(width, height) of "WxH".
-
-    Raises:
-      ValueError: for anything else.
-    """
-    if text is None:
-        return None
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdigit() and height.isdigit()):
-        raise ValueError(f"--size {text}: write width x height in pixels, for example 64x64.")
-    return int(width), int(height)
 
 
 def setup_jax() -> None:

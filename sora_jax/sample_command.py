@@ -22,8 +22,6 @@ def run(args: Namespace) -> list[Path]:
     Raises:
       ValueError: one line: what was given, what is allowed, what to change.
     """
-    from sora_jax.cli import parse_size
-
     begun = time.perf_counter()
     out = Path(args.out)
     video_io.check_output_path(out)
@@ -65,6 +63,20 @@ def run(args: Namespace) -> list[Path]:
         print(path)
     _line(console, "in all", time.perf_counter() - begun)
     return written
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """(width, height) of "WxH".
+
+    Raises:
+      ValueError: for anything else.
+    """
+    if text is None:
+        return None
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdigit() and height.isdigit()):
+        raise ValueError(f"--size {text}: write width x height in pixels, for example 64x64.")
+    return int(width), int(height)
 
 
 def _denoise(pipe: Pipeline, chunk: list[Request], together: int, console: Console) -> list[Video]:

@@ -1,6 +1,7 @@
 """First stage: the patch VAE learns to reconstruct clips."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,8 +21,11 @@ class VAELossConfig:
     l2: float
     multiscale: float
     kl: float
-    crop: tuple[int, int, int]
+    crop: Sequence[int]
     crops: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "crop", tuple(self.crop))  # JSON knows lists only
 
 
 def to_float(video: VideoBytes) -> Video:
@@ -51,7 +55,9 @@ def multiscale_difference(x: Video, y: Video, *, scales: int = 3) -> Float[Array
     return total / scales
 
 
-def random_crops(video: Video, crop: tuple[int, int, int], *, crops: int, key: jax.Array) -> Video:
+def random_crops(
+    video: Video, crop: Sequence[int], *, crops: int, key: jax.Array
+) -> Float[Array, "windows f h w 3"]:
     """`crops` random windows of `crop` (frames, height, width) from each clip."""
     b, F, H, W, _ = video.shape
     size = tuple(min(c, full) for c, full in zip(crop, (F, H, W), strict=True))
