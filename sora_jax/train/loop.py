@@ -209,7 +209,9 @@ def average(pending: list[tuple[int, dict]]) -> dict[str, float]:
     if not rows:
         return {}
     for step, metrics in rows:
-        for name, value in metrics.items():
+        # The loss first: what else is not finite follows from it more often than not.
+        for name in sorted(metrics, key=lambda name: name != "train/loss"):
+            value = metrics[name]
             if name.startswith("train/") and not math.isfinite(value):
                 raise FloatingPointError(
                     f"{name} is {value} at step {step}; lower config.optim.peak_lr and run again, "
