@@ -5,12 +5,11 @@ import dataclasses
 import jax
 import optax
 from flax import nnx
-from optax import contrib
+
+from sora_jax.train.muon import scale_by_muon
 
 NAMES = ("adamw", "muon")
-# Muon's updates are scaled to this root mean square, that of Adam's, so that one learning rate
-# serves both kinds of parameters (Liu et al. 2025, arXiv:2502.16982, Eq. 4).
-MUON_RMS = 0.2
+MUON_BETA = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,38 +74,19 @@ def _is_kernel(leaf: nnx.Variable) -> bool:
     return len(axes) >= 2 and not {"vocab", "buckets", "norm"} & set(axes)
 
 
-def muon_dimensions(params):
-    """For kernels which axes Muon orthogonalises (all but the last, against the last), else None.
-
-    Leading stack axes of scanned layers are left out: each layer is a matrix of its own.
-    """
-
-    def one(leaf: nnx.Variable):
-        if not _is_kernel(leaf):
-            return leaf.replace(None)
-        ndim, own = leaf.ndim, len(leaf.get_metadata()["axes"])
-        axes = tuple(range(ndim - own, ndim - 1))
-        return leaf.replace(contrib.MuonDimensionNumbers(reduction_axis=axes, output_axis=ndim - 1))
-
-    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW, or Muon (Jordan et al. 2024) on kernels and AdamW on the rest."""
+    """Clipping, then AdamW, or Muon on kernels and AdamW on the rest."""
     rate = schedule(config, num_steps)
+    adamw = optax.adamw(
+        rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decays
+    )
     if config.name == "adamw":
-        update = optax.adamw(
-            rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decays
-        )
+        update = adamw
     else:
-        update = contrib.muon(
-            rate,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decays,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_learning_rate=rate,
-            muon_weight_dimension_numbers=muon_dimensions,
-            consistent_rms=MUON_RMS,
+        muon = optax.chain(
+            scale_by_muon(MUON_BETA),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(rate),
         )
+        update = optax.partition({True: muon, False: adamw}, decays)
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), update)

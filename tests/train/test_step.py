@@ -177,10 +177,9 @@ def test_muon_orthogonalises_each_layer_of_a_stacked_kernel_and_nothing_else():
         assert singular.max() < 2 * singular.min()
         # The root mean square of Adam's updates, arXiv:2502.16982.
         np.testing.assert_allclose(np.sqrt(np.mean(layer**2)), 0.2 * 0.1, rtol=0.25)
-    # Adam's first step, in optax's Nesterov form here: every value moves by as much, downhill.
+    # Adam's first step: every value moves by the learning rate, downhill.
     bias = np.asarray(updates["bias"][...] * -jnp.sign(gradients["bias"][...]))
-    np.testing.assert_allclose(bias, bias[0, 0], rtol=1e-4)
-    assert 0.1 <= bias[0, 0] < 0.15
+    np.testing.assert_allclose(bias, 0.1, rtol=1e-4)
     # The momenta lie on the mesh as their kernels do.
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     placed = jax.tree.leaves(sharding.tree_shardings(state, mesh))
