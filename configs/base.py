@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     c.vae.temporal_downsample = (False, True, True)  # which levels halve the frame rate
     c.vae.patch_size = 1  # pixels folded into channels in front of the first level
     c.vae.is_residual = False  # Wan 2.2's residual up and down sampling
+    c.vae.dtype = "float32"  # operands of convolutions; "bfloat16" on accelerators
     c.vae_checkpoint = ""  # stage "dit": inference folder that holds the VAE
 
     c.vae_loss = ConfigDict()
@@ -45,6 +46,7 @@ def get_config() -> ConfigDict:
     c.vae_loss.l2 = 1.0
     c.vae_loss.multiscale = 1.0  # finite differences at several scales
     c.vae_loss.kl = 1e-6  # nats per latent value
+    c.vae_loss.adversarial = 0.0  # hinge loss of a patch discriminator; 0 trains none
     c.vae_loss.crop = (17, 64, 64)  # frames, height, width of the random crops trained on
     c.vae_loss.crops = 1  # crops taken from each clip
 
@@ -72,7 +74,11 @@ def get_config() -> ConfigDict:
     c.diffusion.kind = "logit_normal"  # distribution of t: "logit_normal" or "uniform"
     c.diffusion.mean = 0.0
     c.diffusion.std = 1.0
-    c.diffusion.shift = 1.0  # > 1 moves t towards noise
+    # Moves t towards noise, the more tokens a video has: a line in the root of their number, in
+    # training and sampling alike; equal shifts are a constant, and 1 is none.
+    c.diffusion.shift = ConfigDict(
+        {"tokens_lo": 256, "shift_lo": 1.0, "tokens_hi": 4096, "shift_hi": 1.0}
+    )
     c.diffusion.text_dropout = 0.1  # share of captions dropped, for guidance
 
     c.optim = ConfigDict()
@@ -86,11 +92,13 @@ def get_config() -> ConfigDict:
     c.optim.grad_clip = 1.0  # global norm
     c.optim.accumulate = 1  # micro-batches a step
     c.optim.ema_decay = 0.999
+    c.optim.freeze = ()  # parameter paths held as they are, such as ("vae/encoder",)
 
     c.sample = ConfigDict()  # previews, and the defaults written into exports
     c.sample.steps = 30
     c.sample.guidance = 3.0
-    c.sample.shift = 1.0
+    c.sample.guidance_interval = (0.0, 1.0)  # flow times between which guidance acts
+    c.sample.guidance_rescale = 0.0  # in [0, 1]; against over-saturation at large scales
     c.sample.solver = "unipc"
     c.sample.prompts = ("a red ball rolls left in the meadow",)
 

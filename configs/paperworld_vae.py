@@ -25,6 +25,7 @@ def get_config(arg: str = "full"):
         temporal_downsample=(True, True),
         patch_size=4,
         is_residual=True,
+        dtype="bfloat16",
     )
     c.optim.update(name="muon", peak_lr=3e-3, warmup_steps=20, ema_decay=0.995, final_lr=0.01)
     c.vae_loss.update(l2=10.0, kl=1e-4)
@@ -39,7 +40,7 @@ def get_config(arg: str = "full"):
     if arg == "smoke":
         c.num_steps, c.batch_size = 4, 8
         c.data.frames = 5
-        c.vae.update(base_dim=8, decoder_base_dim=8)
+        c.vae.update(base_dim=8, decoder_base_dim=8, dtype="float32")
         c.vae_loss.update(crop=(5, 32, 32), crops=1)
         c.log_every, c.checkpoint_every, c.sample_every = 1, 2, 4
     elif arg not in ("full", "images"):

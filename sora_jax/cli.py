@@ -63,6 +63,16 @@ def _add_sample(commands) -> None:
     sample.add_argument(
         "--guidance", type=float, metavar="SCALE", help="how closely to follow the prompt; 1 is off"
     )
+    sample.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="flow times between which guidance acts, 0 is the video and 1 noise",
+    )
+    sample.add_argument(
+        "--guidance-rescale", type=float, metavar="SHARE", help="0 to 1; against over-saturation"
+    )
     sample.add_argument("--shift", type=float, help="moves steps towards noise (larger videos)")
     sample.add_argument("--solver", help="unipc, dpmpp_2m, ab2, heun or euler")
     sample.add_argument("--seed", type=int, default=0, help="another seed, another video")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,9 +57,17 @@ class Request:
     fps: float
     steps: int
     guidance: float
+    guidance_interval: tuple[float, float]
+    guidance_rescale: float
     shift: float
     solver: str
     seed: int
+
+    @property
+    def guide(self) -> guidances.GuidanceConfig:
+        return guidances.GuidanceConfig(
+            scale=self.guidance, interval=self.guidance_interval, rescale=self.guidance_rescale
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,18 +158,24 @@ class Pipeline:
         size = settings.pop("size", None) or (self.sampling.width, self.sampling.height)
         given = {name: value for name, value in settings.items() if value is not None}
         chosen = {name: given.get(name, defaults[name]) for name in ("frames", "steps", "solver")}
-        for name in ("fps", "guidance", "shift"):
+        for name in ("fps", "guidance", "guidance_rescale"):
             chosen[name] = float(given.get(name, defaults[name]))
+        interval = given.get("guidance_interval", defaults["guidance_interval"])
+        chosen["guidance_interval"] = tuple(float(t) for t in interval)
         request = Request(
             prompt=prompt,
             negative_prompt=given.get("negative_prompt", ""),
             width=size[0],
             height=size[1],
             seed=given.get("seed", 0),
+            shift=float(given.get("shift", 1.0)),
             **chosen,
         )
         self._check(request)
-        return request
+        if "shift" in given:
+            return request
+        shift = times.shift_for_tokens(self.num_tokens(request), self.sampling.shift)
+        return dataclasses.replace(request, shift=shift)
 
     def _check(self, request: Request) -> None:
         if not request.prompt.strip():
@@ -192,6 +207,7 @@ class Pipeline:
             raise ValueError(
                 f"guidance {request.guidance} is out of range; use 0 to {MAX_GUIDANCE:g}, 1 is off."
             )
+        _ = request.guide  # checks interval and rescale
         sampler.num_evaluations(request.solver, 1)
         times.sampling_times(request.steps, shift=request.shift)
 
@@ -205,6 +221,8 @@ class Pipeline:
         fps: float | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | None = None,
         shift: float | None = None,
         solver: str | None = None,
         seed: int = 0,
@@ -213,6 +231,9 @@ class Pipeline:
 
         Args:
           size: (width, height) in pixels.
+          guidance_interval: flow times (lo, hi) between which guidance acts; 1 is noise.
+          guidance_rescale: in [0, 1]; against over-saturation at large scales.
+          shift: moves steps towards noise; by default it follows from the number of tokens.
           seed: the noise; equal arguments and checkpoint give equal frames on one machine.
 
         Raises:
@@ -226,6 +247,8 @@ class Pipeline:
             fps=fps,
             steps=steps,
             guidance=guidance,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
             shift=shift,
             solver=solver,
             seed=seed,
@@ -254,14 +277,14 @@ class Pipeline:
             if same != shared:
                 raise ValueError("requests of one batch may differ in prompts and seeds alone.")
         clock = _Clock(on_stage)
-        guided = shared.guidance != 1.0
+        guided = shared.guide.needs_uncond
         text_emb, text_mask = self.encode_text(
             [r.prompt for r in requests], [r.negative_prompt for r in requests] if guided else []
         )
         clock.stop("text", text_emb)
         latents = self.noise(requests)
         table = times.sampling_times(shared.steps, shift=shared.shift)
-        init, step = self._step(shared.steps, shared.shift, shared.solver, shared.guidance)
+        init, step = self._step(shared.steps, shared.shift, shared.solver, shared.guide)
         state = init(latents)
         for i in range(shared.steps):
             state = step(state, i, self.dit.params, text_emb, text_mask)
@@ -297,15 +320,19 @@ class Pipeline:
             config.z_dim,
         )
 
+    def num_tokens(self, request: Request) -> int:
+        """Video tokens of the request."""
+        cells = zip(self.latent_shape(request), self.dit.config.patch_size, strict=False)
+        return math.prod(n // p for n, p in cells)
+
     def noise(self, requests: Sequence[Request]) -> Float[Array, "b f h w c"]:
         """Standard normal latents, one key a request."""
         shape = self.latent_shape(requests[0])
         return jnp.stack([jax.random.normal(jax.random.key(r.seed), shape) for r in requests])
 
-    def _make_step(self, steps: int, shift: float, solver: str, guidance: float):
+    def _make_step(self, steps: int, shift: float, solver: str, guide: guidances.GuidanceConfig):
         """(init, jitted step) of the solver; kept, so that a second video compiles nothing."""
         table = times.sampling_times(steps, shift=shift)
-        config = guidances.GuidanceConfig(scale=guidance)
 
         def bind(params, text_emb, text_mask):
             dit = self.dit.module(params)
@@ -313,7 +340,7 @@ class Pipeline:
             def velocity(x, t):
                 return dit(x, jnp.full(x.shape[:1], t), text_emb, text_mask=text_mask)
 
-            guided = guidances.guided_velocity(velocity, config=config)
+            guided = guidances.guided_velocity(velocity, config=guide)
             return sampler.make_solver(guided, table, solver=solver)
 
         @jax.jit
@@ -325,7 +352,9 @@ class Pipeline:
     def metadata(self, request: Request) -> dict[str, Any]:
         from sora_jax import __version__
 
-        return dataclasses.asdict(request) | self.info | {"sora_jax": __version__}
+        # A list, as JSON gives back what the files hold.
+        interval = {"guidance_interval": list(request.guidance_interval)}
+        return dataclasses.asdict(request) | interval | self.info | {"sora_jax": __version__}
 
 
 class _Clock:

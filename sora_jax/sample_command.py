@@ -13,7 +13,10 @@ from sora_jax.generate import Pipeline, Request, Video
 from sora_jax.progress import Progress
 
 AT_ONCE = 8  # videos denoised together at most
-_NAMES = ("negative_prompt", "frames", "fps", "steps", "guidance", "shift", "solver")
+_NAMES = (
+    *("negative_prompt", "frames", "fps", "steps", "guidance", "guidance_interval"),
+    *("guidance_rescale", "shift", "solver"),
+)
 
 
 def run(args: Namespace) -> list[Path]:

@@ -7,6 +7,7 @@ import pytest
 
 import sora_jax
 from sora_jax import video_io
+from sora_jax.diffusion.times import TokenShift
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,11 @@ def test_a_video_has_the_size_asked_for_and_repeats_bit_for_bit(pipe):
 
 
 @pytest.mark.parametrize(
-    "change", [{"prompt": "a blue box"}, {"seed": 6}, {"guidance": 5.0}, {"steps": 4}]
+    "change",
+    [
+        *({"prompt": "a blue box"}, {"seed": 6}, {"guidance": 5.0}, {"steps": 4}, {"shift": 3.0}),
+        *({"guidance_interval": (0.0, 0.5)}, {"guidance_rescale": 1.0}),
+    ],
 )
 def test_every_setting_changes_the_video(pipe, change):
     settings = {"prompt": "a red ball", "seed": 5}
@@ -57,6 +62,21 @@ def test_guidance_one_is_the_conditional_velocity(pipe):
     assert np.abs(frames.astype(int) - nearly).max() <= 1
 
 
+def test_an_empty_guidance_interval_is_no_guidance(pipe):
+    frames = pipe("a red ball", guidance=5.0, guidance_interval=(1.0, 1.0)).frames
+    np.testing.assert_array_equal(frames, pipe("a red ball", guidance=1.0).frames)
+
+
+def test_shift_grows_with_the_number_of_tokens_unless_given(pipeline_folder):
+    pipe = sora_jax.load(pipeline_folder)
+    line = TokenShift(tokens_lo=12, shift_lo=1.0, tokens_hi=48, shift_hi=2.0)
+    pipe.sampling = dataclasses.replace(pipe.sampling, shift=line)
+    # 5 frames of 16x16 are 3x2x2 tokens, of 32x32 3x4x4.
+    assert pipe.request("a ball").shift == pytest.approx(1.0)
+    assert pipe.request("a ball", size=(32, 32)).shift == pytest.approx(2.0)
+    assert pipe.request("a ball", size=(32, 32), shift=1.5).shift == 1.5
+
+
 def test_the_negative_prompt_takes_the_place_of_the_empty_one(pipe):
     plain = pipe("a red ball", seed=1).frames
     np.testing.assert_array_equal(pipe("a red ball", seed=1, negative_prompt="").frames, plain)
@@ -79,6 +99,8 @@ def test_the_negative_prompt_takes_the_place_of_the_empty_one(pipe):
         ({"fps": 0}, "fps 0.0 is out of range"),
         ({"solver": "unpic"}, "unipc"),
         ({"shift": 0}, "shift"),
+        ({"guidance_interval": (0.8, 0.2)}, "interval"),
+        ({"guidance_rescale": 2}, "rescale"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(pipe, settings, words):

@@ -9,7 +9,7 @@ tokenizer/    scheduler/   sampling.json (our defaults for size, steps and guida
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from sora_jax.convert.dit import dit_entries
 from sora_jax.convert.tensors import TensorFile, hash_files, missing_file, write_tensors
 from sora_jax.convert.text import load_text, text_entries
 from sora_jax.convert.vae import vae_entries
+from sora_jax.diffusion.times import NO_SHIFT, TokenShift
 from sora_jax.dit.model import DiT, DiTConfig
 from sora_jax.text.t5 import T5Config, T5Encoder
 from sora_jax.vae.model import VAEConfig, VideoVAE
@@ -56,7 +57,9 @@ class SamplingDefaults:
     fps: float = 8.0
     steps: int = 30
     guidance: float = 3.0
-    shift: float = 1.0
+    guidance_interval: Sequence[float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    shift: TokenShift = NO_SHIFT
     solver: str = "unipc"
     text_tokens: int = 224
 
@@ -128,5 +131,20 @@ def checkpoint_hash(folder: Path) -> str:
 
 
 def read_sampling(folder: Path) -> SamplingDefaults:
+    """The folder's sampling.json, or our defaults where it has none.
+
+    Raises:
+      ValueError: the file has unknown keys.
+    """
     path = Path(folder) / "sampling.json"
-    return SamplingDefaults(**read_json(path)) if path.is_file() else SamplingDefaults()
+    if not path.is_file():
+        return SamplingDefaults()
+    values = read_json(path)
+    known = [field.name for field in dataclasses.fields(SamplingDefaults)]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; allowed: {', '.join(known)}.")
+    if isinstance(shift := values.get("shift"), dict):
+        values["shift"] = TokenShift(**shift)
+    elif shift is not None:
+        values["shift"] = TokenShift.constant(float(shift))
+    return SamplingDefaults(**values)

@@ -70,6 +70,14 @@ class TokenShift:
                 "0 < shift_lo <= shift_hi; more tokens need at least as much shift."
             )
 
+    @classmethod
+    def constant(cls, shift: float) -> "TokenShift":
+        """The same shift for any number of tokens."""
+        return cls(shift_lo=shift, shift_hi=shift)
+
+
+NO_SHIFT = TokenShift.constant(1.0)
+
 
 def shift_time(t, shift):
     """t -> shift t / (1 + (shift - 1) t): maps [0, 1] onto itself, 1 changes nothing.

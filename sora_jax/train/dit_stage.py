@@ -65,7 +65,7 @@ class DiTStage:
         self.time_config = times.TimeConfig(
             kind=config.diffusion.kind, mean=config.diffusion.mean, std=config.diffusion.std
         )
-        self.shift = float(config.diffusion.shift)
+        self.token_shift = times.TokenShift(**config.diffusion.shift)
         self.text_dropout = float(config.diffusion.text_dropout)
         self.text_tokens = int(config.text_tokens)
         self.tokenizer = ByteTokenizer()
@@ -109,7 +109,8 @@ class DiTStage:
         mask = jnp.where(drop, self.empty_mask, batch["mask"])
         text = nnx.merge(self.text_graphdef, params["text"])
         text_emb = text(ids, mask)
-        t = times.sample_t(t_key, (b,), config=self.time_config, shift=self.shift)
+        shift = times.shift_for_tokens(self.tokens_per_clip(batch), self.token_shift)
+        t = times.sample_t(t_key, (b,), config=self.time_config, shift=shift)
         noise = jax.random.normal(noise_key, x0.shape)
         loss = objective.flow_matching_loss(
             self.velocity(params, text_emb, mask), x0, noise=noise, t=t
@@ -123,19 +124,19 @@ class DiTStage:
 
     def tokens(self, batch) -> int:
         """Video tokens of one step on `batch`."""
-        return self._clips(batch) * self._tokens_per_clip(batch)
+        return self._clips(batch) * self.tokens_per_clip(batch)
 
     def flops(self, batch) -> float:
         """Floating-point operations of the DiT in one training step on `batch`."""
         forward = dit_flops(
-            self.dit_config, tokens=self._tokens_per_clip(batch), text_tokens=self.text_tokens
+            self.dit_config, tokens=self.tokens_per_clip(batch), text_tokens=self.text_tokens
         )
         return self._clips(batch) * forward.training
 
     def _clips(self, batch) -> int:
         return batch["ids"].shape[0]
 
-    def _tokens_per_clip(self, batch) -> int:
+    def tokens_per_clip(self, batch) -> int:
         if "latents" in batch:
             size = batch["latents"].shape[1:4]
         else:

@@ -16,6 +16,7 @@ from sora_jax.convert import folder
 from sora_jax.convert.folder import SamplingDefaults
 from sora_jax.data import loader as loaders
 from sora_jax.data import sources
+from sora_jax.diffusion import times
 from sora_jax.text.tokenizer import ByteTokenizer
 from sora_jax.train.loop import STAGES
 from sora_jax.train.vae_stage import to_float
@@ -55,7 +56,7 @@ def export(
     folder.save_component(out, "dit", stage.dit_config, params["dit"], dtype=dtype)
     folder.save_component(out, "text", stage.text_config, params["text"], dtype=dtype)
     ByteTokenizer().save(out / "tokenizer")
-    write_pipeline(out, config)
+    write_pipeline(out, config, stage)
     return out
 
 
@@ -103,7 +104,7 @@ def with_statistics(stage, config, params):
     return dataclasses.replace(stage.config, latents_mean=mean.tolist(), latents_std=std.tolist())
 
 
-def write_pipeline(out: Path, config) -> None:
+def write_pipeline(out: Path, config, stage) -> None:
     """The pipeline's index, its scheduler, and our sampling defaults."""
     defaults = SamplingDefaults(
         width=config.data.width,
@@ -112,11 +113,15 @@ def write_pipeline(out: Path, config) -> None:
         fps=config.data.fps,
         steps=config.sample.steps,
         guidance=config.sample.guidance,
-        shift=config.sample.shift,
+        guidance_interval=config.sample.guidance_interval,
+        guidance_rescale=config.sample.guidance_rescale,
+        shift=stage.token_shift,
         solver=config.sample.solver,
         text_tokens=config.text_tokens,
     )
-    write_index(out, shift=config.sample.shift)
+    shape = (1, config.data.frames, config.data.height, config.data.width, 3)
+    tokens = stage.tokens_per_clip({"video": jax.ShapeDtypeStruct(shape, jnp.uint8)})
+    write_index(out, shift=times.shift_for_tokens(tokens, stage.token_shift))
     folder.write_json(out / "sampling.json", dataclasses.asdict(defaults))
 
 

@@ -178,7 +178,8 @@ def start_from(config, stage, state, placement):
     params = {
         name: folder.load_component(Path(config.init_from), name)[2] for name in stage.components
     }
-    given, wanted = _shapes(params), _shapes(state.params)
+    wanted = _shapes({name: state.params[name] for name in stage.components})
+    given = _shapes(params)
     differ = [path for path in given | wanted if given.get(path) != wanted.get(path)]
     if differ:
         path = differ[0]
@@ -187,7 +188,8 @@ def start_from(config, stage, state, placement):
             f"config.{stage.name} makes it {wanted.get(path, 'nothing')} ({len(differ)} arrays "
             "differ); make their sizes equal."
         )
-    params = jax.device_put(params, placement.params)
+    params = jax.device_put(params, {name: placement.params[name] for name in params})
+    params = state.params | params  # a discriminator starts anew
     return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
 

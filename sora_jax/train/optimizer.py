@@ -1,6 +1,7 @@
 """The optax chain, its schedule and the weight-decay mask; knows no model."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import optax
@@ -30,8 +31,10 @@ class OptimConfig:
     grad_clip: float
     accumulate: int
     ema_decay: float
+    freeze: Sequence[str] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "freeze", tuple(self.freeze))  # JSON knows lists only
         if self.name not in NAMES:
             raise ValueError(f"optim.name {self.name!r} is unknown; use {' or '.join(NAMES)}.")
         if self.peak_lr <= 0:
@@ -74,6 +77,42 @@ def _is_kernel(leaf: nnx.Variable) -> bool:
     return len(axes) >= 2 and not {"vocab", "buckets", "norm"} & set(axes)
 
 
+def held(params, prefixes: Sequence[str]):
+    """True for parameters below one of `prefixes`, such as "vae/encoder", which training holds.
+
+    Raises:
+      ValueError: a prefix that names no parameter.
+    """
+    unused = set(prefixes)
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        matching = {p for p in prefixes if f"{name}/".startswith(f"{p.rstrip('/')}/")}
+        unused.difference_update(matching)
+        return leaf.replace(bool(matching))
+
+    tree = jax.tree_util.tree_map_with_path(
+        one, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+    if unused:
+        raise ValueError(
+            f"config.optim.freeze names {', '.join(sorted(unused))}, which is no part of the "
+            f"model; its parts are {', '.join(sorted(params))}."
+        )
+    return tree
+
+
+def hold(params, prefixes: Sequence[str]):
+    """`params` with no gradient for those below `prefixes`."""
+    if not prefixes:
+        return params
+    return jax.tree.map(
+        lambda leaf, frozen: jax.lax.stop_gradient(leaf) if frozen else leaf,
+        params,
+        held(params, prefixes),
+    )
+
+
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """Clipping, then AdamW, or Muon on kernels and AdamW on the rest."""
     rate = schedule(config, num_steps)
@@ -89,4 +128,9 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
             optax.scale_by_learning_rate(rate),
         )
         update = optax.partition({True: muon, False: adamw}, decays)
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip), update)
+    update = optax.chain(optax.clip_by_global_norm(config.grad_clip), update)
+    if not config.freeze:
+        return update
+    return optax.partition(
+        {True: optax.set_to_zero(), False: update}, lambda params: held(params, config.freeze)
+    )

@@ -48,8 +48,13 @@ def generations(stage, config, params, frozen, batch, prompts: list[str]) -> lis
         [*prompts, *[""] * len(prompts)], length=stage.text_tokens, max_length=stage.text_tokens
     )
     shape = jax.eval_shape(lambda b: stage.latents(frozen, b), batch).shape[1:]
-    table = times.sampling_times(config.sample.steps, shift=config.sample.shift)
-    guide = guidance.GuidanceConfig(scale=config.sample.guidance)
+    shift = times.shift_for_tokens(stage.tokens_per_clip(batch), stage.token_shift)
+    table = times.sampling_times(config.sample.steps, shift=shift)
+    guide = guidance.GuidanceConfig(
+        scale=config.sample.guidance,
+        interval=config.sample.guidance_interval,
+        rescale=config.sample.guidance_rescale,
+    )
 
     @jax.jit
     def run(params, frozen, ids, mask, noise):

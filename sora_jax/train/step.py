@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sora_jax.train.optimizer import OptimConfig
+from sora_jax.train.optimizer import OptimConfig, hold
 from sora_jax.train.state import TrainState
 
 # (params, frozen, batch, key) -> (scalar loss, metrics)
@@ -20,7 +20,11 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, co
     The step's randomness is fold_in(seed_key, step), so any step replays alone. With
     `accumulate` > 1 the batch is cut into micro-batches and their gradients averaged.
     """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def trained_loss(params, *args):
+        return loss_fn(hold(params, config.freeze), *args)
+
+    value_and_grad = jax.value_and_grad(trained_loss, has_aux=True)
 
     def gradients(params, frozen, batch, key):
         if config.accumulate == 1:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sora_jax.train.discriminator import Discriminator, hinge_losses
 from sora_jax.types import Video, VideoBytes
 from sora_jax.vae.model import VAEConfig, VideoVAE
 
@@ -23,9 +24,13 @@ class VAELossConfig:
     kl: float
     crop: Sequence[int]
     crops: int
+    adversarial: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "crop", tuple(self.crop))  # JSON knows lists only
+        for name in ("l1", "l2", "multiscale", "kl", "adversarial"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"vae_loss.{name} {getattr(self, name)} must be 0 or more.")
 
 
 def to_float(video: VideoBytes) -> Video:
@@ -88,16 +93,25 @@ class VAEStage:
         self.frozen: Any = ()
         abstract = nnx.eval_shape(lambda: VideoVAE(self.config, rngs=nnx.Rngs(0)))
         self.graphdef = nnx.split(abstract, nnx.Param)[0]
+        abstract = nnx.eval_shape(self._discriminator)
+        self.discriminator_graphdef = nnx.split(abstract, nnx.Param)[0]
+
+    def _discriminator(self, key: jax.Array | int = 0) -> Discriminator:
+        return Discriminator(rngs=nnx.Rngs(key), dtype=self.config.dtype)
 
     def init(self, key: jax.Array):
-        return {"vae": nnx.split(VideoVAE(self.config, rngs=nnx.Rngs(key)), nnx.Param)[1]}
+        params = {"vae": nnx.split(VideoVAE(self.config, rngs=nnx.Rngs(key)), nnx.Param)[1]}
+        if self.loss_config.adversarial:
+            discriminator = self._discriminator(jax.random.fold_in(key, 1))
+            params["discriminator"] = nnx.split(discriminator, nnx.Param)[1]
+        return params
 
     def prepare(self, record: dict) -> dict:
         """Per-record numpy work in the loader."""
         return {"video": record["video"]}
 
     def loss(self, params, frozen, batch, key):
-        """Weighted L1, L2, multi-scale and KL terms, averaged over the batch."""
+        """Weighted L1, L2, multi-scale, KL and adversarial terms, averaged over the batch."""
         weights = self.loss_config
         crop_key, sample_key = jax.random.split(key)
         video = to_float(batch["video"])
@@ -114,7 +128,12 @@ class VAEStage:
             # KL(N(mean, exp(logvar)) || N(0, 1)), nats per latent value
             "kl": 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar),
         }
-        loss = sum(getattr(weights, name) * value for name, value in terms.items())
+        loss = 0.0
+        if weights.adversarial:
+            terms["adversarial"], loss = hinge_losses(
+                self.discriminator_graphdef, params["discriminator"], video=video, recon=recon
+            )
+        loss += sum(getattr(weights, name) * value for name, value in terms.items())
         metrics = {f"train/{name}": value for name, value in terms.items()}
         metrics["train/psnr"] = jnp.mean(psnr(jnp.clip(recon, -1, 1), video))
         return loss, metrics

@@ -187,6 +187,24 @@ def test_muon_orthogonalises_each_layer_of_a_stacked_kernel_and_nothing_else():
     assert [leaf.spec for leaf in placed].count(wanted.spec) == 1
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_parameters_stay_and_the_others_move_as_before(name):
+    config = dataclasses.replace(OPTIM, name=name, weight_decay=0.1)
+    states, metrics = run(dataclasses.replace(config, freeze=("kernel",)), steps=3)
+    before, after = states[0].params, states[-1].params
+    np.testing.assert_array_equal(after["kernel"][...], before["kernel"][...])
+    assert (after["bias"][...] != before["bias"][...]).all()
+    free_states, free_metrics = run(config, steps=1)
+    assert_close(states[1].params["bias"], free_states[1].params["bias"])
+    assert metrics[0]["train/grad_norm"] < free_metrics[0]["train/grad_norm"]
+
+
+def test_a_freeze_that_names_nothing_is_refused():
+    config = dataclasses.replace(OPTIM, freeze=("kernel", "bias/encoder"))
+    with pytest.raises(ValueError, match="names bias/encoder, which is no part of the model"):
+        run(config)
+
+
 def test_schedule_rises_to_its_peak_and_ends_at_its_share():
     config = dataclasses.replace(OPTIM, peak_lr=2e-3, warmup_steps=10, final_lr=0.05)
     rate = schedule(config, 100)

@@ -79,3 +79,23 @@ def test_accelerators_get_one_convolution_and_cpu_none_in_3d():
         lines = convolutions(platform)
         assert len(lines) == 2 and all(map(in_3d, lines))
         assert all(line.count("bf16>") == 2 and line.count("f32>") == 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("frames", "taps", "before"), [(1, 3, 2), (2, 3, 2), (5, 3, 2), (5, 3, 0), (1, 1, 0), (3, 1, 0)]
+)
+def test_products_with_neighbourhoods_are_the_convolution(frames, taps, before):
+    keys = jax.random.split(jax.random.key(0), 3)
+    low = jnp.bfloat16
+    x = jax.random.normal(keys[0], (2, frames, 3, 4, 128)).astype(low)
+    w = jax.random.normal(keys[1], (taps, 3, 3, 128, 130)).astype(low)
+    settings = {"stride": (1, 1, 1), "padding": ((before, 0), (1, 1), (1, 1))}
+    assert conv._columns_pay(x, w, **settings)
+    single = functools.partial(conv._single, **settings)
+    expected, pullback = jax.vjp(single, x.astype(jnp.float32), w.astype(jnp.float32))
+    np.testing.assert_allclose(conv._taps(x, w, **settings), expected, rtol=1e-5, atol=2e-4)
+    dy = jax.random.normal(keys[2], expected.shape).astype(low)
+    gradients = conv._taps_backward(x, w, dy, **settings)
+    for ours, theirs in zip(gradients, pullback(dy.astype(jnp.float32)), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-4)

@@ -1,0 +1,122 @@
+"""The loop: exact resume, interruption, and what it refuses."""
+
+import json
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sora_jax.checkpoint import Checkpointer
+from sora_jax.train import loop
+from sora_jax.train.export import export
+from sora_jax.train.loop import train
+
+STOP_AFTER = 2
+
+
+def saved_state(workdir: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """(step, arrays by path) of the newest checkpoint, read without any model."""
+    import orbax.checkpoint as ocp
+
+    directory = workdir / "checkpoints"
+    with Checkpointer(directory) as checkpointer:
+        step = checkpointer.latest_step()
+    return step, ocp.PyTreeCheckpointer().restore((directory / str(step) / "state").resolve())
+
+
+def rows(workdir: Path) -> list[dict]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def interrupt_in_step(monkeypatch, step: int, number=signal.SIGINT):
+    """Raises a signal while batch `step` of the next run is placed, and never again."""
+    place, calls = loop.loaders.to_global, []
+
+    def placed(*args):
+        calls.append(1)
+        if len(calls) == step:
+            signal.raise_signal(number)
+        return place(*args)
+
+    monkeypatch.setattr(loop.loaders, "to_global", placed)
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"), [("dit", signal.SIGINT), ("vae", signal.SIGTERM)], ids=["dit", "vae"]
+)
+def test_two_steps_and_resume_and_two_equal_four_bitwise(
+    stage, number, dit_config, vae_config, tmp_path, monkeypatch
+):
+    config = {"dit": dit_config, "vae": vae_config}[stage]
+    config.num_steps, config.checkpoint_every, config.sample_every = 4, 4, 0
+    train(config, tmp_path / "straight")
+
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, STOP_AFTER, number)
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 2; the checkpoint is saved"):
+            train(config, tmp_path / "resumed")
+    assert saved_state(tmp_path / "resumed")[0] == STOP_AFTER
+    train(config, tmp_path / "resumed")
+
+    step, straight = saved_state(tmp_path / "straight")
+    again, resumed = saved_state(tmp_path / "resumed")
+    assert step == again == 4 and set(straight) == set(resumed)
+    for path, value in straight.items():
+        np.testing.assert_array_equal(value, resumed[path], err_msg=path)
+    # The losses tell that the data came in the same order, too.
+    ours, theirs = rows(tmp_path / "straight"), rows(tmp_path / "resumed")
+    assert [row["train/loss"] for row in ours] == [row["train/loss"] for row in theirs]
+    assert len({row["train/loss"] for row in ours}) == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(dit_config, tmp_path):
+    dit_config.optim.update(peak_lr=1e38, warmup_steps=0)
+    dit_config.checkpoint_every = 1
+    with pytest.raises(FloatingPointError, match=r"train/\w+ is (nan|inf) at step [234]; lower"):
+        train(dit_config, tmp_path)
+    step, state = saved_state(tmp_path)
+    assert step < 4
+    assert all(np.isfinite(v).all() for path, v in state.items() if path.startswith("ema/"))
+
+
+def test_a_run_starts_from_the_weights_of_a_folder(vae_config, tmp_path):
+    vae_config.num_steps, vae_config.sample_every = 1, 0
+    train(vae_config, tmp_path / "first")
+    folder = export(tmp_path / "first", tmp_path / "folder", weights="raw")
+
+    vae_config.init_from = str(folder)
+    vae_config.seed = 5
+    vae_config.optim.update(peak_lr=1e-12, freeze=("vae/encoder",))
+    vae_config.vae_loss.adversarial = 0.1  # its discriminator starts anew
+    train(vae_config, tmp_path / "second")
+    _, first = saved_state(tmp_path / "first")
+    _, second = saved_state(tmp_path / "second")
+    for path, value in first.items():
+        if path.startswith("params/"):
+            np.testing.assert_allclose(second[path], value, atol=1e-9, err_msg=path)
+        if path.startswith("params/vae/encoder"):
+            np.testing.assert_array_equal(second[path], value, err_msg=path)
+    assert any(path.startswith("params/discriminator") for path in second)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("stage", "ddit", "config.stage 'ddit' is not one of vae, dit"),
+        ("num_steps", 0, "config.num_steps 0 must be 1 or more"),
+        ("sample_every", -1, "config.sample_every -1"),
+        ("batch_size", 12, "batch_size 12 is not divisible .* to 8 or 16"),
+        ("vae_checkpoint", "", "config.vae_checkpoint is empty"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    dit_config, tmp_path, key, value, words
+):
+    dit_config[key] = value
+    assert jax.device_count() == 8
+    with pytest.raises(ValueError, match=words):
+        train(dit_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
