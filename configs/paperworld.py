@@ -13,7 +13,7 @@ def get_config(arg: str = "full"):
     c.vae_checkpoint = "sora_jax/weights/paperworld"
     c.data.cache, c.data.cache_clips = "runs/paperworld_latents", 20_000
     c.text.update(width=192, head_dim=48, mlp_dim=512, depth=4, num_heads=4, dtype="bfloat16")
-    c.text_tokens = 128
+    c.text_tokens = 96
     c.dit.update(depth=8, width=256, num_heads=4, ffn_dim=1024, dtype="bfloat16")
     # Recomputing is faster here than moving stacked activations through memory, on CPUs too.
     c.dit.remat, c.text.remat = "full", True

@@ -97,6 +97,9 @@ def _add_train(commands) -> None:
     train.add_argument(
         "--workdir", required=True, metavar="DIR", help="checkpoints, metrics and previews"
     )
+    train.add_argument(
+        "--distributed", action="store_true", help="this is one process of several (see launch/)"
+    )
 
 
 def _add_eval(commands) -> None:
@@ -138,9 +141,11 @@ def _sample(args) -> None:
 
 
 def _train(args) -> None:
-    from sora_jax import config_file
+    from sora_jax import config_file, sharding
     from sora_jax.train.loop import train
 
+    if args.distributed:
+        sharding.join_processes()
     train(config_file.load(args.config, args.overrides), args.workdir)
 
 

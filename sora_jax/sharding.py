@@ -7,6 +7,7 @@ activations pass through `constrain`; nothing else in the package writes a Parti
 import contextlib
 import contextvars
 import math
+import os
 
 import jax
 import numpy as np
@@ -39,12 +40,34 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     "bias": None,
     "patch": None,
+    "image": None,
     "time": None,
     "buckets": None,
     "spatial": None,
 }
 
 _active_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+def join_processes() -> None:
+    """Makes this process one of a job of several; before anything else touches a device.
+
+    On Cloud TPU and under Slurm JAX finds the others by itself; elsewhere JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID tell (launch/local.sh sets them).
+
+    Raises:
+      ValueError: one of the three is missing or no number.
+    """
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        jax.distributed.initialize()
+        return
+    numbers = []
+    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        value = os.environ.get(name, "")
+        if not value.isdigit():
+            raise ValueError(f"{name} is {value!r}; with JAX_COORDINATOR_ADDRESS, set a number.")
+        numbers.append(int(value))
+    jax.distributed.initialize(num_processes=numbers[0], process_id=numbers[1])
 
 
 def make_mesh(

@@ -33,7 +33,14 @@ CASES = {
         (4, 3, 6),
         False,
     ),
+    "image": ({"image_dim": 16, "added_kv_proj_dim": 24, "num_layers": 1}, (3, 4, 6), False),
+    "first_last": (
+        {"image_dim": 16, "added_kv_proj_dim": 24, "pos_embed_seq_len": 6, "num_layers": 1},
+        (3, 4, 6),
+        False,
+    ),
 }
+IMAGE_ROWS = 3  # features of one image
 
 
 def run(changes, size, per_token, rng):
@@ -54,12 +61,21 @@ def run(changes, size, per_token, rng):
     t = (rng.integers(0, 129, shape) / 128).astype(np.float32)
     padded = np.zeros((batch, TEXT_LEN, config["text_dim"]), np.float32)
     padded[:, : max(lengths)] = text * mask[..., None]
+    inputs, image = {}, None
+    if config.get("image_dim"):
+        images = 2 if config.get("pos_embed_seq_len") else 1
+        shape = (batch, images * IMAGE_ROWS, config["image_dim"])
+        image = rng.standard_normal(shape, np.float32)
+        # diffusers takes the images of one example as consecutive rows of the batch.
+        rows = torch.from_numpy(image.reshape(-1, IMAGE_ROWS, shape[-1]))
+        inputs["encoder_hidden_states_image"] = rows
     with torch.no_grad():
         output = model(
             hidden_states=torch.from_numpy(latents.transpose(0, 4, 1, 2, 3).copy()),
             timestep=torch.from_numpy(t * 1000),
             encoder_hidden_states=torch.from_numpy(padded),
             return_dict=False,
+            **inputs,
         )[0]
     arrays = {
         "latents": latents,
@@ -69,6 +85,8 @@ def run(changes, size, per_token, rng):
         "velocity": output.numpy().transpose(0, 2, 3, 4, 1),
         "config": np.array(json.dumps(dict(model.config))),
     }
+    if image is not None:
+        arrays["image_emb"] = image
     arrays |= {f"params/{key}": value.numpy() for key, value in model.state_dict().items()}
     return arrays
 

@@ -42,6 +42,8 @@ def dit_entries(config: DiTConfig) -> list[Entry]:
     ]
     for path, key in _EMBEDDERS.items():
         entries += _linear(path, key)
+    if config.image_dim is not None:
+        entries += _image_entries(config)
     for i in range(config.depth):
         prefix, key = ("blocks",), f"blocks.{i}"
         entries.append(
@@ -53,10 +55,32 @@ def dit_entries(config: DiTConfig) -> list[Entry]:
             entries += _linear(prefix + path, f"{key}.{name}", index=i)
         for path, name in _BLOCK_NORMS.items():
             entries.append(Entry(f"{key}.{name}.weight", (*prefix, *path, "scale"), index=i))
+        if config.image_dim is not None:
+            path = (*prefix, "cross_attention")
+            entries += _linear((*path, "k_image"), f"{key}.attn2.add_k_proj", index=i)
+            entries += _linear((*path, "v_image"), f"{key}.attn2.add_v_proj", index=i)
+            norm = f"{key}.attn2.norm_added_k.weight"
+            entries.append(Entry(norm, (*path, "norm_k_image", "scale"), index=i))
         if config.cross_attn_norm:
             path = (*prefix, "norm_cross")
             entries.append(Entry(f"{key}.norm2.weight", (*path, "scale"), index=i))
             entries.append(Entry(f"{key}.norm2.bias", (*path, "bias"), index=i))
+    return entries
+
+
+def _image_entries(config: DiTConfig) -> list[Entry]:
+    prefix = "condition_embedder.image_embedder"
+    entries = [
+        *_linear(("image_embed", "linear_1"), f"{prefix}.ff.net.0.proj"),
+        *_linear(("image_embed", "linear_2"), f"{prefix}.ff.net.2"),
+    ]
+    for ours, theirs in (("norm_in", "norm1"), ("norm_out", "norm2")):
+        for leaf, name in (("scale", "weight"), ("bias", "bias")):
+            entries.append(Entry(f"{prefix}.{theirs}.{name}", ("image_embed", ours, leaf)))
+    if config.image_positions is not None:
+        shape = (1, config.image_positions, config.image_dim)
+        path = ("image_embed", "positions")
+        entries.append(Entry(f"{prefix}.pos_embed", path, "vector", shape=shape))
     return entries
 
 

@@ -35,9 +35,11 @@ _DIFFUSERS = {
     "cross_attn_norm": ("cross_attn_norm", True),
     "qk_norm": ("qk_norm", QK_NORM),
     "rope_max_seq_len": ("rope_max_seq_len", 1024),
+    "image_dim": ("image_dim", None),
+    "image_positions": ("pos_embed_seq_len", None),
 }
 _HEAD_DIM = ("attention_head_dim", 128)
-_IMAGE_KEYS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+_ADDED = "added_kv_proj_dim"  # the model's width where there is an image_dim, else null
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,10 @@ class DiTConfig:
       patch_size: latents in a token along (time, height, width).
       text_len: padded length of the text that the model was trained with; see
         `embed.padding_bias`.
+      image_dim: width of the image features that cross-attention also sees, through keys and
+        values of their own; None for models without (Wan 2.1's image-to-video model has 1280).
+      image_positions: rows of image features with a learned position each (first-and-last-frame
+        models); None is without.
       rope_max_seq_len: only kept for export: our rotary embedding has no table.
       dtype: of the operands of matrix products; parameters, residual stream, norms and
         modulation are float32.
@@ -72,6 +78,8 @@ class DiTConfig:
     cross_attn_norm: bool = True
     qk_norm: str = QK_NORM
     rope_max_seq_len: int = 1024
+    image_dim: int | None = None
+    image_positions: int | None = None
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
@@ -101,6 +109,11 @@ class DiTConfig:
                 f"dit.width / num_heads = {self.head_dim} must be at least 6, so that rotary "
                 "embedding has a channel pair for time, height and width."
             )
+        if self.image_positions is not None and self.image_dim is None:
+            raise ValueError(
+                f"dit.image_positions {self.image_positions} needs dit.image_dim; set it, or "
+                "image_positions to None."
+            )
         if self.freq_dim % 2:
             raise ValueError(f"dit.freq_dim {self.freq_dim} must be even (cosines and sines).")
         for name, allowed in (
@@ -126,24 +139,24 @@ class DiTConfig:
         Keys that the file leaves out take the defaults of diffusers' class.
 
         Raises:
-          ValueError: for unknown keys, and for image conditioning, which is not supported.
+          ValueError: for unknown keys, or an image_dim without added_kv_proj_dim.
         """
-        known = {name for name, _ in _DIFFUSERS.values()} | {_HEAD_DIM[0], *_IMAGE_KEYS}
+        known = {name for name, _ in _DIFFUSERS.values()} | {_HEAD_DIM[0], _ADDED}
         unknown = sorted(key for key in values if key not in known and not key.startswith("_"))
         if unknown:
             raise ValueError(
                 f"transformer config has unknown keys {', '.join(unknown)}; allowed: "
                 f"{', '.join(sorted(known))}."
             )
-        image = [key for key in _IMAGE_KEYS if values.get(key) is not None]
-        if image:
-            raise ValueError(
-                f"transformer config sets {', '.join(image)}: the image embedder is not "
-                "supported; use a checkpoint that has them null."
-            )
         fields = {ours: values.get(name, default) for ours, (name, default) in _DIFFUSERS.items()}
         fields["out_channels"] = fields["out_channels"] or fields["in_channels"]
         fields["width"] = fields["num_heads"] * values.get(*_HEAD_DIM)
+        added = None if fields["image_dim"] is None else fields["width"]
+        if values.get(_ADDED) != added:
+            raise ValueError(
+                f"transformer config has image_dim {fields['image_dim']} and {_ADDED} "
+                f"{values.get(_ADDED)}; with that image_dim it must be {added}."
+            )
         return cls(**{**fields, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,5 +167,5 @@ class DiTConfig:
             "_class_name": "WanTransformer3DModel",
             **values,
             _HEAD_DIM[0]: self.head_dim,
-            **dict.fromkeys(_IMAGE_KEYS),
+            _ADDED: None if self.image_dim is None else self.width,
         }

@@ -1,5 +1,6 @@
 """Timestep and text embedders, and the key that stands for text padding; no blocks."""
 
+import functools
 import math
 
 import jax
@@ -13,6 +14,7 @@ from sora_jax import attention, layers, sharding
 # Wan was trained on timesteps in [0, 1000]; ours are in [0, 1].
 TIMESTEPS = 1000.0
 _MAX_PERIOD = 10000.0
+_IMAGE_EPS = 1e-5  # of the norms around the image embedder; all others take the config's
 _normal = layers.truncated_normal(0.02)
 
 
@@ -59,6 +61,46 @@ class TextEmbed(nnx.Module):
     def __call__(self, text: Float[Array, "b l d_text"]) -> Float[Array, "b l d"]:
         y = jax.nn.gelu(self.linear_1(text), approximate=True)
         return sharding.constrain(self.linear_2(y), "batch", "text_tokens", "act_embed")
+
+
+class ImageEmbed(nnx.Module):
+    """Features of CLIP's vision tower to the model's width: norm, linear, GELU, linear, norm.
+
+    With `positions` (first-and-last-frame models) the features of several images, each `positions
+    / count` rows, are one sequence with a learned embedding of its positions.
+    """
+
+    def __init__(
+        self,
+        image_dim: int,
+        width: int,
+        *,
+        positions: int | None = None,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+    ):
+        linear = functools.partial(layers.Linear, image_dim, rngs=rngs, dtype=dtype)
+        self.norm_in = layers.LayerNorm(image_dim, eps=_IMAGE_EPS)
+        self.linear_1 = linear(image_dim, axes=("image", "mlp"))
+        self.linear_2 = linear(width, axes=("mlp", "embed"))
+        self.norm_out = layers.LayerNorm(width, eps=_IMAGE_EPS)
+        self.positions = (
+            None
+            if positions is None
+            else nnx.Param(jnp.zeros((positions, image_dim)), axes=(None, "norm"))
+        )
+
+    def __call__(self, image: Float[Array, "b i d_image"]) -> Float[Array, "b i d"]:
+        """Raises ValueError for another number of rows than `positions`."""
+        if self.positions is not None:
+            if image.shape[1] != self.positions.shape[0]:
+                raise ValueError(
+                    f"image features have {image.shape[1]} rows, this model takes "
+                    f"{self.positions.shape[0]}: those of its first and last frame together."
+                )
+            image = image + self.positions[...][None]
+        y = jax.nn.gelu(self.linear_1(self.norm_in(image)), approximate=False)
+        return self.norm_out(self.linear_2(y))
 
 
 def append_zero_rows(

@@ -29,9 +29,13 @@ Time = Float[Array, " b"] | Float[Array, "b n"] | Float[Array, "b f_grid h_grid 
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with q and k RMS-normalised over the full width."""
+    """Multi-head attention with q and k RMS-normalised over the full width.
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, out_init=None):
+    With `image`, the queries also attend to image tokens by keys and values of their own, and the
+    two results are added before the output projection.
+    """
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, out_init=None, image: bool = False):
         linear = functools.partial(
             layers.Linear, config.width, config.width, rngs=rngs, dtype=config.dtype
         )
@@ -41,6 +45,9 @@ class Attention(nnx.Module):
         self.out = linear(axes=("heads", "embed"), init=out_init)
         self.norm_q = layers.RMSNorm(config.width, eps=config.eps)
         self.norm_k = layers.RMSNorm(config.width, eps=config.eps)
+        self.k_image = linear(axes=("embed", "heads")) if image else None
+        self.v_image = linear(axes=("embed", "heads")) if image else None
+        self.norm_k_image = layers.RMSNorm(config.width, eps=config.eps) if image else None
         self.config = config
 
     def __call__(
@@ -53,6 +60,7 @@ class Attention(nnx.Module):
         q_segment_ids: Int[Array, "b n"] | None = None,
         kv_segment_ids: Int[Array, "b s"] | None = None,
         kv_bias: Float[Array, "b s"] | None = None,
+        image: Float[Array, "b i d"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Queries from `x`, keys and values from `source`; `rotation` is rope's cos and sin."""
         heads = (self.config.num_heads, self.config.head_dim)
@@ -72,6 +80,15 @@ class Attention(nnx.Module):
             implementation=self.config.attention,
             dtype=self.config.dtype,
         )
+        if self.k_image is not None and image is not None:
+            y = y + attention(
+                q,
+                self.norm_k_image(self.k_image(image)).reshape(*image.shape[:2], *heads),
+                self.v_image(image).reshape(*image.shape[:2], *heads),
+                kv_axis=kv_axis,
+                implementation=self.config.attention,
+                dtype=self.config.dtype,
+            )
         y = checkpoint_name(y, "attention_out")
         return self.out(y.reshape(*x.shape[:2], -1))
 
@@ -100,7 +117,9 @@ class DiTBlock(nnx.Module):
         self.norm_self = norm(affine=False)
         self.self_attention = Attention(config, rngs=rngs)
         self.norm_cross = norm() if config.cross_attn_norm else None
-        self.cross_attention = Attention(config, rngs=rngs, out_init=_zeros)
+        self.cross_attention = Attention(
+            config, rngs=rngs, out_init=_zeros, image=config.image_dim is not None
+        )
         self.norm_mlp = norm(affine=False)
         self.mlp = MLP(config, rngs=rngs)
         self.modulation = nnx.Param(jnp.zeros((6, config.width)), axes=("time", "norm"))
@@ -115,6 +134,7 @@ class DiTBlock(nnx.Module):
         text_bias: Float[Array, "b s"],
         segment_ids: Int[Array, "b n"] | None = None,
         text_segment_ids: Int[Array, "b s"] | None = None,
+        image: Float[Array, "b i d"] | None = None,
     ) -> Float[Array, "b n d"]:
         modulation = modulation + self.modulation[...][None, None]
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (modulation[:, :, i] for i in range(6))
@@ -132,6 +152,7 @@ class DiTBlock(nnx.Module):
             q_segment_ids=None if text_segment_ids is None else segment_ids,
             kv_segment_ids=text_segment_ids,
             kv_bias=text_bias,
+            image=image,
         )
         x = x + y
         y = self.mlp(self.norm_mlp(x) * (1 + scale_mlp) + shift_mlp)
@@ -149,6 +170,17 @@ class DiT(nnx.Module):
         self.time_embed = embed.TimeEmbed(config.freq_dim, d, rngs=rngs)
         self.time_proj = layers.Linear(d, 6 * d, axes=("embed", "time"), init=_zeros, rngs=rngs)
         self.text_embed = embed.TextEmbed(config.text_dim, d, rngs=rngs, dtype=config.dtype)
+        self.image_embed = (
+            None
+            if config.image_dim is None
+            else embed.ImageEmbed(
+                config.image_dim,
+                d,
+                positions=config.image_positions,
+                rngs=rngs,
+                dtype=config.dtype,
+            )
+        )
         self.blocks = jax.vmap(lambda r: DiTBlock(config, rngs=r))(rngs.split(config.depth))
         self.norm_out = layers.LayerNorm(d, eps=config.eps, affine=False)
         self.modulation_out = nnx.Param(jnp.zeros((2, d)), axes=("time", "norm"))
@@ -169,6 +201,7 @@ class DiT(nnx.Module):
         text_emb: Float[Array, "b l d_text"],
         *,
         text_mask: Bool[Array, "b l"] | None = None,
+        image_emb: Float[Array, "b i d_image"] | None = None,
     ) -> Float[Array, "b f h w c_out"]:
         """Velocity at time `t` of every example (b,), token (b, n) or patch (b, f', h', w').
 
@@ -177,6 +210,7 @@ class DiT(nnx.Module):
           t: flow time; 0 is data, 1 is noise.
           text_emb: the text encoder's output, of any length up to `config.text_len`.
           text_mask: True for real tokens; None: all of them.
+          image_emb: image features, for models that take them (`config.image_dim`).
 
         Raises:
           ValueError: if the patches do not tile the latents, `t` does not fit the tokens, or
@@ -193,6 +227,7 @@ class DiT(nnx.Module):
             t.reshape(t.shape[0], -1),
             text_emb,
             text_mask=text_mask,
+            image_emb=image_emb,
             positions=patchify.positions(*grid)[None],
         )
         return patchify.unpatchify(velocity, self.config.patch_size, grid=grid)
@@ -208,6 +243,7 @@ class DiT(nnx.Module):
         segment_ids: Int[Array, "b n"] | None = None,
         text_segment_ids: Int[Array, "b l"] | None = None,
         num_segments: int = 1,
+        image_emb: Float[Array, "b i d_image"] | None = None,
     ) -> Float[Array, "b n p_out"]:
         """The model on patch tokens, where several examples may share a row (packing).
 
@@ -221,6 +257,7 @@ class DiT(nnx.Module):
             padding, whose output has no meaning.
           text_segment_ids: the same for text; needed with more than one segment.
           num_segments: static bound on the number of segments in a row.
+          image_emb: image features of the whole row.
 
         Raises:
           ValueError: if the text is longer than `config.text_len`, or segment ids are given
@@ -235,6 +272,8 @@ class DiT(nnx.Module):
             )
         if text_segment_ids is not None and segment_ids is None:
             raise ValueError("text_segment_ids need segment_ids; give both or neither.")
+        if image_emb is not None and self.image_embed is None:
+            raise ValueError("image features were given to a model whose dit.image_dim is None.")
         if text_mask is None:
             text_mask = jnp.ones(text_emb.shape[:2], bool)
         padding_rows = 1 if text_segment_ids is None else num_segments
@@ -257,6 +296,7 @@ class DiT(nnx.Module):
             text_bias=text_bias,
             segment_ids=segment_ids,
             text_segment_ids=text_segment_ids,
+            image=None if image_emb is None else self.image_embed(image_emb),
         )
         modulation_out = time[:, :, None] + self.modulation_out[...][None, None]
         shift, scale = modulation_out[:, :, 0], modulation_out[:, :, 1]

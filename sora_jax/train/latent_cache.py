@@ -1,6 +1,7 @@
 """Encodes clips once, so that the VAE stays off the training step's path."""
 
 import concurrent.futures
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,11 +48,18 @@ class LatentCache:
         return self.__dict__ | {"_latents": None}
 
 
+@dataclasses.dataclass(frozen=True)
 class PickCaption(RandomTransform):
-    """One of a record's captions, another one in every epoch."""
+    """One of a record's captions, another one in every epoch.
+
+    Those of at most `max_bytes` are preferred: one that is cut leaves out what is seen.
+    """
+
+    max_bytes: int
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict:
         captions = record["captions"]
+        captions = [c for c in captions if len(c.encode()) <= self.max_bytes] or captions
         return record | {"caption": captions[int(rng.integers(len(captions)))]}
 
 

@@ -31,6 +31,14 @@ def test_reads_and_writes_diffusers_config():
     assert written == {k: v for k, v in WAN_1_3B.items() if k != "_diffusers_version"}
 
 
+def test_reads_and_writes_the_config_of_an_image_to_video_model():
+    file = WAN_1_3B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 1536}
+    file |= {"pos_embed_seq_len": 514}
+    config = DiTConfig.from_dict(file)
+    assert (config.image_dim, config.image_positions) == (1280, 514)
+    assert config.to_dict() == {k: v for k, v in file.items() if k != "_diffusers_version"}
+
+
 def test_keys_left_out_take_the_defaults_of_diffusers_class():
     config = DiTConfig.from_dict({}, dtype="bfloat16")
     assert (config.width, config.depth, config.ffn_dim) == (5120, 40, 13824)
@@ -41,7 +49,9 @@ def test_keys_left_out_take_the_defaults_of_diffusers_class():
     "change, message",
     [
         ({"num_layer": 3}, "unknown keys num_layer"),
-        ({"image_dim": 1280}, "image_dim"),
+        ({"image_dim": 1280}, "image_dim 1280 and added_kv_proj_dim None; .* must be 1536"),
+        ({"added_kv_proj_dim": 1536}, "must be None"),
+        ({"pos_embed_seq_len": 514}, "image_positions 514 needs dit.image_dim"),
         ({"num_layers": 0}, "dit.depth 0 must be at least 1"),
         ({"patch_size": [2, 2]}, "three positive integers"),
         ({"freq_dim": 255}, "must be even"),

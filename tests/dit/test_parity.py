@@ -28,7 +28,8 @@ def golden(case):
         if key.startswith(f"{weights}/params/")
     }
     config = DiTConfig.from_dict(json.loads(str(arrays[f"{case}/config"])))
-    return config, tensors, {k: arrays[f"{case}/{k}"] for k in INPUTS}
+    inputs = {k: arrays[f"{case}/{k}"] for k in INPUTS}
+    return config, tensors, inputs | {"image_emb": arrays.get(f"{case}/image_emb")}
 
 
 INPUTS = ("latents", "t", "text_emb", "text_mask", "velocity")
@@ -47,18 +48,19 @@ def load(config, tensors):
     return nnx.merge(graph, params)
 
 
-@pytest.mark.parametrize("case", ["scalar", "per_token", "other_patch"])
+@pytest.mark.parametrize("case", ["scalar", "per_token", "other_patch", "image", "first_last"])
 def test_velocity_equals_diffusers(case):
     config, tensors, io = golden(case)
     model = load(config, tensors)
-    velocity = jax.jit(lambda x, t, text, mask: model(x, t, text, text_mask=mask))(
+    image = None if io["image_emb"] is None else jnp.asarray(io["image_emb"])
+    velocity = jax.jit(lambda x, t, text, mask: model(x, t, text, text_mask=mask, image_emb=image))(
         *(jnp.asarray(io[k]) for k in INPUTS[:4])
     )
     assert np.abs(io["velocity"]).max() > 1
     np.testing.assert_allclose(velocity, io["velocity"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["scalar", "other_patch"])
+@pytest.mark.parametrize("case", ["scalar", "other_patch", "image", "first_last"])
 def test_export_returns_the_file(case):
     config, tensors, _ = golden(case)
     exported = names.export(nnx.state(load(config, tensors), nnx.Param), dit_entries(config))
