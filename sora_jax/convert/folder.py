@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from sora_jax import sharding
 from sora_jax.convert import names
 from sora_jax.convert.dit import dit_entries
-from sora_jax.convert.tensors import TensorFile, hash_files, missing_file, write_tensors
+from sora_jax.convert.recognize import Naming, recognize
+from sora_jax.convert.tensors import hash_files, missing_file, write_tensors
 from sora_jax.convert.text import load_text, text_entries
 from sora_jax.convert.vae import vae_entries
+from sora_jax.convert.weights import INDEX, PICKLES, Weights, open_weights
 from sora_jax.diffusion.times import NO_SHIFT, TokenShift
 from sora_jax.dit.model import DiT, DiTConfig
 from sora_jax.text.t5 import T5Config, T5Encoder
@@ -42,6 +47,7 @@ COMPONENTS = {
     "vae": Component("vae", "diffusion_pytorch_model", VAEConfig, VideoVAE, vae_entries),
     "text": Component("text_encoder", "model", T5Config, T5Encoder, text_entries),
 }
+WORDS = {"dit": "transformer", "vae": "VAE", "text": "text encoder"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,21 +102,82 @@ def abstract_params(name: str, config):
     return nnx.split(module, nnx.Param)
 
 
-def load_component(folder: Path, name: str):
-    """(config, graphdef, params) of component `name` of an inference folder.
+def find_component(folder: Path, name: str) -> tuple[Any, Naming, Weights]:
+    """(config, naming, weights) of component `name` ("dit", "vae" or "text") at `folder`.
+
+    `folder` has diffusers' layout; or it is a single file of that component, or a folder of such
+    files, with official names or diffusers', and the config follows from the shapes.
 
     Raises:
       ValueError: naming the missing or damaged file and tensor.
     """
-    component = COMPONENTS[name]
-    config = read_config(folder, name)
+    folder = Path(folder)
+    directory = folder / COMPONENTS[name].folder
+    if (directory / "config.json").is_file() or (folder / "model_index.json").is_file():
+        config = read_config(folder, name)
+        single = tensor_path(folder, name)
+        sharded = directory.is_dir() and any(directory.glob(f"*{INDEX}"))
+        naming, weights = recognize(open_weights(directory if sharded else single))
+        if naming.component != name:
+            raise ValueError(f"{weights.source}: holds a {naming.component}, not a {name}.")
+        return config, naming, weights
+    found = [part for part in _loose_parts(folder) if part[0].component == name]
+    if len(found) != 1:
+        files = ", ".join(part[1].source for part in found) or "none"
+        raise ValueError(
+            f"{folder}: needs one {WORDS[name]}, in official or diffusers names; found: {files}."
+        )
+    naming, weights = found[0]
+    config = naming.config(weights.shapes)
+    if config is None:
+        raise ValueError(
+            f"{weights.source}: a VAE in diffusers names needs its config.json beside it; put both "
+            f"into a folder {COMPONENTS[name].folder}/."
+        )
+    return config, naming, weights
+
+
+def _loose_parts(path: Path) -> list[tuple[Naming, Weights]]:
+    """The models in a single file, or in the files of a folder and of the folders in it."""
+    if not path.is_dir():
+        return [recognize(open_weights(path))]
+    indexes = [*path.glob(f"*{INDEX}"), *path.glob(f"*/*{INDEX}")]
+    covered = {index.parent for index in indexes}
+    files = [*path.glob("*.safetensors"), *path.glob("*/*.safetensors")]
+    alone = [file for file in files if file.parent not in covered]
+    if not indexes and not alone:
+        pickles = sorted(p for p in path.rglob("*") if p.suffix in PICKLES)
+        if pickles:
+            open_weights(pickles[0])  # says why not
+        raise ValueError(f"{path}: holds no .safetensors file; give a folder of weights.")
+    return [recognize(open_weights(file)) for file in sorted([*indexes, *alone])]
+
+
+def load_component(folder: Path, name: str, *, mesh: Mesh | None = None, dtype=jnp.float32):
+    """(config, graphdef, params) of component `name` of an inference checkpoint.
+
+    Args:
+      folder: as for `find_component`.
+      mesh: where the parameters go, by `sharding.tree_shardings`; None: the default device.
+      dtype: of the parameters.
+
+    Raises:
+      ValueError: naming the missing or damaged file and tensor.
+    """
+    config, naming, weights = find_component(folder, name)
     graphdef, abstract = abstract_params(name, config)
-    file = TensorFile(tensor_path(folder, name))
-    source = {"keys": file.shapes, "read": file.read, "source": str(file.path)}
-    if name == "text":  # its embeddings have two names, and a file may hold either
-        params = load_text(abstract, config, **source)
+    options = {
+        "keys": weights.shapes,
+        "read": weights.read,
+        "source": weights.source,
+        "dtype": dtype,
+        "shardings": None if mesh is None else sharding.tree_shardings(abstract, mesh),
+    }
+    if name == "text" and naming.names == "diffusers":
+        # Its embeddings have two names, and a file may hold either.
+        params = load_text(abstract, config, **options)
     else:
-        params = names.load(abstract, component.entries(config), **source)
+        params = names.load(abstract, naming.entries(config), **options)
     return config, graphdef, params
 
 

@@ -1,5 +1,6 @@
 """Moves tensors between a file's names and our parameter trees, every key used exactly once."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -78,6 +79,7 @@ def load(
     source: str,
     optional: frozenset[str] = frozenset(),
     dtype=jnp.float32,
+    shardings=None,
 ):
     """Fills `abstract_params` (an `eval_shape`d State) from a file, tensor by tensor.
 
@@ -87,11 +89,38 @@ def load(
       read: returns one tensor by key.
       source: name of the file, for errors.
       optional: keys that the file may hold and that are not used (tied copies).
+      dtype: of our arrays.
+      shardings: a tree like the parameters; each tensor then goes straight to its shards, a
+        stack layer by layer, and the host holds one tensor at a time. None: the default device.
 
     Raises:
       ValueError: listing all missing, unknown and misshapen keys together.
     """
     flat = _flat(abstract_params)
+    check_keys(flat, entries, keys=keys, source=source, optional=optional)
+    placement = None if shardings is None else _flat(shardings)
+    by_path: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        by_path.setdefault(entry.path, []).append(entry)
+    unfilled = set(flat) - set(by_path)
+    assert not unfilled, f"name table leaves parameters unfilled: {sorted(unfilled)[:5]}"
+    filled = {}
+    for path, group in by_path.items():
+        where = None if placement is None else placement[path].get_raw_value()
+        value = _fill(group, read, shape=flat[path].shape, dtype=dtype, sharding=where)
+        filled[path] = flat[path].replace(value)
+    return _unflatten(abstract_params, filled)
+
+
+def check_keys(
+    flat: Mapping[tuple[str, ...], nnx.Variable],
+    entries: list[Entry],
+    *,
+    keys: Mapping[str, tuple[int, ...]],
+    source: str,
+    optional: frozenset[str] = frozenset(),
+) -> None:
+    """Raises ValueError unless the file's keys and shapes are exactly those of the table."""
     by_key = {entry.key: entry for entry in entries}
     missing = [entry.key for entry in entries if entry.key not in keys]
     unknown = [key for key in keys if key not in by_key and key not in optional]
@@ -109,18 +138,56 @@ def load(
     )
     if problems:
         raise ValueError(f"{source}: tensors do not match the config: {'; '.join(problems)}.")
-    arrays: dict[tuple[str, ...], np.ndarray] = {}
-    for entry in entries:
-        shape = flat[entry.path].shape
-        if entry.index is None:
-            arrays[entry.path] = np.asarray(to_ours(read(entry.key), entry.layout, shape), dtype)
-        else:
-            stack = arrays.setdefault(entry.path, np.empty(shape, dtype))
+
+
+def _fill(
+    group: list[Entry],
+    read: Callable[[str], np.ndarray],
+    *,
+    shape: tuple[int, ...],
+    dtype,
+    sharding: jax.sharding.NamedSharding | None,
+) -> jax.Array:
+    """One parameter from its entries: a tensor, or a stack of one a layer."""
+    first = group[0]
+    if first.index is None:
+        return _place(to_ours(read(first.key), first.layout, shape), dtype, sharding)
+    if sharding is None:
+        stack = np.empty(shape, dtype)
+        for entry in group:
             stack[entry.index] = to_ours(read(entry.key), entry.layout, shape[1:])
-    unfilled = set(flat) - set(arrays)
-    assert not unfilled, f"name table leaves parameters unfilled: {sorted(unfilled)[:5]}"
-    filled = {path: leaf.replace(jnp.asarray(arrays[path])) for path, leaf in flat.items()}
-    return _unflatten(abstract_params, filled)
+        return jnp.asarray(stack)
+    layer = jax.sharding.NamedSharding(
+        sharding.mesh, jax.sharding.PartitionSpec(*_padded(sharding.spec, len(shape))[1:])
+    )
+    stack = jnp.zeros(shape, dtype, device=sharding)
+    for entry in group:
+        value = _place(to_ours(read(entry.key), entry.layout, shape[1:]), dtype, layer)
+        stack = _set_layer(sharding)(stack, value, entry.index)
+    return stack
+
+
+def _padded(spec: jax.sharding.PartitionSpec, ndim: int) -> tuple:
+    return (*spec, *(None,) * (ndim - len(spec)))
+
+
+@functools.cache
+def _set_layer(sharding: jax.sharding.NamedSharding):
+    """Writes a layer into a stack where it lies."""
+    return jax.jit(
+        lambda stack, value, index: jax.lax.dynamic_update_index_in_dim(stack, value, index, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
+
+
+def _place(value: np.ndarray, dtype, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(np.asarray(value, dtype))
+    # Cast shard by shard: the host never holds a second copy of the tensor.
+    return jax.make_array_from_callback(
+        value.shape, sharding, lambda index: np.ascontiguousarray(value[index], dtype)
+    )
 
 
 def _unflatten(like, flat):

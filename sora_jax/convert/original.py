@@ -56,6 +56,20 @@ _VAE_ENDS = {
     "encoder.conv_out": "encoder.head.2",
     "decoder.conv_out": "decoder.head.2",
 }
+_TEXT_ENDS = {
+    "shared.weight": "token_embedding.weight",
+    "encoder.embed_tokens.weight": "token_embedding.weight",
+    "encoder.final_layer_norm.weight": "norm.weight",
+}
+_TEXT_LAYER = {
+    "0.layer_norm": "norm1",
+    **{f"0.SelfAttention.{part}": f"attn.{part}" for part in "qkvo"},
+    "0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+    "1.layer_norm": "norm2",
+    "1.DenseReluDense.wi_0": "ffn.gate.0",
+    "1.DenseReluDense.wi_1": "ffn.fc1",
+    "1.DenseReluDense.wo": "ffn.fc2",
+}
 
 
 def original_dit_entries(entries: Sequence[Entry]) -> list[Entry]:
@@ -115,6 +129,20 @@ def vae_key(key: str, config: VAEConfig) -> str:
 def _layer(name: str) -> str:
     """A layer within its block."""
     return dict(_RESIDUAL).get(name, name)
+
+
+def original_text_entries(entries: Sequence[Entry]) -> list[Entry]:
+    """`text_entries` under the official names, the table of embeddings once."""
+    renamed = [entry._replace(key=text_key(entry.key)) for entry in entries]
+    return list({entry.key: entry for entry in renamed}.values())
+
+
+def text_key(key: str) -> str:
+    """transformers' name of a T5 encoder's tensor -> the official one of Wan's UMT5."""
+    if key in _TEXT_ENDS:
+        return _TEXT_ENDS[key]
+    layer, rest = re.fullmatch(r"encoder\.block\.(\d+)\.layer\.(\d\..+)", key).groups()
+    return f"blocks.{layer}.{_TEXT_LAYER[rest.removesuffix('.weight')]}.weight"
 
 
 def strip_prefix(keys: Sequence[str]) -> str:

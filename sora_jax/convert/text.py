@@ -57,6 +57,7 @@ def load_text(
     read: Callable[[str], np.ndarray],
     source: str,
     dtype=jnp.float32,
+    shardings=None,
 ):
     """Fills an encoder's parameters from a file; arguments as in `names.load`.
 
@@ -75,6 +76,7 @@ def load_text(
         source=source,
         optional=frozenset(unused.union(held[1:])),
         dtype=dtype,
+        shardings=shardings,
     )
 
 
