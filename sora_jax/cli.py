@@ -80,6 +80,15 @@ def _add_sample(commands) -> None:
         "--batch", type=int, default=1, metavar="N", help="videos a prompt, with seeds from --seed"
     )
     sample.add_argument(
+        "--noise", metavar="FILE.npy", help="start from this noise: (videos, f, h, w, c)"
+    )
+    sample.add_argument(
+        "--save-latents", metavar="FILE.npy", help="also write the denoised latents, normalised"
+    )
+    sample.add_argument(
+        "--save-text-embeddings", metavar="FILE.npy", help="also write the prompts' embeddings"
+    )
+    sample.add_argument(
         "--sheet", action="store_true", help="also write a contact sheet PNG beside each video"
     )
     _checkpoint(sample)

@@ -24,6 +24,8 @@ from sora_jax.text.tokenizer import load_tokenizer
 OnStage = Callable[[str, float], None]
 # Called with the number of denoising steps done and their total.
 OnStep = Callable[[int, int], None]
+# Called with "text_emb" (padding rows zero) and then "latents" (denoised, normalised).
+OnTensor = Callable[[str, np.ndarray], None]
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
@@ -259,12 +261,18 @@ class Pipeline:
         self,
         requests: Sequence[Request],
         *,
+        noise: Float[np.ndarray, "b f h w c"] | None = None,
         on_stage: OnStage | None = None,
         on_step: OnStep | None = None,
+        on_tensor: OnTensor | None = None,
     ) -> list[Video]:
         """Videos of `requests`, denoised together; they may differ in prompts and seeds alone.
 
-        Each video's noise depends on its own seed, not on its place in the batch.
+        Each video's noise depends on its own seed, not on its place in the batch; `noise` takes
+        its place, so that two programs can start from the same.
+
+        Raises:
+          ValueError: requests that differ in more, or noise of another shape.
         """
         shared = requests[0]
         for request in requests:
@@ -276,13 +284,16 @@ class Pipeline:
             )
             if same != shared:
                 raise ValueError("requests of one batch may differ in prompts and seeds alone.")
+        latents = self.noise(requests) if noise is None else self._given(noise, requests)
         clock = _Clock(on_stage)
         guided = shared.guide.needs_uncond
         text_emb, text_mask = self.encode_text(
             [r.prompt for r in requests], [r.negative_prompt for r in requests] if guided else []
         )
         clock.stop("text", text_emb)
-        latents = self.noise(requests)
+        if on_tensor is not None:
+            shown = text_emb[: len(requests)] * text_mask[: len(requests), :, None]
+            on_tensor("text_emb", np.asarray(shown))
         table = times.sampling_times(shared.steps, shift=shared.shift)
         init, step = self._step(shared.steps, shared.shift, shared.solver, shared.guide)
         state = init(latents)
@@ -292,6 +303,8 @@ class Pipeline:
                 jax.block_until_ready(state.x)
                 on_step(i + 1, len(table) - 1)
         clock.stop("denoise", state.x)
+        if on_tensor is not None:
+            on_tensor("latents", np.asarray(state.x))
         video = self._decode(self.vae.params, state.x)
         clock.stop("decode", video)
         return [
@@ -329,6 +342,15 @@ class Pipeline:
         """Standard normal latents, one key a request."""
         shape = self.latent_shape(requests[0])
         return jnp.stack([jax.random.normal(jax.random.key(r.seed), shape) for r in requests])
+
+    def _given(self, noise: np.ndarray, requests: Sequence[Request]) -> jax.Array:
+        wanted = (len(requests), *self.latent_shape(requests[0]))
+        if noise.shape != wanted:
+            raise ValueError(
+                f"noise has shape {noise.shape}; these videos need {wanted}: videos, latent "
+                "frames, height, width, channels."
+            )
+        return jnp.asarray(noise, jnp.float32)
 
     def _make_step(self, steps: int, shift: float, solver: str, guide: guidances.GuidanceConfig):
         """(init, jitted step) of the solver; kept, so that a second video compiles nothing."""

@@ -4,6 +4,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 import sora_jax
@@ -28,6 +29,11 @@ def run(args: Namespace) -> list[Path]:
     begun = time.perf_counter()
     out = Path(args.out)
     video_io.check_output_path(out)
+    arrays = {"latents": args.save_latents, "text_emb": args.save_text_embeddings}
+    arrays = {name: Path(path) for name, path in arrays.items() if path is not None}
+    for path in arrays.values():
+        video_io.check_output_path(path, allowed=(".npy",))
+    noise = None if args.noise is None else _read_noise(Path(args.noise))
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: use 1 or more.")
     again = _read_metadata(Path(args.again)) if args.again else {}
@@ -51,16 +57,27 @@ def run(args: Namespace) -> list[Path]:
     ]
     together = again.get("batch_size", min(len(requests), AT_ONCE))
     _line(console, "load", time.perf_counter() - begun)
+    if (arrays or noise is not None) and len(requests) > together:
+        raise ValueError(
+            f"--noise, --save-latents and --save-text-embeddings are for up to {together} videos "
+            f"that are denoised together; these are {len(requests)}."
+        )
     written = []
     for start in range(0, len(requests), together):
         chunk = requests[start : start + together]
-        videos = _denoise(pipe, chunk, together, console)
+        tensors: dict[str, np.ndarray] = {}
+        videos = _denoise(
+            pipe, chunk, together, console, noise=noise, on_tensor=tensors.__setitem__
+        )
         clock = time.perf_counter()
         for offset, video in enumerate(videos):
             path = _numbered(out, start + offset, len(requests))
             written.append(video.save(path))
             if args.sheet:
                 write_sheet(video, path)
+        for name, path in arrays.items():
+            with video_io.atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.save(file, tensors[name])
         _line(console, "write", time.perf_counter() - clock)
     for path in written:
         print(path)
@@ -82,7 +99,20 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
-def _denoise(pipe: Pipeline, chunk: list[Request], together: int, console: Console) -> list[Video]:
+def _read_noise(path: Path) -> np.ndarray:
+    """Raises ValueError, in one line, unless `path` is a .npy file of finite numbers."""
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"--noise {path}: not a readable .npy file ({error}).") from error
+    if noise.dtype.kind not in "fiu" or not np.isfinite(noise).all():
+        raise ValueError(f"--noise {path}: must hold finite numbers, its type is {noise.dtype}.")
+    return noise[None] if noise.ndim == 4 else noise
+
+
+def _denoise(
+    pipe: Pipeline, chunk: list[Request], together: int, console: Console, **options
+) -> list[Video]:
     """The chunk's videos; a short chunk is filled up, so that one program serves all."""
     full = chunk + chunk[-1:] * (together - len(chunk))
     with Progress("denoising", total=chunk[0].steps) as progress:
@@ -90,6 +120,7 @@ def _denoise(pipe: Pipeline, chunk: list[Request], together: int, console: Conso
             full,
             on_stage=lambda name, seconds: _line(console, name, seconds),
             on_step=lambda step, _: progress.update(step),
+            **options,
         )
     return videos[: len(chunk)]
 

@@ -48,6 +48,43 @@ def test_a_video_is_made_again_bit_for_bit_from_its_record(sample, tmp_path):
         np.testing.assert_array_equal(video_io.read_video(tmp_path / "again.png").frames, second)
 
 
+def test_noise_and_what_came_of_it_are_files_for_other_programs(sample, tmp_path):
+    noise = np.random.default_rng(0).standard_normal((3, 4, 4, 4)).astype(np.float32)
+    np.save(tmp_path / "noise.npy", noise)
+    frames = []
+    for seed in (1, 2):  # which the noise makes irrelevant
+        files = {name: tmp_path / f"{name}{seed}.npy" for name in ("latents", "text")}
+        status, _, err = sample(
+            *("--prompt", "a tree", "--seed", seed, "--noise", tmp_path / "noise.npy"),
+            *("--save-latents", files["latents"], "--save-text-embeddings", files["text"]),
+            out=f"n{seed}.png",
+        )
+        assert status == 0, err
+        frames.append(video_io.read_video(tmp_path / f"n{seed}.png").frames)
+        latents, text_emb = np.load(files["latents"]), np.load(files["text"])
+    np.testing.assert_array_equal(*frames)
+    assert latents.shape == (1, 3, 4, 4, 4) and np.abs(latents - noise).max() > 0.1
+    # "a tree" and the end of sequence are 7 tokens; the rest is padding.
+    assert np.abs(text_emb[0, :7]).max(-1).min() > 0 and not text_emb[0, 7:].any()
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((1, 2, 2, 2, 4)), "noise has shape (1, 2, 2, 2, 4); these videos need (1, 3, 4"),
+        (np.full((1, 3, 4, 4, 4), np.nan), "must hold finite numbers"),
+        (np.array(["a"]), "must hold finite numbers"),
+        (None, "not a readable .npy file"),
+    ],
+)
+def test_bad_noise_is_told_in_one_line(sample, tmp_path, array, words):
+    path = tmp_path / "noise.npy"
+    path.write_bytes(b"no array") if array is None else np.save(path, array)
+    status, _, err = sample("--prompt", "x", "--noise", path)
+    assert status == 2 and words in err and err.count("\n") == 1
+    assert not (tmp_path / "ball.png").exists()
+
+
 def test_a_file_of_prompts_gives_numbered_videos(sample, tmp_path):
     (tmp_path / "prompts.txt").write_text("a ball\n\na tree\n")
     status, out, _ = sample("--prompts-file", tmp_path / "prompts.txt", "--frames", 1, out="p.png")

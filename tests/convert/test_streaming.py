@@ -1,0 +1,40 @@
+"""Weights go straight to their shards: equal to a plain load, each tensor read once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sora_jax import sharding
+from sora_jax.convert import folder
+from sora_jax.convert.weights import Weights
+
+
+@pytest.mark.parametrize("name", ["dit", "vae", "text"])
+def test_a_load_onto_a_mesh_equals_a_plain_one_and_is_sharded(pipeline_folder, name, monkeypatch):
+    reads, read = [], Weights.read
+    monkeypatch.setattr(Weights, "read", lambda self, key: reads.append(key) or read(self, key))
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, context=2)
+    placed = folder.load_component(pipeline_folder, name, mesh=mesh)[2]
+    assert len(reads) == len(set(reads)) > 0
+    plain = folder.load_component(pipeline_folder, name)[2]
+    wanted = sharding.tree_shardings(plain, mesh)
+    leaves = [jax.tree.leaves(tree) for tree in (plain, placed, wanted)]
+    sharded = 0
+    for one, other, where in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert other.sharding == where
+        sharded += not other.sharding.is_fully_replicated
+    assert sharded > len(leaves[0]) / 4
+
+
+def test_parameters_take_the_type_asked_for(pipeline_folder):
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    for options in ({}, {"mesh": mesh}):
+        params = folder.load_component(pipeline_folder, "dit", dtype=jnp.bfloat16, **options)[2]
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    full = folder.load_component(pipeline_folder, "dit")[2]
+    kernels = [nnx.to_flat_state(p) for p in (full, params)]
+    for (_, a), (_, b) in zip(*kernels, strict=True):
+        np.testing.assert_array_equal(a[...].astype(jnp.bfloat16), b[...])
