@@ -135,12 +135,36 @@ def _add_convert(commands) -> None:
     convert = _command(commands, "convert", None, "Move weights between formats.")
     actions = convert.add_subparsers(dest="action", required=True, metavar="ACTION")
     export = _command(
-        actions, "export", _export, "Write a training run as a folder that diffusers reads."
+        actions, "export", _export, "Write a training run or checkpoint for other software."
     )
-    export.add_argument("--checkpoint", required=True, metavar="RUN", help="a training workdir")
-    export.add_argument("--out", required=True, metavar="DIR")
-    export.add_argument("--weights", default="ema", choices=("ema", "raw"))
-    export.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    bring = _command(
+        actions, "import", _export, "Write a checkpoint of another layout as a diffusers folder."
+    )
+    bring.set_defaults(to="diffusers", weights="ema")
+    export.add_argument(
+        "--to",
+        default="diffusers",
+        choices=("diffusers", "wan"),
+        help="diffusers: a pipeline folder; wan: single files with official names (ComfyUI)",
+    )
+    export.add_argument("--weights", default="ema", choices=("ema", "raw"), help="of a run")
+    for command in (export, bring):
+        command.add_argument(
+            "--checkpoint", required=True, metavar="DIR", help="a training workdir, or weights"
+        )
+        command.add_argument("--out", required=True, metavar="DIR")
+        command.add_argument(
+            "--dtype", default="float32", choices=("float32", "bfloat16", "float16")
+        )
+        command.add_argument(
+            "--max-shard-size", metavar="SIZE", help="of one file, for example 5GB or 500MB"
+        )
+    verify = _command(
+        actions, "verify", _verify, "Compare two checkpoints, or runs, tensor by tensor."
+    )
+    verify.add_argument("first", metavar="A")
+    verify.add_argument("second", metavar="B")
+    verify.add_argument("--weights", default="ema", choices=("ema", "raw"), help="of a run")
 
 
 def _sample(args) -> None:
@@ -179,9 +203,23 @@ def _info(args) -> None:
 
 
 def _export(args) -> None:
-    from sora_jax.train.export import export
+    from sora_jax.train.export import export, parse_bytes
 
-    print(export(args.checkpoint, args.out, weights=args.weights, dtype=args.dtype))
+    written = export(
+        args.checkpoint,
+        args.out,
+        to=args.to,
+        weights=args.weights,
+        dtype=args.dtype,
+        max_shard_size=parse_bytes(args.max_shard_size),
+    )
+    print(written)
+
+
+def _verify(args) -> None:
+    from sora_jax.train.verify import report
+
+    report(args.first, args.second, weights=args.weights)
 
 
 def setup_jax() -> None:

@@ -22,7 +22,7 @@ from sora_jax import sharding
 from sora_jax.convert import names
 from sora_jax.convert.dit import dit_entries
 from sora_jax.convert.recognize import Naming, recognize
-from sora_jax.convert.tensors import hash_files, missing_file, write_tensors
+from sora_jax.convert.tensors import hash_files, missing_file, write_shards
 from sora_jax.convert.text import load_text, text_entries
 from sora_jax.convert.vae import vae_entries
 from sora_jax.convert.weights import INDEX, PICKLES, Weights, open_weights
@@ -102,11 +102,12 @@ def abstract_params(name: str, config):
     return nnx.split(module, nnx.Param)
 
 
-def find_component(folder: Path, name: str) -> tuple[Any, Naming, Weights]:
+def find_component(folder: str | Path, name: str) -> tuple[Any, Naming, Weights]:
     """(config, naming, weights) of component `name` ("dit", "vae" or "text") at `folder`.
 
     `folder` has diffusers' layout; or it is a single file of that component, or a folder of such
-    files, with official names or diffusers', and the config follows from the shapes.
+    files, with official names or diffusers', and the config follows from the shapes, where
+    the file's header does not hold it.
 
     Raises:
       ValueError: naming the missing or damaged file and tensor.
@@ -121,13 +122,15 @@ def find_component(folder: Path, name: str) -> tuple[Any, Naming, Weights]:
         if naming.component != name:
             raise ValueError(f"{weights.source}: holds a {naming.component}, not a {name}.")
         return config, naming, weights
-    found = [part for part in _loose_parts(folder) if part[0].component == name]
+    found = [part for part in loose_parts(folder) if part[0].component == name]
     if len(found) != 1:
         files = ", ".join(part[1].source for part in found) or "none"
         raise ValueError(
             f"{folder}: needs one {WORDS[name]}, in official or diffusers names; found: {files}."
         )
     naming, weights = found[0]
+    if weights.config is not None:
+        return COMPONENTS[name].config.from_dict(weights.config), naming, weights
     config = naming.config(weights.shapes)
     if config is None:
         raise ValueError(
@@ -137,7 +140,7 @@ def find_component(folder: Path, name: str) -> tuple[Any, Naming, Weights]:
     return config, naming, weights
 
 
-def _loose_parts(path: Path) -> list[tuple[Naming, Weights]]:
+def loose_parts(path: Path) -> list[tuple[Naming, Weights]]:
     """The models in a single file, or in the files of a folder and of the folders in it."""
     if not path.is_dir():
         return [recognize(open_weights(path))]
@@ -153,7 +156,7 @@ def _loose_parts(path: Path) -> list[tuple[Naming, Weights]]:
     return [recognize(open_weights(file)) for file in sorted([*indexes, *alone])]
 
 
-def load_component(folder: Path, name: str, *, mesh: Mesh | None = None, dtype=jnp.float32):
+def load_component(folder: str | Path, name: str, *, mesh: Mesh | None = None, dtype=jnp.float32):
     """(config, graphdef, params) of component `name` of an inference checkpoint.
 
     Args:
@@ -188,13 +191,14 @@ def save_component(folder: Path, name: str, config, params, *, dtype: str = "flo
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "config.json", config.to_dict())
     tensors = names.export(jax.device_get(params), component.entries(config))
-    write_tensors(tensor_path(folder, name), tensors, dtype=dtype)
+    shapes = {key: value.shape for key, value in tensors.items()}
+    write_shards(target, component.stem, shapes, tensors.__getitem__, dtype=dtype)
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """First 16 hexadecimal digits of the SHA-256 over all tensor files present."""
-    paths = [tensor_path(folder, name) for name in COMPONENTS]
-    return hash_files([path for path in paths if path.is_file()])[:16]
+    """First 16 hexadecimal digits of the SHA-256 over the tensor files of all components."""
+    paths = [path for name in COMPONENTS for path in find_component(folder, name)[2].paths]
+    return hash_files(paths)[:16]
 
 
 def read_sampling(folder: Path) -> SamplingDefaults:

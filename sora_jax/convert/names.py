@@ -58,7 +58,8 @@ def to_file(value: np.ndarray, entry: Entry) -> np.ndarray:
     return np.ascontiguousarray(value)
 
 
-def _flat(params) -> dict[tuple[str, ...], nnx.Variable]:
+def flat_params(params) -> dict[tuple[str, ...], nnx.Variable]:
+    """Variables by their path in the tree."""
     return {tuple(str(p) for p in path): leaf for path, leaf in nnx.to_flat_state(params)}
 
 
@@ -96,9 +97,9 @@ def load(
     Raises:
       ValueError: listing all missing, unknown and misshapen keys together.
     """
-    flat = _flat(abstract_params)
+    flat = flat_params(abstract_params)
     check_keys(flat, entries, keys=keys, source=source, optional=optional)
-    placement = None if shardings is None else _flat(shardings)
+    placement = None if shardings is None else flat_params(shardings)
     by_path: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         by_path.setdefault(entry.path, []).append(entry)
@@ -202,14 +203,16 @@ def _unflatten(like, flat):
 
 def export(params, entries: list[Entry]) -> dict[str, np.ndarray]:
     """Our parameters under the file's names, in the file's layouts."""
-    flat = _flat(params)
-    tensors = {}
-    for entry in entries:
-        value = np.asarray(flat[entry.path][...])
-        tensors[entry.key] = to_file(value if entry.index is None else value[entry.index], entry)
+    flat = flat_params(params)
     unused = set(flat) - {entry.path for entry in entries}
     assert not unused, f"name table leaves parameters out: {sorted(unused)[:5]}"
-    return tensors
+    return {entry.key: tensor_of(flat, entry) for entry in entries}
+
+
+def tensor_of(flat: Mapping[tuple[str, ...], nnx.Variable], entry: Entry) -> np.ndarray:
+    """One tensor of `flat_params` in the file's layout."""
+    value = flat[entry.path][...]
+    return to_file(np.asarray(value if entry.index is None else value[entry.index]), entry)
 
 
 def file_shape(entry: Entry, ours: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,8 +3,10 @@
 import difflib
 import hashlib
 import json
+import math
 import os
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -13,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 _CHECKSUMS = "crc32"
+_CONFIG = "config"  # our single files carry the config.json that they lack beside them
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -56,6 +59,7 @@ class TensorFile:
                 f"{self.path}: damaged safetensors file ({error}); copy or export it again."
             ) from error
         self._checksums = json.loads(metadata.get(_CHECKSUMS, "{}"))
+        self.config = json.loads(metadata[_CONFIG]) if _CONFIG in metadata else None
         with self.path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             self._header = json.loads(file.read(size))
@@ -88,20 +92,79 @@ class TensorFile:
         return value
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, dtype: str = "float32") -> None:
-    """Writes `tensors` as `dtype`, atomically."""
+def write_shards(
+    directory: Path,
+    stem: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    *,
+    dtype: str = "float32",
+    max_shard_size: int | None = None,
+    config: dict | None = None,
+) -> None:
+    """Writes tensors as `dtype` into STEM.safetensors, or into several files and their index.
+
+    The host holds one file's tensors at a time. Every file appears by an atomic rename, the index
+    last, and files of an earlier export under the same stem go.
+
+    Args:
+      max_shard_size: bytes a file holds at most, but for a tensor that is larger; None: one file.
+
+      config: settings that go into the header of each file.
+
+    Raises:
+      ValueError: an unknown dtype.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    groups: list[list[str]] = [[]]
+    size = 0
+    for key, shape in shapes.items():
+        nbytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        if max_shard_size is not None and groups[-1] and size + nbytes > max_shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(key)
+        size += nbytes
+    count = len(groups)
+    files = [
+        f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
+        for i in range(count)
+    ]
+    total = 0
+    for name, keys in zip(files, groups, strict=True):
+        tensors = {key: read(key) for key in keys}
+        total += _write_file(directory / name, tensors, dtype=dtype, config=config)
+    stale = {*directory.glob(f"{stem}.safetensors*"), *directory.glob(f"{stem}-*-of-*.safetensors")}
+    for path in stale - {directory / name for name in files}:
+        path.unlink()
+    if count > 1:
+        table = {key: name for name, keys in zip(files, groups, strict=True) for key in keys}
+        index = directory / f"{stem}.safetensors.index.json"
+        temporary = index.with_name(f".{index.name}.tmp")
+        content = {"metadata": {"total_size": total}, "weight_map": table}
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(temporary, index)
+
+
+def _write_file(
+    path: Path, tensors: dict[str, np.ndarray], *, dtype: str, config: dict | None
+) -> int:
+    """Writes one file atomically; returns the bytes of its tensors."""
     # A transposed view would be written in the wrong order without an error.
     tensors = {k: np.ascontiguousarray(v, dtype=DTYPES[dtype]) for k, v in tensors.items()}
     checksums = {key: zlib.crc32(value.tobytes()) for key, value in tensors.items()}
+    metadata = {"format": "pt", _CHECKSUMS: json.dumps(checksums)}
+    if config is not None:
+        metadata[_CONFIG] = json.dumps(config)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(tensors, temporary, {"format": "pt", _CHECKSUMS: json.dumps(checksums)})
+        save_file(tensors, temporary, metadata)
         temporary.chmod(0o644)  # safetensors writes for the owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return sum(value.nbytes for value in tensors.values())
 
 
 def missing_file(path: Path) -> str:

@@ -6,7 +6,6 @@ are read as what they stand for.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -26,6 +25,8 @@ _MARK = "scaled_fp8"
 class Weights:
     """Tensors of one or more files by name.
 
+    `config` holds the settings that a file of ours carries in its header; None in others.
+
     Args:
       files: opened files; no name may be in two of them.
       source: what to call them in errors.
@@ -38,6 +39,7 @@ class Weights:
     def __init__(self, files: list[TensorFile], *, source: str, prefix: str = ""):
         self.source = source
         self._prefix = prefix
+        self.config = next((f.config for f in files if f.config is not None), None)
         self._home: dict[str, TensorFile] = {}
         for file in files:
             for key in file.shapes:
@@ -69,9 +71,10 @@ class Weights:
             return value.astype(np.float32) * scale.reshape(-1, *(1,) * (value.ndim - 1))
         return value.astype(np.float32) if value.dtype.itemsize == 1 else value
 
-    def nbytes(self, key: str) -> int:
-        """Size of `key` as float32."""
-        return 4 * math.prod(self.shapes[key])
+    @property
+    def paths(self) -> list[Path]:
+        """The files, in order of their names."""
+        return sorted({file.path for file in self._home.values()})
 
     def strip(self, prefix: str) -> "Weights":
         """The same tensors with `prefix` left out of their names."""

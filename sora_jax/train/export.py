@@ -1,8 +1,10 @@
-"""Turns a training run into an inference folder that diffusers and `sora-jax sample` read."""
+"""Training runs and checkpoints out into the folders and files that other software reads."""
 
 import dataclasses
 import itertools
 import json
+import re
+import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from sora_jax.checkpoint import Checkpointer
-from sora_jax.convert import folder
+from sora_jax.convert import folder, rewrite
 from sora_jax.convert.folder import SamplingDefaults
 from sora_jax.data import loader as loaders
 from sora_jax.data import sources
@@ -27,37 +29,113 @@ STATISTICS_CLIPS = 256  # clips that the latents' mean and standard deviation ar
 
 
 def export(
-    run: str | Path, out: str | Path, *, weights: str = "ema", dtype: str = "float32"
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: str = "diffusers",
+    weights: str = "ema",
+    dtype: str = "float32",
+    max_shard_size: int | None = None,
 ) -> Path:
-    """Writes the newest checkpoint of training run `run` as an inference folder `out`.
+    """Writes a training run, or an inference checkpoint in any layout, as the folder `out`.
 
     A VAE run gives a folder that holds the VAE alone, its latent statistics measured on the
-    run's own data; a DiT run gives a complete pipeline, its VAE copied from
-    `config.vae_checkpoint`.
+    run's own data; a DiT run gives a complete pipeline, its VAE that of `config.vae_checkpoint`.
 
     Args:
-      weights: "ema" or "raw".
+      source: workdir of a run, or what `folder.find_component` reads.
+      to: "diffusers", or "wan": single files with the official names, as ComfyUI reads them.
+      weights: of a run, "ema" or "raw".
       dtype: of the stored tensors, "float32", "bfloat16" or "float16".
+      max_shard_size: bytes of one file, with "diffusers".
 
     Raises:
-      ValueError: `run` holds no checkpoint, or an unknown choice.
+      ValueError: `source` holds no checkpoint, or an unknown choice; nothing is written then.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights {weights!r} is unknown; use {' or '.join(WEIGHTS)}.")
+    for name, value, allowed in (("weights", weights, WEIGHTS), ("to", to, rewrite.TARGETS)):
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r} is unknown; use {' or '.join(allowed)}.")
+    if max_shard_size is not None and to != "diffusers":
+        raise ValueError("max_shard_size is for --to diffusers; official names come as one file.")
+    source, out = Path(source), Path(out)
+    if (source / "checkpoints").is_dir():
+        parts, finish = _run_parts(source, weights)
+    elif source.exists():
+        parts, finish = rewrite.parts_of(source), lambda out: _finish_folder(source, out)
+    else:
+        raise ValueError(f"{source}: no such training run or checkpoint.")
+    if to == "wan":
+        rewrite.write_official(out, parts, dtype=dtype, stem=out.resolve().name)
+        return out
+    rewrite.write_diffusers(out, parts, dtype=dtype, max_shard_size=max_shard_size)
+    finish(out)
+    return out
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """Bytes of "5GB", "500MB" or "1000000".
+
+    Raises:
+      ValueError: anything else.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)\s*(|k|M|G)B?", text.strip(), re.IGNORECASE)
+    if match is None or not int(match[1]):
+        raise ValueError(f"--max-shard-size {text}: write a size such as 5GB or 500MB.")
+    return int(match[1]) * 1000 ** ["", "k", "m", "g"].index(match[2].lower())
+
+
+def _run_parts(run: Path, weights: str):
+    """(components, a function that writes what else a folder needs) of a training run."""
     config, params = restore(run, weights)
-    out = Path(out)
     stage = STAGES[config.stage](config)
     if config.stage == "vae":
         settings = with_statistics(stage, config, params["vae"])
-        folder.save_component(out, "vae", settings, params["vae"], dtype=dtype)
-        return out
-    vae_config, _, vae_params = folder.load_component(Path(config.vae_checkpoint), "vae")
-    folder.save_component(out, "vae", vae_config, vae_params, dtype=dtype)
-    folder.save_component(out, "dit", stage.dit_config, params["dit"], dtype=dtype)
-    folder.save_component(out, "text", stage.text_config, params["text"], dtype=dtype)
-    ByteTokenizer().save(out / "tokenizer")
-    write_pipeline(out, config, stage)
-    return out
+        return {"vae": rewrite.from_params("vae", settings, params["vae"])}, lambda out: None
+    parts = {
+        "dit": rewrite.from_params("dit", stage.dit_config, params["dit"]),
+        "text": rewrite.from_params("text", stage.text_config, params["text"]),
+        "vae": rewrite.from_folder(config.vae_checkpoint, "vae"),
+    }
+
+    def finish(out: Path) -> None:
+        ByteTokenizer().save(out / "tokenizer")
+        write_pipeline(out, config, stage)
+        (out / "README.md").write_text(model_card(out, config, weights))
+
+    return parts, finish
+
+
+def _finish_folder(source: Path, out: Path) -> None:
+    if not source.is_dir() or "model_index.json" not in rewrite.copy_companions(source, out):
+        print(
+            f"{out}: weights and configs alone; a pipeline also needs model_index.json, scheduler/ "
+            "and tokenizer/, which the source does not have.",
+            file=sys.stderr,
+        )
+
+
+def model_card(out: Path, config, weights: str) -> str:
+    """What the exported folder is and how to run it; the run's owner adds data and licence."""
+    size = f"{config.data.frames} frames of {config.data.width}x{config.data.height}"
+    return f"""# {out.resolve().name}
+
+A text-to-video diffusion transformer in the Wan family's layout, trained with sora_jax.
+
+| | |
+|---|---|
+| Data | {config.data.kind} {config.data.path}, {size} at {config.data.fps:g} fps |
+| Steps, batch | {config.num_steps} of {config.batch_size} clips |
+| Weights | {weights} |
+| Licence | say yours here |
+
+```bash
+sora-jax sample --checkpoint {out.resolve().name} --prompt "..." --out video.mp4
+```
+
+It loads in diffusers too: `WanPipeline.from_pretrained("{out.resolve().name}")`.
+"""
 
 
 def restore(run: str | Path, weights: str):

@@ -1,0 +1,129 @@
+"""Conversions and their way back: every tensor bit for bit, in both namings and all types."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from sora_jax import cli
+from sora_jax.convert import folder, rewrite
+from sora_jax.convert.weights import open_weights
+from sora_jax.train.export import export, parse_bytes
+from sora_jax.train.loop import train
+from sora_jax.train.verify import verify
+
+
+def tensors(path):
+    """Every tensor of every file below `path`, by component and diffusers name."""
+    return {
+        f"{name}/{key}": part.read(key)
+        for name, part in rewrite.parts_of(path).items()
+        for key in part.shapes
+    }
+
+
+def assert_same_bytes(a, b):
+    assert set(a) == set(b)
+    for key, value in a.items():
+        assert value.dtype == b[key].dtype and value.tobytes() == b[key].tobytes(), key
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_to_official_names_and_back_is_byte_identical(pipeline_folder, tmp_path, dtype):
+    export(pipeline_folder, tmp_path / "a", dtype=dtype, max_shard_size=3000)
+    assert list((tmp_path / "a" / "transformer").glob("*.index.json"))
+    export(tmp_path / "a", tmp_path / "wan", to="wan", dtype=dtype)
+    export(tmp_path / "wan", tmp_path / "b", dtype=dtype)
+    first = tensors(tmp_path / "a")
+    assert str(first["dit/proj_out.weight"].dtype) == dtype
+    assert_same_bytes(first, tensors(tmp_path / "wan"))
+    assert_same_bytes(first, tensors(tmp_path / "b"))
+    for name in folder.COMPONENTS:  # settings that names and shapes do not tell
+        assert folder.read_config(tmp_path / "b", name) == folder.read_config(pipeline_folder, name)
+    official = open_weights(tmp_path / "wan" / "diffusion_models").shapes
+    assert "blocks.0.self_attn.q.weight" in official and "head.modulation" in official
+
+
+def test_the_converted_folder_makes_the_same_video(pipeline_folder, tmp_path):
+    import sora_jax
+
+    export(pipeline_folder, tmp_path / "again", max_shard_size=3000)
+    videos = [sora_jax.load(p)("a ball").frames for p in (pipeline_folder, tmp_path / "again")]
+    np.testing.assert_array_equal(*videos)
+    for name in ("model_index.json", "sampling.json", "scheduler", "tokenizer"):
+        assert (tmp_path / "again" / name).exists()
+
+
+def test_a_shorter_export_removes_the_shards_of_a_longer_one(pipeline_folder, tmp_path):
+    for size in (3000, None, 3000):
+        export(pipeline_folder, tmp_path, max_shard_size=size)
+        count, differences = verify(pipeline_folder, tmp_path)
+        assert count > 50 and not differences
+
+
+def test_differences_are_named(pipeline_folder, tmp_path):
+    shutil.copytree(pipeline_folder, tmp_path / "other")
+    config, _, params = folder.load_component(pipeline_folder, "dit")
+    params["proj_out"]["bias"][...] += 0.5
+    folder.save_component(tmp_path / "other", "dit", config, params)
+    shutil.rmtree(tmp_path / "other" / "vae")
+    count, differences = verify(pipeline_folder, tmp_path / "other")
+    assert [d.key for d in differences] == ["transformer proj_out.bias", "VAE"]
+    assert "differs by up to 0.5" in differences[0].what
+    assert differences[1].what == "only in the first"
+    assert count > 50
+
+
+def test_the_command_tells_equal_from_different(pipeline_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    args = ["convert", "export", "--checkpoint", str(pipeline_folder), "--out", str(out)]
+    assert cli.main([*args, "--to", "wan", "--dtype", "bfloat16"]) == 0
+    assert cli.main(["convert", "verify", str(pipeline_folder), str(out)]) == 2
+    assert "differs by up to" in capsys.readouterr().err
+    assert cli.main([*args, "--to", "wan"]) == 0
+    assert cli.main(["convert", "verify", str(pipeline_folder), str(out)]) == 0
+    assert "tensors are equal" in capsys.readouterr().out
+
+
+def test_a_run_is_exported_to_both_and_verified_against_them(dit_config, tmp_path):
+    dit_config.num_steps = dit_config.checkpoint_every = 1
+    run = tmp_path / "run"
+    train(dit_config, run)
+    for to in rewrite.TARGETS:
+        export(run, tmp_path / to, to=to, weights="raw")
+        assert not verify(run, tmp_path / to, weights="raw")[1]
+    assert verify(run, tmp_path / "wan", weights="ema")[1]
+    index = json.loads((tmp_path / "diffusers" / "model_index.json").read_text())
+    assert index["_class_name"] == "WanPipeline"
+    assert "sora-jax sample" in (tmp_path / "diffusers" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"to": "onxx"}, "to 'onxx' is unknown; use diffusers or wan"),
+        ({"weights": "emma"}, "weights 'emma' is unknown"),
+        ({"dtype": "int8"}, "dtype 'int8' is not one of"),
+        ({"to": "wan", "max_shard_size": 9}, "official names come as one file"),
+    ],
+)
+def test_unknown_choices_are_refused_and_write_nothing(pipeline_folder, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        export(pipeline_folder, tmp_path / "out", **options)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(ValueError, match="no such training run or checkpoint"):
+        export(tmp_path / "none", tmp_path / "out")
+
+
+def test_sizes_in_words():
+    assert parse_bytes(None) is None
+    assert [parse_bytes(t) for t in ("5GB", "500 MB", "3k", "12")] == [
+        5 * 10**9,
+        5 * 10**8,
+        3000,
+        12,
+    ]
+    for text in ("big", "0", "-3MB", "1.5GB"):
+        with pytest.raises(ValueError, match="--max-shard-size"):
+            parse_bytes(text)
