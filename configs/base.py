@@ -61,8 +61,11 @@ def get_config() -> ConfigDict:
     c.text.remat = False  # recompute each layer in the backward pass
     c.text_tokens = 224  # tokens a caption is cut or padded to
 
-    c.dit = ConfigDict()  # fields of dit.model.DiTConfig; channels follow the VAE
+    c.dit = ConfigDict()  # fields of dit.model.DiTConfig; out_channels follow the VAE
     c.dit.patch_size = (1, 2, 2)  # latents folded into one token: frames, height, width
+    c.dit.in_channels = 0  # 0: those of the VAE; more where masks and images come in beside noise
+    c.dit.image_dim = 0  # width of image features in cross-attention; 0 is without
+    c.dit.image_positions = 0  # rows of image features with a learned position each
     c.dit.depth = 12
     c.dit.width = 384
     c.dit.num_heads = 6

@@ -1,5 +1,4 @@
-"""Writes tests/goldens/vae_*: tiny random VAEs of diffusers, with inputs and outputs (npz),
-and the keys and shapes of the published sizes (txt).
+"""Writes tests/goldens/vae_*.npz: tiny random VAEs of diffusers, with inputs and outputs.
 
 Run in an environment with the `parity` extra: python tools/make_goldens_vae.py
 """
@@ -51,31 +50,8 @@ CONFIGS = {
 }
 VIDEO = {"wan21": (9, 16, 24), "wan22": (13, 32, 16), "small": (9, 16, 24)}
 
+
 # The published sizes, of which only names and shapes are kept.
-SIZES = {
-    "wan21": {},
-    "wan22": {
-        "base_dim": 160,
-        "decoder_base_dim": 256,
-        "z_dim": 48,
-        "latents_mean": [0.0] * 48,
-        "latents_std": [1.0] * 48,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-    },
-}
-
-
-def write_keys(name: str) -> None:
-    with torch.device("meta"):
-        vae = AutoencoderKLWan(**SIZES[name])
-    lines = [f"{key} {','.join(map(str, v.shape))}\n" for key, v in vae.state_dict().items()]
-    (GOLDENS / f"vae_keys_{name}.txt").write_text("".join(lines))
-
-
 def make(name: str) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**CONFIGS[name]).eval()
@@ -113,5 +89,3 @@ if __name__ == "__main__":
     GOLDENS.mkdir(parents=True, exist_ok=True)
     for config_name in CONFIGS:
         make(config_name)
-    for size in SIZES:
-        write_keys(size)

@@ -39,6 +39,15 @@ class Prepare:
         return pixels | {"ids": ids[0], "mask": mask[0]}
 
 
+def dit_config(config, z_dim: int, text_dim: int) -> DiTConfig:
+    """DiTConfig of the section `config.dit`, for a VAE of `z_dim` channels."""
+    fields = config.to_dict()
+    fields["in_channels"] = fields["in_channels"] or z_dim
+    for name in ("image_dim", "image_positions"):
+        fields[name] = fields[name] or None
+    return DiTConfig(**fields, out_channels=z_dim, text_dim=text_dim)
+
+
 class DiTStage:
     """Builds DiT, text encoder and the frozen VAE from a config."""
 
@@ -54,14 +63,14 @@ class DiTStage:
             Path(config.vae_checkpoint), "vae"
         )
         self.vae_config = vae_config
-        fields = config.dit.to_dict()
         self.text_config = T5Config(**config.text.to_dict())
-        self.dit_config = DiTConfig(
-            **fields,
-            in_channels=vae_config.z_dim,
-            out_channels=vae_config.z_dim,
-            text_dim=self.text_config.width,
-        )
+        self.dit_config = dit_config(config.dit, vae_config.z_dim, self.text_config.width)
+        if self.dit_config.in_channels != vae_config.z_dim or self.dit_config.image_dim:
+            raise ValueError(
+                f"config.dit takes {self.dit_config.in_channels} channels and image features "
+                f"{config.dit.image_dim}: training is text to video so far; set in_channels, "
+                "image_dim and image_positions to 0."
+            )
         self.time_config = times.TimeConfig(
             kind=config.diffusion.kind, mean=config.diffusion.mean, std=config.diffusion.std
         )

@@ -1,35 +1,20 @@
-"""The name table of the text encoder, up to the full size of Wan's UMT5-XXL."""
+"""The name table of the text encoder: tied embeddings, decoders left unread, errors."""
 
 import dataclasses
-import json
-import math
-import pathlib
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from sora_jax.convert import names
 from sora_jax.convert.text import EMBEDDINGS, export_text, load_text, text_entries
 from sora_jax.text.t5 import T5Config, T5Encoder
 
-XXL = T5Config(vocab_size=256384, width=4096, head_dim=64, mlp_dim=10240, depth=24, num_heads=64)
 TINY = T5Config(vocab_size=12, width=8, head_dim=4, mlp_dim=8, depth=2, num_heads=2)
 
 
 def abstract(config):
     model = nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0)))
     return nnx.state(model, nnx.Param)
-
-
-def expected_xxl_keys():
-    listed = json.loads((pathlib.Path(__file__).parent / "umt5_xxl_keys.json").read_text())
-    keys = {key: tuple(shape) for key, shape in listed["once"].items()}
-    for layer in range(listed["layers"]):
-        for key, shape in listed["each_layer"].items():
-            keys[key.replace("*", str(layer))] = tuple(shape)
-    return keys
 
 
 def load(config, tensors):
@@ -46,18 +31,6 @@ def load(config, tensors):
 def tensors():
     model = T5Encoder(TINY, rngs=nnx.Rngs(0))
     return export_text(nnx.state(model, nnx.Param), TINY)
-
-
-def test_umt5_xxl_has_every_key_and_shape():
-    params = abstract(XXL)
-    flat = {tuple(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(params)}
-    ours = {}
-    for entry in text_entries(XXL):
-        shape = flat[entry.path] if entry.index is None else flat[entry.path][1:]
-        ours[entry.key] = names.file_shape(entry, shape)
-    assert ours == expected_xxl_keys()
-    assert len(ours) == 243
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == 5_680_910_336
 
 
 @pytest.mark.parametrize("held", [EMBEDDINGS[:1], EMBEDDINGS[1:], EMBEDDINGS])
