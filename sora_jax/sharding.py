@@ -159,6 +159,11 @@ def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*axes))
 
 
+def without_leading_axis(sharding: NamedSharding) -> NamedSharding:
+    """How one layer of a stack lies on the mesh."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
 def tree_shardings(tree, mesh: Mesh):
     """Shardings for a tree of NNX variables (or their `eval_shape`), from their `axes`.
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sora_jax import sharding as shardings_of
+
 # How a file's (PyTorch) tensor is laid out beside ours: axes to permute, then our shape.
 _PERMUTATIONS = {
     "same": None,
@@ -158,18 +160,12 @@ def _fill(
         for entry in group:
             stack[entry.index] = to_ours(read(entry.key), entry.layout, shape[1:])
         return jnp.asarray(stack)
-    layer = jax.sharding.NamedSharding(
-        sharding.mesh, jax.sharding.PartitionSpec(*_padded(sharding.spec, len(shape))[1:])
-    )
+    layer = shardings_of.without_leading_axis(sharding)
     stack = jnp.zeros(shape, dtype, device=sharding)
     for entry in group:
         value = _place(to_ours(read(entry.key), entry.layout, shape[1:]), dtype, layer)
         stack = _set_layer(sharding)(stack, value, entry.index)
     return stack
-
-
-def _padded(spec: jax.sharding.PartitionSpec, ndim: int) -> tuple:
-    return (*spec, *(None,) * (ndim - len(spec)))
 
 
 @functools.cache
