@@ -102,7 +102,8 @@ def get_config() -> ConfigDict:
     c.sample.guidance = 3.0
     c.sample.guidance_interval = (0.0, 1.0)  # flow times between which guidance acts
     c.sample.guidance_rescale = 0.0  # in [0, 1]; against over-saturation at large scales
-    c.sample.solver = "unipc"
+    c.sample.solver = "unipc"  # or "dpmpp_2m", "ab2", "heun", "euler"
+    c.sample.schedule = "wan"  # as diffusers' UniPC; or "flow_match_euler", or "linear" in t
     c.sample.prompts = ("a red ball rolls left in the meadow",)
 
     c.log_every = 20  # steps

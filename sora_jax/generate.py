@@ -63,6 +63,7 @@ class Request:
     guidance_rescale: float
     shift: float
     solver: str
+    schedule: str
     seed: int
 
     @property
@@ -159,7 +160,10 @@ class Pipeline:
         defaults = dataclasses.asdict(self.sampling)
         size = settings.pop("size", None) or (self.sampling.width, self.sampling.height)
         given = {name: value for name, value in settings.items() if value is not None}
-        chosen = {name: given.get(name, defaults[name]) for name in ("frames", "steps", "solver")}
+        chosen = {
+            name: given.get(name, defaults[name])
+            for name in ("frames", "steps", "solver", "schedule")
+        }
         for name in ("fps", "guidance", "guidance_rescale"):
             chosen[name] = float(given.get(name, defaults[name]))
         interval = given.get("guidance_interval", defaults["guidance_interval"])
@@ -211,7 +215,7 @@ class Pipeline:
             )
         _ = request.guide  # checks interval and rescale
         sampler.num_evaluations(request.solver, 1)
-        times.sampling_times(request.steps, shift=request.shift)
+        times.schedule(request.schedule, request.steps, shift=request.shift)
 
     def __call__(
         self,
@@ -227,6 +231,7 @@ class Pipeline:
         guidance_rescale: float | None = None,
         shift: float | None = None,
         solver: str | None = None,
+        schedule: str | None = None,
         seed: int = 0,
     ) -> Video:
         """One video of `prompt`; everything not given is the checkpoint's default.
@@ -235,6 +240,7 @@ class Pipeline:
           size: (width, height) in pixels.
           guidance_interval: flow times (lo, hi) between which guidance acts; 1 is noise.
           guidance_rescale: in [0, 1]; against over-saturation at large scales.
+          schedule: "wan" and "flow_match_euler" are diffusers', "linear" is even in t.
           shift: moves steps towards noise; by default it follows from the number of tokens.
           seed: the noise; equal arguments and checkpoint give equal frames on one machine.
 
@@ -253,6 +259,7 @@ class Pipeline:
             guidance_rescale=guidance_rescale,
             shift=shift,
             solver=solver,
+            schedule=schedule,
             seed=seed,
         )
         return self.run([request])[0]
@@ -294,14 +301,15 @@ class Pipeline:
         if on_tensor is not None:
             shown = text_emb[: len(requests)] * text_mask[: len(requests), :, None]
             on_tensor("text_emb", np.asarray(shown))
-        table = times.sampling_times(shared.steps, shift=shared.shift)
-        init, step = self._step(shared.steps, shared.shift, shared.solver, shared.guide)
+        init, step = self._step(
+            shared.steps, shared.shift, shared.solver, shared.schedule, shared.guide
+        )
         state = init(latents)
         for i in range(shared.steps):
             state = step(state, i, self.dit.params, text_emb, text_mask)
             if on_step is not None:
                 jax.block_until_ready(state.x)
-                on_step(i + 1, len(table) - 1)
+                on_step(i + 1, shared.steps)
         clock.stop("denoise", state.x)
         if on_tensor is not None:
             on_tensor("latents", np.asarray(state.x))
@@ -352,9 +360,16 @@ class Pipeline:
             )
         return jnp.asarray(noise, jnp.float32)
 
-    def _make_step(self, steps: int, shift: float, solver: str, guide: guidances.GuidanceConfig):
+    def _make_step(
+        self,
+        steps: int,
+        shift: float,
+        solver: str,
+        schedule: str,
+        guide: guidances.GuidanceConfig,
+    ):
         """(init, jitted step) of the solver; kept, so that a second video compiles nothing."""
-        table = times.sampling_times(steps, shift=shift)
+        table, told = times.schedule(schedule, steps, shift=shift)
 
         def bind(params, text_emb, text_mask):
             dit = self.dit.module(params)
@@ -363,7 +378,7 @@ class Pipeline:
                 return dit(x, jnp.full(x.shape[:1], t), text_emb, text_mask=text_mask)
 
             guided = guidances.guided_velocity(velocity, config=guide)
-            return sampler.make_solver(guided, table, solver=solver)
+            return sampler.make_solver(guided, table, solver=solver, model_times=told)
 
         @jax.jit
         def step(state, i, params, text_emb, text_mask):

@@ -16,7 +16,7 @@ from sora_jax.progress import Progress
 AT_ONCE = 8  # videos denoised together at most
 _NAMES = (
     *("negative_prompt", "frames", "fps", "steps", "guidance", "guidance_interval"),
-    *("guidance_rescale", "shift", "solver"),
+    *("guidance_rescale", "shift", "solver", "schedule"),
 )
 
 

@@ -27,6 +27,7 @@ def test_a_video_has_the_size_asked_for_and_repeats_bit_for_bit(pipe):
     [
         *({"prompt": "a blue box"}, {"seed": 6}, {"guidance": 5.0}, {"steps": 4}, {"shift": 3.0}),
         *({"guidance_interval": (0.0, 0.5)}, {"guidance_rescale": 1.0}),
+        {"schedule": "linear"},
     ],
 )
 def test_every_setting_changes_the_video(pipe, change):
@@ -99,6 +100,7 @@ def test_the_negative_prompt_takes_the_place_of_the_empty_one(pipe):
         ({"fps": 0}, "fps 0.0 is out of range"),
         ({"solver": "unpic"}, "unipc"),
         ({"shift": 0}, "shift"),
+        ({"schedule": "wna"}, "Did you mean 'wan'"),
         ({"guidance_interval": (0.8, 0.2)}, "interval"),
         ({"guidance_rescale": 2}, "rescale"),
     ],

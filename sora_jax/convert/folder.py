@@ -67,6 +67,7 @@ class SamplingDefaults:
     guidance_rescale: float = 0.0
     shift: TokenShift = NO_SHIFT
     solver: str = "unipc"
+    schedule: str = "wan"
     text_tokens: int = 224
 
 

@@ -5,6 +5,7 @@ on noise the more tokens an example has (Esser et al. 2024, arXiv:2403.03206, Eq
 """
 
 import dataclasses
+import difflib
 from typing import Literal
 
 import jax
@@ -175,6 +176,35 @@ def flow_match_euler_times(num_steps: int, *, shift: float = 3.0) -> Float[np.nd
     _check_steps(num_steps, shift)
     s = np.linspace(1.0, shift_time(1e-3, shift), num_steps)
     return np.append(shift_time(s, shift), 0.0)
+
+
+SCHEDULES = ("linear", "wan", "flow_match_euler")
+
+
+def schedule(
+    name: str, num_steps: int, *, shift: float
+) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " s"]]:
+    """(times, the times that the model is told) of a schedule by name.
+
+    "linear" is `sampling_times`. "wan" is what diffusers' UniPC does with Wan's weights, integer
+    timesteps included, and "flow_match_euler" what its FlowMatchEuler does: with them a video
+    equals the one that diffusers makes from the same noise.
+
+    Raises:
+      ValueError: an unknown name, or steps or shift out of range.
+    """
+    if name == "linear":
+        times = sampling_times(num_steps, shift=shift)
+        return times, times
+    if name == "wan":
+        times = wan_times(num_steps, shift=shift)
+        return times, truncate_times(times)
+    if name == "flow_match_euler":
+        times = flow_match_euler_times(num_steps, shift=shift)
+        return times, times
+    near = difflib.get_close_matches(name, SCHEDULES, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"schedule {name!r} is unknown; use one of {', '.join(SCHEDULES)}.{hint}")
 
 
 def truncate_times(times: Float[np.ndarray, " s"]) -> Float[np.ndarray, " s"]:

@@ -195,6 +195,7 @@ def write_pipeline(out: Path, config, stage) -> None:
         guidance_rescale=config.sample.guidance_rescale,
         shift=stage.token_shift,
         solver=config.sample.solver,
+        schedule=config.sample.schedule,
         text_tokens=config.text_tokens,
     )
     shape = (1, config.data.frames, config.data.height, config.data.width, 3)

@@ -49,7 +49,7 @@ def generations(stage, config, params, frozen, batch, prompts: list[str]) -> lis
     )
     shape = jax.eval_shape(lambda b: stage.latents(frozen, b), batch).shape[1:]
     shift = times.shift_for_tokens(stage.tokens_per_clip(batch), stage.token_shift)
-    table = times.sampling_times(config.sample.steps, shift=shift)
+    table, told = times.schedule(config.sample.schedule, config.sample.steps, shift=shift)
     guide = guidance.GuidanceConfig(
         scale=config.sample.guidance,
         interval=config.sample.guidance_interval,
@@ -63,7 +63,9 @@ def generations(stage, config, params, frozen, batch, prompts: list[str]) -> lis
         guided = guidance.guided_velocity(
             lambda x, t: velocity(x, jnp.full(x.shape[:1], t)), config=guide
         )
-        latents = sampler.sample(guided, noise, table, solver=config.sample.solver)
+        latents = sampler.sample(
+            guided, noise, table, solver=config.sample.solver, model_times=told
+        )
         return nnx.merge(stage.vae_graphdef, frozen["vae"]).decode(latents)
 
     noise = jax.random.normal(jax.random.key(0), (len(prompts), *shape))

@@ -108,3 +108,18 @@ def test_flow_match_euler_times_equal_diffusers():
 def test_bad_settings_say_what_is_allowed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_schedules_by_name_are_those_of_the_functions():
+    linear, told = times.schedule("linear", 5, shift=2.0)
+    np.testing.assert_array_equal(linear, times.sampling_times(5, shift=2.0))
+    np.testing.assert_array_equal(told, linear)
+    wan, told = times.schedule("wan", 4, shift=3.0)
+    # diffusers 0.42.1: timesteps 999, 900, 750, 500 of 1000.
+    np.testing.assert_allclose(told, [0.999, 0.9, 0.75, 0.5, 0])
+    np.testing.assert_allclose(wan, [1 - 1e-6, 0.9001, 0.7504, 0.501, 0], atol=1e-4)
+    euler, told = times.schedule("flow_match_euler", 4, shift=3.0)
+    np.testing.assert_array_equal(euler, times.flow_match_euler_times(4, shift=3.0))
+    np.testing.assert_array_equal(told, euler)
+    with pytest.raises(ValueError, match="Did you mean 'linear'"):
+        times.schedule("liner", 4, shift=1.0)
