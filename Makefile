@@ -2,16 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PARITY := .venv-parity
+TORCH := torch==2.13.0
 # Tests share the cores; more workers than cores only swap.
 WORKERS ?= 2
 
-.PHONY: demo test lint format lock clean
+.PHONY: demo test parity lint format lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --out demo
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+# Against diffusers itself, which needs torch: in an environment of its own.
+parity: $(PARITY)/.installed
+	$(PARITY)/bin/python -m pytest -q tests/parity
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
@@ -40,5 +46,12 @@ $(VENV)/.test-installed: $(VENV)/.installed
 	$(BIN)/uv pip install -q --python $(BIN)/python -c requirements.lock -e '.[test,tensorboard]'
 	touch $@
 
+# pip finds a CPU build of torch where a machine offers one; the rest is not worth its slowness.
+$(PARITY)/.installed: $(VENV)/.uv pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip install -q --disable-pip-version-check '$(TORCH)'
+	$(BIN)/uv pip install -q --python $(PARITY)/bin/python -c requirements.lock -e '.[test,parity]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(PARITY) demo

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
 from sora_jax.convert import folder
@@ -313,7 +314,7 @@ class Pipeline:
         clock.stop("denoise", state.x)
         if on_tensor is not None:
             on_tensor("latents", np.asarray(state.x))
-        video = self._decode(self.vae.params, state.x)
+        video = self.decode(state.x)
         clock.stop("decode", video)
         return [
             Video(
@@ -330,6 +331,10 @@ class Pipeline:
         limit = self.sampling.text_tokens
         ids, mask = self.tokenizer.batch([*prompts, *negative], max_length=limit)
         return self._encode(self.text.params, ids, mask), jnp.asarray(mask)
+
+    def decode(self, latents: ArrayLike) -> Float[Array, "b F H W 3"]:
+        """Videos in [-1, 1] of normalised latents."""
+        return self._decode(self.vae.params, jnp.asarray(latents))
 
     def latent_shape(self, request: Request) -> tuple[int, int, int, int]:
         """(f, h, w, c) of the request's latents."""
