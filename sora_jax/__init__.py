@@ -3,6 +3,7 @@
 `pipe = sora_jax.load("paperworld")`, then `pipe("a red ball rolls left").save("ball.mp4")`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -27,16 +28,21 @@ def weights_folder(name: str = "paperworld") -> Path:
     )
 
 
-def load(checkpoint: str | Path = "paperworld"):
+def load(checkpoint: str | Path = "paperworld", *, loras: Sequence[str] = ()):
     """A `sora_jax.generate.Pipeline` from shipped weights by name, or from a folder.
+
+    Args:
+      loras: LoRA files to merge, each "FILE" or "FILE:SCALE".
 
     Raises:
       ValueError: naming what is missing or damaged.
     """
     from flax import nnx
 
+    from sora_jax.convert.lora import LoRA
     from sora_jax.generate import Pipeline
 
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)
-    return Pipeline.from_folder(weights_folder(str(checkpoint)))
+    parsed = [LoRA.parse(text) for text in loras]
+    return Pipeline.from_folder(weights_folder(str(checkpoint)), loras=parsed)

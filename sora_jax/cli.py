@@ -54,6 +54,13 @@ def _add_sample(commands) -> None:
     what.add_argument(
         "--again", metavar="FILE", help="make a video again from its .json or its own metadata"
     )
+    sample.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="merge a LoRA file into the transformer; may be given several times",
+    )
     sample.add_argument("--out", required=True, metavar="FILE", help=".mp4 .webm .gif .webp .png")
     sample.add_argument("--negative-prompt", metavar="TEXT", help="what to stay away from")
     sample.add_argument("--size", metavar="WxH", help="pixels, for example 64x64")

@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, UInt8
 
 from sora_jax.convert import folder
 from sora_jax.convert.folder import SamplingDefaults
+from sora_jax.convert.lora import LoRA
+from sora_jax.convert.tensors import hash_files
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion import sampler, times
 from sora_jax.text.tokenizer import load_tokenizer
@@ -137,19 +139,25 @@ class Pipeline:
         self._step = functools.lru_cache(maxsize=8)(self._make_step)
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> "Pipeline":
-        """Loads an inference checkpoint.
+    def from_folder(cls, path: str | Path, *, loras: Sequence[LoRA] = ()) -> "Pipeline":
+        """Loads an inference checkpoint, `loras` merged into its transformer.
 
         Raises:
-          ValueError: naming the missing or damaged file and tensor.
+          ValueError: naming the missing or damaged file and tensor, or what a LoRA does not fit.
         """
         path = Path(path)
-        parts = {name: Part(*folder.load_component(path, name)) for name in folder.COMPONENTS}
+        parts = {
+            name: Part(*folder.load_component(path, name, loras=loras if name == "dit" else ()))
+            for name in folder.COMPONENTS
+        }
+        info = {"checkpoint": path.name, "checkpoint_sha256": folder.checkpoint_hash(path)}
+        if loras:
+            info["loras"] = [[hash_files([lora.path])[:16], lora.scale] for lora in loras]
         return cls(
             **parts,
             tokenizer=load_tokenizer(path / "tokenizer"),
             sampling=folder.read_sampling(path),
-            info={"checkpoint": path.name, "checkpoint_sha256": folder.checkpoint_hash(path)},
+            info=info,
         )
 
     def request(self, prompt: str, **settings) -> Request:

@@ -39,11 +39,16 @@ def run(args: Namespace) -> list[Path]:
     again = _read_metadata(Path(args.again)) if args.again else {}
     prompts = [again["prompt"]] if again else _prompts(args)
     console = Console(stderr=True, highlight=False)
-    pipe = sora_jax.load(args.checkpoint)
+    pipe = sora_jax.load(args.checkpoint, loras=args.lora)
     if again and again["checkpoint_sha256"] != pipe.info["checkpoint_sha256"]:
         raise ValueError(
             f"{args.again} was made by checkpoint {again['checkpoint_sha256']}, "
             f"{args.checkpoint} is {pipe.info['checkpoint_sha256']}; give its --checkpoint."
+        )
+    if again and again.get("loras") != pipe.info.get("loras"):
+        raise ValueError(
+            f"{args.again} was made with LoRA files (hash, scale) {again.get('loras') or 'none'}, "
+            f"given are {pipe.info.get('loras') or 'none'}; give the same with --lora."
         )
     settings = {name: getattr(args, name) for name in _NAMES} | {"size": parse_size(args.size)}
     if again:

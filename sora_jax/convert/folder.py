@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sora_jax import sharding
-from sora_jax.convert import names
+from sora_jax.convert import lora, names
 from sora_jax.convert.dit import dit_entries
 from sora_jax.convert.recognize import Naming, recognize
 from sora_jax.convert.tensors import hash_files, missing_file, write_shards
@@ -157,22 +157,37 @@ def loose_parts(path: Path) -> list[tuple[Naming, Weights]]:
     return [recognize(open_weights(file)) for file in sorted([*indexes, *alone])]
 
 
-def load_component(folder: str | Path, name: str, *, mesh: Mesh | None = None, dtype=jnp.float32):
+def load_component(
+    folder: str | Path,
+    name: str,
+    *,
+    mesh: Mesh | None = None,
+    dtype=jnp.float32,
+    loras: Sequence[lora.LoRA] = (),
+):
     """(config, graphdef, params) of component `name` of an inference checkpoint.
 
     Args:
       folder: as for `find_component`.
       mesh: where the parameters go, by `sharding.tree_shardings`; None: the default device.
       dtype: of the parameters.
+      loras: merged into the transformer; other components take none.
 
     Raises:
-      ValueError: naming the missing or damaged file and tensor.
+      ValueError: naming the missing or damaged file and tensor, or what a LoRA does not fit.
     """
     config, naming, weights = find_component(folder, name)
     graphdef, abstract = abstract_params(name, config)
+    read = weights.read
+    if loras:
+        entries = naming.entries(config)
+        names.check_keys(
+            names.flat_params(abstract), entries, keys=weights.shapes, source=weights.source
+        )
+        read = lora.merged(weights, entries, config, loras)
     options = {
         "keys": weights.shapes,
-        "read": weights.read,
+        "read": read,
         "source": weights.source,
         "dtype": dtype,
         "shardings": None if mesh is None else sharding.tree_shardings(abstract, mesh),

@@ -42,9 +42,10 @@ class Prepare:
 def dit_config(config, z_dim: int, text_dim: int) -> DiTConfig:
     """DiTConfig of the section `config.dit`, for a VAE of `z_dim` channels."""
     fields = config.to_dict()
-    fields["in_channels"] = fields["in_channels"] or z_dim
+    # `get`: the configs of earlier runs lack these keys.
+    fields["in_channels"] = fields.get("in_channels") or z_dim
     for name in ("image_dim", "image_positions"):
-        fields[name] = fields[name] or None
+        fields[name] = fields.get(name) or None
     return DiTConfig(**fields, out_channels=z_dim, text_dim=text_dim)
 
 

@@ -1,0 +1,184 @@
+"""LoRA files merged into a transformer's weights as they are loaded.
+
+Hu et al. 2021, arXiv:2106.09685, Eq. 3: W + scale * (alpha / rank) * B A, in float32, tensor by
+tensor. Read are the names of PEFT and diffusers (lora_A, lora_B) and of ComfyUI and kohya
+(lora_down, lora_up, alpha; dots or underscores), under official or diffusers module names, and
+plain differences (diff, diff_b).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sora_jax.convert import original
+from sora_jax.convert.dit import dit_entries
+from sora_jax.convert.names import Entry
+from sora_jax.convert.weights import Weights, open_weights
+from sora_jax.dit.config import DiTConfig
+
+_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "model.diffusion_model.")
+_KOHYA = ("lora_unet_", "lora_transformer_")
+_PART = re.compile(
+    r"^(.+?)\.(lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight$|^(.+)\.(alpha|diff|diff_b)$"
+)
+_DOWN, _UP = ("lora_A", "lora_down"), ("lora_B", "lora_up")
+SHOWN = 10  # unknown modules that an error names
+
+
+class LoRA(NamedTuple):
+    """One file and how strongly it acts."""
+
+    path: Path
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "LoRA":
+        """FILE or FILE:SCALE, as on the command line.
+
+        Raises:
+          ValueError: a scale that is no number.
+        """
+        path, colon, scale = text.rpartition(":")
+        if not colon or "/" in scale or scale.endswith(".safetensors"):
+            return cls(Path(text))
+        try:
+            return cls(Path(path), float(scale))
+        except ValueError:
+            raise ValueError(
+                f"--lora {text}: {scale!r} is no number; write FILE or FILE:SCALE."
+            ) from None
+
+
+Place = tuple[tuple[str, ...], int | None]  # path and layer of a tensor in our tree
+
+
+def merged(
+    weights: Weights,
+    entries: Sequence[Entry],
+    config: DiTConfig,
+    loras: Sequence[LoRA],
+) -> Callable[[str], np.ndarray]:
+    """`weights.read` with the differences of `loras` added to what they change.
+
+    Args:
+      weights: of the transformer.
+      entries: their name table.
+      config: of the transformer.
+
+    Raises:
+      ValueError: a file without LoRA tensors, half a pair, a module that the model does not have,
+        or one of another width.
+    """
+    changes: dict[Place, list[Callable[[], np.ndarray]]] = {}
+    modules = _modules(config)
+    places = {entry.key: (entry.path, entry.index) for entry in entries}
+    shapes = {place: weights.shapes[key] for key, place in places.items()}
+    for lora in loras:
+        for place, change in _read_file(lora, modules, shapes).items():
+            changes.setdefault(place, []).append(change)
+
+    def merged_read(key: str) -> np.ndarray:
+        value = weights.read(key)
+        for change in changes.get(places[key], ()):
+            value = value.astype(np.float32) + change().reshape(value.shape)
+        return value
+
+    return merged_read
+
+
+def _modules(config: DiTConfig) -> dict[str, Place]:
+    """Every spelling of a linear layer's name, to its place; biases under `NAME|bias`."""
+    table = {}
+    for entry in dit_entries(config):
+        module, _, leaf = entry.key.rpartition(".")
+        if leaf not in ("weight", "bias"):
+            continue
+        official = original.dit_key(entry.key).rpartition(".")[0]
+        suffix = "" if leaf == "weight" else "|bias"
+        for name in (module, official):
+            table[name + suffix] = table[name.replace(".", "_") + suffix] = (
+                entry.path,
+                entry.index,
+            )
+    return table
+
+
+def _module_name(name: str) -> str:
+    """A module's name without the prefixes that trainers put in front."""
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    for prefix in _KOHYA:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _read_file(lora: LoRA, modules: dict[str, Place], shapes: dict[Place, tuple[int, ...]]):
+    """{place: function that makes its difference} of one file."""
+    weights = open_weights(lora.path)
+    parts: dict[str, dict[str, str]] = {}
+    strange = []
+    for key in weights.shapes:
+        match = _PART.match(key)
+        if match is None:
+            strange.append(key)
+            continue
+        module, part = (match[1], match[2]) if match[1] else (match[3], match[4])
+        part = "down" if part in _DOWN else "up" if part in _UP else part
+        parts.setdefault(_module_name(module), {})[part] = key
+    if strange or not parts:
+        named = ", ".join(sorted(strange)[:3]) or "none"
+        raise ValueError(f"{lora.path}: not a LoRA file; tensors that fit no LoRA: {named}.")
+    if unknown := sorted(set(parts) - set(modules)):
+        named = ", ".join(unknown[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")
+        raise ValueError(
+            f"{lora.path}: {len(unknown)} modules that this transformer does not have: {named}."
+        )
+    changes = {}
+    for module, found in parts.items():
+        if "diff_b" in found:
+            place = modules.get(f"{module}|bias")
+            changes[place] = _difference(lora, weights, found["diff_b"], shapes[place])
+        if "diff" in found:
+            place = modules[module]
+            changes[place] = _difference(lora, weights, found["diff"], shapes[place])
+        if "down" in found or "up" in found:
+            place = modules[module]
+            changes[place] = _product(lora, weights, module, found, shapes[place])
+    return changes
+
+
+def _difference(lora: LoRA, weights: Weights, key: str, shape: tuple[int, ...]):
+    if np.prod(weights.shapes[key]) != np.prod(shape):
+        raise ValueError(_misfit(lora, key, weights.shapes[key], shape))
+    return lambda: lora.scale * weights.read(key).astype(np.float32)
+
+
+def _product(
+    lora: LoRA, weights: Weights, module: str, found: dict[str, str], shape: tuple[int, ...]
+):
+    missing = {"down", "up"} - set(found)
+    if missing:
+        names = _DOWN if "down" in missing else _UP
+        raise ValueError(f"{lora.path}: module {module} lacks {' or '.join(names)}; half a pair.")
+    down, up = (weights.shapes[found[part]] for part in ("down", "up"))
+    inputs = int(np.prod(shape[1:]))
+    if int(np.prod(down[1:])) != inputs or up[0] != shape[0] or up[1] != down[0]:
+        raise ValueError(_misfit(lora, module, (up, down), shape))
+
+    def change() -> np.ndarray:
+        a = weights.read(found["down"]).astype(np.float32).reshape(down[0], inputs)
+        b = weights.read(found["up"]).astype(np.float32).reshape(up[0], up[1])
+        alpha = float(weights.read(found["alpha"]).reshape(())) if "alpha" in found else down[0]
+        return lora.scale * alpha / down[0] * (b @ a)
+
+    return change
+
+
+def _misfit(lora: LoRA, name: str, given, wanted) -> str:
+    return (
+        f"{lora.path}: {name} has shape {given}, which does not fit this transformer's "
+        f"{tuple(wanted)}; the LoRA was made for a model of another size."
+    )

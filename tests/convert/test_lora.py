@@ -1,0 +1,169 @@
+"""LoRA files of every spelling merge to the same weights, and those that do not fit are refused."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import sora_jax
+from sora_jax import cli
+from sora_jax.convert import folder, original
+from sora_jax.convert.lora import LoRA
+from sora_jax.train.export import export
+
+RANK, ALPHA, SCALE = 2, 4.0, 0.5
+MODULES = ("blocks.1.attn1.to_q", "blocks.0.ffn.net.2", "proj_out")
+
+
+def values(*shape, seed):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def base(pipeline_folder):
+    """Tensors of the transformer by diffusers' names."""
+    _, _, weights = folder.find_component(pipeline_folder, "dit")
+    return {key: weights.read(key) for key in weights.shapes}
+
+
+@pytest.fixture(scope="module")
+def pairs(base):
+    """{module: (down, up)}"""
+    return {
+        module: (
+            values(RANK, base[f"{module}.weight"].shape[1], seed=i),
+            values(base[f"{module}.weight"].shape[0], RANK, seed=10 + i),
+        )
+        for i, module in enumerate(MODULES)
+    }
+
+
+def official(module):
+    return original.dit_key(f"{module}.weight").removesuffix(".weight")
+
+
+SPELLINGS = {
+    "diffusers": ("transformer.{diffusers}.{part}.weight", ("lora_A", "lora_B"), False),
+    "peft": ("base_model.model.{diffusers}.{part}.default.weight", ("lora_A", "lora_B"), False),
+    "comfyui": ("diffusion_model.{official}.{part}.weight", ("lora_down", "lora_up"), True),
+    "comfyui peft": ("diffusion_model.{official}.{part}.weight", ("lora_A", "lora_B"), True),
+    "kohya": ("lora_unet_{underscored}.{part}.weight", ("lora_down", "lora_up"), True),
+}
+
+
+def write(path, pairs, spelling="diffusers"):
+    """A LoRA file; returns the share alpha / rank that it asks for."""
+    template, parts, has_alpha = SPELLINGS[spelling]
+    tensors = {}
+    for module, pair in pairs.items():
+        names = {
+            "diffusers": module,
+            "official": official(module),
+            "underscored": official(module).replace(".", "_"),
+        }
+        for part, value in zip(parts, pair, strict=True):
+            tensors[template.format(**names, part=part)] = value
+        if has_alpha:
+            stem = template.format(**names, part="@").split(".@")[0]
+            tensors[f"{stem}.alpha"] = np.float32(ALPHA)
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
+    return ALPHA / RANK if has_alpha else 1.0
+
+
+def loaded(source, *loras):
+    params = folder.load_component(source, "dit", loras=loras)[2]
+    from sora_jax.convert import names
+    from sora_jax.convert.dit import dit_entries
+
+    return names.export(params, dit_entries(folder.read_config(source, "dit")))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_adds_the_product(pipeline_folder, base, pairs, tmp_path, spelling):
+    share = write(tmp_path / "lora.safetensors", pairs, spelling)
+    got = loaded(pipeline_folder, LoRA(tmp_path / "lora.safetensors", SCALE))
+    for key, value in base.items():
+        module = key.removesuffix(".weight")
+        if module in pairs and key.endswith(".weight"):
+            down, up = pairs[module]
+            value = value + SCALE * share * (up @ down)
+        np.testing.assert_allclose(got[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+def test_several_files_add_up_and_zero_is_none(pipeline_folder, base, pairs, tmp_path):
+    write(tmp_path / "a.safetensors", pairs)
+    a, minus, zero = (LoRA(tmp_path / "a.safetensors", scale) for scale in (1.0, -1.0, 0.0))
+    for loras in ((a, minus), (zero,)):
+        got = loaded(pipeline_folder, *loras)
+        for key, value in base.items():
+            np.testing.assert_allclose(got[key], value, atol=1e-5)
+
+
+def test_it_merges_into_files_with_official_names(pipeline_folder, pairs, tmp_path):
+    write(tmp_path / "lora.safetensors", pairs)
+    export(pipeline_folder, tmp_path / "wan", to="wan")
+    lora = LoRA(tmp_path / "lora.safetensors")
+    files = tmp_path / "wan" / "diffusion_models"
+    one = loaded(pipeline_folder, lora)
+    params = folder.load_component(files, "dit", loras=[lora])[2]
+    other = folder.load_component(pipeline_folder, "dit", loras=[lora])[2]
+    assert one and str(params) == str(other)
+
+
+def test_differences_of_weights_and_biases_are_added(pipeline_folder, base, tmp_path):
+    module = MODULES[0]
+    change = {leaf: values(*base[f"{module}.{leaf}"].shape, seed=3) for leaf in ("weight", "bias")}
+    tensors = {f"{module}.diff": change["weight"], f"{module}.diff_b": change["bias"]}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    got = loaded(pipeline_folder, LoRA(tmp_path / "lora.safetensors"))
+    for leaf, value in change.items():
+        key = f"{module}.{leaf}"
+        np.testing.assert_allclose(got[key], base[key] + value, atol=1e-6)
+
+
+def refused(pipeline_folder, tensors, path, words):
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=words) as error:
+        folder.load_component(pipeline_folder, "dit", loras=[LoRA(path)])
+    assert "\n" not in str(error.value)
+
+
+def test_what_does_not_fit_is_named(pipeline_folder, pairs, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    down, up = pairs["proj_out"]
+    good = {"proj_out.lora_A.weight": down, "proj_out.lora_B.weight": up}
+    unknown = {f"blocks.7.attn1.to_q.{part}.weight": down for part in ("lora_A", "lora_B")}
+    refused(pipeline_folder, good | unknown, path, "1 modules .* not have: blocks.7.attn1.to_q")
+    refused(pipeline_folder, {"proj_out.lora_A.weight": down}, path, "lacks lora_B or lora_up")
+    wide = good | {"proj_out.lora_A.weight": values(RANK, 5, seed=0)}
+    refused(pipeline_folder, wide, path, "proj_out has shape .* model of another size")
+    short = good | {"proj_out.lora_B.weight": up[:-1]}
+    refused(pipeline_folder, short, path, "proj_out has shape")
+    refused(pipeline_folder, {"a.b": down}, path, "not a LoRA file; .*: a.b")
+
+
+@pytest.mark.parametrize(
+    ("text", "lora"),
+    [
+        ("a.safetensors", LoRA("a.safetensors")),
+        ("a.safetensors:0.5", LoRA("a.safetensors", 0.5)),
+        ("x/a.safetensors:-1", LoRA("x/a.safetensors", -1.0)),
+    ],
+)
+def test_scale_stands_behind_a_colon(text, lora):
+    parsed = LoRA.parse(text)
+    assert (str(parsed.path), parsed.scale) == (lora.path, lora.scale)
+
+
+def test_the_command_records_it_and_asks_for_it_again(pipeline_folder, pairs, tmp_path, capsys):
+    write(tmp_path / "lora.safetensors", pairs)
+    args = ["sample", "--checkpoint", str(pipeline_folder), "--out", str(tmp_path / "a.png")]
+    lora = ["--lora", f"{tmp_path / 'lora.safetensors'}:0.5"]
+    assert cli.main([*args, "--prompt", "a ball", *lora]) == 0
+    plain = sora_jax.load(pipeline_folder)("a ball").frames
+    changed = sora_jax.load(pipeline_folder, loras=[lora[1]])("a ball")
+    assert (plain != changed.frames).any() and changed.metadata["loras"][0][1] == 0.5
+    again = [*args[:-1], str(tmp_path / "b.png"), "--again", str(tmp_path / "a.json")]
+    assert cli.main(again) == 2 and "give the same with --lora" in capsys.readouterr().err
+    assert cli.main([*again, *lora]) == 0
+    assert cli.main([*args, "--prompt", "x", "--lora", "none.safetensors:big"]) == 2
+    assert "'big' is no number" in capsys.readouterr().err
