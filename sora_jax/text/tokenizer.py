@@ -21,6 +21,7 @@ PAD, EOS, UNK = 0, 1, 2
 _FIRST_BYTE = 3
 _FIRST_SENTINEL = _FIRST_BYTE + 256
 _SUPPORTED = ("ByT5Tokenizer",)
+_UNIGRAM_FILES = ("tokenizer.json", "spiece.model")  # the first that is there
 
 
 class TextBatch(NamedTuple):
@@ -46,7 +47,57 @@ def normalize(text: str) -> str:
     return text
 
 
-class ByteTokenizer:
+class Tokenizer:
+    """What a text encoder needs of a tokenizer: `encode` with eos last, `truncate`, `batch`."""
+
+    def truncate(self, text: str, max_length: int) -> tuple[str, bool]:
+        """The normalised beginning of `text` that fits, and whether anything was cut off."""
+        raise NotImplementedError
+
+    def encode(self, text: str, *, max_length: int) -> list[int]:
+        """Ids of `text`, cut as `truncate` cuts it, with eos last; "" is eos alone."""
+        raise NotImplementedError
+
+    def save(self, folder) -> None:
+        """Writes the files from which transformers' AutoTokenizer loads it."""
+        raise NotImplementedError
+
+    def batch(
+        self,
+        texts: Sequence[str],
+        *,
+        max_length: int = 512,
+        length: int | None = None,
+        multiple: int = 32,
+    ) -> TextBatch:
+        """Ids and mask of `texts`, padded on the right.
+
+        Args:
+          max_length: ids at most; longer texts are cut as `truncate` cuts them.
+          length: pads (and cuts) to exactly this many ids. Without it, to the longest text,
+            rounded up to a `multiple` so that few shapes are compiled, `max_length` at most.
+
+        Raises:
+          ValueError: for no texts, or lengths below 1.
+        """
+        if not texts:
+            raise ValueError("no texts given; a batch needs at least one ('' is allowed).")
+        if multiple < 1:
+            raise ValueError(f"multiple is {multiple}; allowed are 1 and more, for example 32.")
+        limit = max_length if length is None else length
+        rows = [self.encode(text, max_length=limit) for text in texts]
+        if length is None:
+            longest = max(map(len, rows))
+            length = min(-(-longest // multiple) * multiple, max_length)
+        ids = np.full((len(rows), length), PAD, np.int32)
+        mask = np.zeros((len(rows), length), np.bool_)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = True
+        return TextBatch(ids, mask)
+
+
+class ByteTokenizer(Tokenizer):
     """The ByT5 tokenizer.
 
     Args:
@@ -94,40 +145,6 @@ class ByteTokenizer:
         text, _ = self.truncate(text, max_length)
         return [byte + _FIRST_BYTE for byte in text.encode("utf-8")] + [EOS]
 
-    def batch(
-        self,
-        texts: Sequence[str],
-        *,
-        max_length: int = 512,
-        length: int | None = None,
-        multiple: int = 32,
-    ) -> TextBatch:
-        """Ids and mask of `texts`, padded on the right.
-
-        Args:
-          max_length: ids at most; longer texts are cut as `truncate` cuts them.
-          length: pads (and cuts) to exactly this many ids. Without it, to the longest text,
-            rounded up to a `multiple` so that few shapes are compiled, `max_length` at most.
-
-        Raises:
-          ValueError: for no texts, or lengths below 1.
-        """
-        if not texts:
-            raise ValueError("no texts given; a batch needs at least one ('' is allowed).")
-        if multiple < 1:
-            raise ValueError(f"multiple is {multiple}; allowed are 1 and more, for example 32.")
-        limit = max_length if length is None else length
-        rows = [self.encode(text, max_length=limit) for text in texts]
-        if length is None:
-            longest = max(map(len, rows))
-            length = min(-(-longest // multiple) * multiple, max_length)
-        ids = np.full((len(rows), length), PAD, np.int32)
-        mask = np.zeros((len(rows), length), np.bool_)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-            mask[i, : len(row)] = True
-        return TextBatch(ids, mask)
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` up to the first eos; specials and broken characters are left out."""
         data = bytearray()
@@ -155,13 +172,19 @@ class ByteTokenizer:
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_tokenizer(folder) -> ByteTokenizer:
-    """The tokenizer that `folder/tokenizer_config.json` names.
+def load_tokenizer(folder) -> Tokenizer:
+    """The tokenizer in `folder`: bytes, or a Unigram model in tokenizer.json or spiece.model.
 
     Raises:
-      ValueError: where that file is missing, damaged, or names another tokenizer.
+      ValueError: where its files are missing or damaged, or name another tokenizer.
     """
-    path = pathlib.Path(folder) / "tokenizer_config.json"
+    folder = pathlib.Path(folder)
+    files = [folder / name for name in _UNIGRAM_FILES if (folder / name).is_file()]
+    if files:
+        from sora_jax.text.unigram import UnigramTokenizer
+
+        return UnigramTokenizer.from_file(files[0])
+    path = folder / "tokenizer_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -174,7 +197,7 @@ def load_tokenizer(folder) -> ByteTokenizer:
     if name not in _SUPPORTED:
         raise ValueError(
             f"{path}: tokenizer_class is {name!r}; supported: {', '.join(_SUPPORTED)}; "
-            "use a checkpoint whose text encoder reads bytes."
+            "or a Unigram model in tokenizer.json or spiece.model beside it."
         )
     extra_ids = config.get("extra_ids", 0)
     # transformers writes extra_ids 0 beside the list of sentinels itself.

@@ -1,0 +1,155 @@
+"""Unigram (SentencePiece) tokenizers of the T5 family, run by the `tokenizers` library.
+
+Read from transformers' tokenizer.json, or from SentencePiece's own spiece.model, a protocol buffer
+of which four fields are needed: the pieces with their scores, which of them is unknown, and the
+table of the text normaliser (Kudo and Richardson 2018, arXiv:1808.06226).
+"""
+
+import html
+import json
+import pathlib
+import shutil
+import struct
+from collections.abc import Iterator
+
+from sora_jax.text.tokenizer import EOS, Tokenizer, normalize
+
+_SPACE = "\u2581"  # stands for a space within a piece
+_UNKNOWN = 2  # SentencePiece's type of the unknown piece
+
+
+class UnigramTokenizer(Tokenizer):
+    """A T5-family tokenizer; HTML escapes and extra spaces go, as in Wan's training."""
+
+    def __init__(self, backend, source: pathlib.Path):
+        self._backend = backend
+        self._source = source
+        eos = backend.token_to_id("</s>")
+        if eos != EOS:
+            raise ValueError(
+                f"{source}: the id of </s> is {eos}; T5-family tokenizers have {EOS}; take that "
+                "of the checkpoint's text encoder."
+            )
+
+    @classmethod
+    def from_file(cls, path) -> "UnigramTokenizer":
+        """Reads tokenizer.json or spiece.model.
+
+        Raises:
+          ValueError: a damaged file, another kind of tokenizer, or no `tokenizers` library.
+        """
+        path = pathlib.Path(path)
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ValueError(
+                f"{path}: reading it needs the package tokenizers; pip install 'sora_jax[wan]'."
+            ) from error
+        if path.suffix == ".model":
+            return cls(_from_sentencepiece(path), path)
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"{path}: damaged tokenizer ({error}); copy it again.") from error
+        backend.no_padding()
+        backend.no_truncation()
+        return cls(backend, path)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.get_vocab_size()
+
+    def truncate(self, text: str, max_length: int) -> tuple[str, bool]:
+        """As `Tokenizer.truncate`; the cut falls behind a whole piece.
+
+        Raises:
+          ValueError: for a `max_length` below 1.
+        """
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; allowed are 1 (eos alone) and more.")
+        text = normalize(html.unescape(html.unescape(text)))
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        room = max_length - 1
+        if len(encoded.ids) <= room:
+            return text, False
+        end = encoded.offsets[room - 1][1] if room else 0
+        return text[:end].rstrip(), True
+
+    def encode(self, text: str, *, max_length: int) -> list[int]:
+        text, _ = self.truncate(text, max_length)
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return [*ids[: max_length - 1], EOS]
+
+    def save(self, folder) -> None:
+        """Copies the file it was read from, and a config that names it for transformers."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._source.resolve() != (folder / self._source.name).resolve():
+            shutil.copyfile(self._source, folder / self._source.name)
+        config = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"}
+        beside = self._source.with_name("tokenizer_config.json")
+        if beside.is_file():
+            config = json.loads(beside.read_text(encoding="utf-8"))
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _from_sentencepiece(path: pathlib.Path):
+    """A `tokenizers` Unigram tokenizer of a spiece.model."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    pieces: list[tuple[str, float]] = []
+    unknown, charsmap = None, b""
+    try:
+        for field, value in _fields(path.read_bytes()):
+            if field == 1:  # SentencePiece: piece, score, type
+                piece = dict(_fields(value))
+                if piece.get(3, 1) == _UNKNOWN:
+                    unknown = len(pieces)
+                score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
+                pieces.append((piece[1].decode("utf-8"), score))
+            elif field == 3:  # NormalizerSpec
+                charsmap = dict(_fields(value)).get(2, b"")
+    except (IndexError, KeyError, ValueError, TypeError, struct.error) as error:
+        raise ValueError(f"{path}: not a SentencePiece model; copy it again.") from error
+    if not pieces or unknown is None:
+        raise ValueError(f"{path}: holds no pieces, or none for the unknown; copy it again.")
+    backend = Backend(models.Unigram(pieces, unk_id=unknown, byte_fallback=False))
+    if charsmap:
+        backend.normalizer = normalizers.Precompiled(charsmap)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="always")
+    return backend
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """(number, value) of each field of a protocol buffer: integers, or the bytes of the rest."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind == 0:
+            value, at = _varint(data, at)
+            yield tag >> 3, value
+            continue
+        size = {1: 8, 5: 4}.get(kind)
+        if kind == 2:
+            size, at = _varint(data, at)
+        if size is None or at + size > len(data):
+            raise ValueError(f"field of kind {kind} at byte {at}")
+        yield tag >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """(value, position behind it)."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+        if shift > 63:
+            raise ValueError(f"number at byte {at} is too long")

@@ -1,0 +1,113 @@
+"""Unigram tokenizers give SentencePiece's own ids, from its file and from transformers'."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from sora_jax.text.tokenizer import ByteTokenizer, load_tokenizer
+from sora_jax.text.unigram import UnigramTokenizer
+
+WORDS = (
+    *("a", "the", "red", "blue", "ball", "cat", "walks", "rolls", "left", "right"),
+    *("meadow", "sea", "night", "über", "海", "ein", "Vogel"),
+)
+TEXTS = [
+    "a red ball rolls left in the meadow",
+    "Ein  Vogel   fliegt über dem Meer!",
+    "海の上を飛ぶ鳥",
+    "ﬁne ① ｆｕｌｌ width",  # the normaliser's table maps these
+    "unknown: \U0001f98a",
+    "tabs\tand\nlines",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory):
+    """A SentencePiece model with T5's special ids, trained in a moment."""
+    path = tmp_path_factory.mktemp("spm") / "spiece.model"
+    rng = np.random.default_rng(0)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(rng.choice(WORDS, 8)) for _ in range(400)] + TEXTS[:5]),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=90,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_sentencepieces(spiece, text):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
+    tokenizer = UnigramTokenizer.from_file(spiece)
+    assert tokenizer.vocab_size == processor.vocab_size()
+    assert tokenizer.encode(text, max_length=512) == [*processor.encode(text), 1]
+
+
+def test_saved_files_load_again_and_tokenizer_json_is_read_too(spiece, tmp_path):
+    tokenizer = UnigramTokenizer.from_file(spiece)
+    tokenizer.save(tmp_path / "a")
+    tokenizer._backend.save(str(tmp_path / "tokenizer.json"))
+    assert json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+    for folder in (tmp_path / "a", tmp_path):
+        again = load_tokenizer(folder)
+        for text in TEXTS:
+            assert again.encode(text, max_length=99) == tokenizer.encode(text, max_length=99)
+
+
+def test_batches_are_padded_like_those_of_bytes(spiece):
+    ids, mask = UnigramTokenizer.from_file(spiece).batch(["a red ball", ""], length=12)
+    assert ids.shape == (2, 12) and mask[1].tolist() == [True] + [False] * 11
+    assert ids[1, 0] == 1 and not ids[~mask].any()
+    assert isinstance(ByteTokenizer().batch(["x"]).ids, np.ndarray)
+
+
+def test_long_prompts_are_cut_behind_a_piece(spiece):
+    tokenizer = UnigramTokenizer.from_file(spiece)
+    text = "a red ball rolls left"
+    whole = tokenizer.encode(text, max_length=99)
+    assert tokenizer.truncate(text, len(whole)) == (text, False)
+    for length in range(1, len(whole)):
+        kept, cut = tokenizer.truncate(text, length)
+        assert cut and text.startswith(kept)
+        ids = tokenizer.encode(text, max_length=length)
+        assert len(ids) <= length and ids[-1] == 1
+    assert tokenizer.truncate("a &amp;amp; b", 99)[0] == "a & b"
+    with pytest.raises(ValueError, match="max_length is 0"):
+        tokenizer.truncate(text, 0)
+
+
+def test_damaged_files_are_told(spiece, tmp_path):
+    data = spiece.read_bytes()
+    for name, content, words in (
+        ("spiece.model", data[: len(data) // 2], "not a SentencePiece model|holds no pieces"),
+        ("spiece.model", b"", "holds no pieces"),
+        ("tokenizer.json", b"{", "damaged tokenizer"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=words) as error:
+            load_tokenizer(tmp_path)
+        assert str(tmp_path / name) in str(error.value)
+        (tmp_path / name).unlink()
+
+
+def test_other_special_ids_are_refused(tmp_path):
+    import tokenizers
+
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.Unigram([("<unk>", 0.0), ("</s>x", -1.0), ("</s>", -2.0)], unk_id=0)
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"the id of </s> is 2; T5-family tokenizers have 1"):
+        load_tokenizer(tmp_path)
