@@ -11,20 +11,24 @@ __all__ = ["load", "weights_folder"]
 
 
 def weights_folder(name: str = "paperworld") -> Path:
-    """The folder of shipped weights called `name`, or `name` itself where it is a folder.
+    """The folder of shipped weights called `name`, `name` itself, or that of a hub id.
 
     Raises:
-      ValueError: neither.
+      ValueError: none of these.
     """
+    from sora_jax.convert import hub
+
     shipped = Path(__file__).parent / "weights"
     if (shipped / name / "model_index.json").is_file():
         return shipped / name
     if Path(name).is_dir():
         return Path(name)
+    if hub.is_hub_id(name):
+        return hub.download(name)
     known = sorted(p.name for p in shipped.iterdir() if p.is_dir()) if shipped.is_dir() else []
     raise ValueError(
-        f"checkpoint {name!r} is neither a folder nor shipped weights; give a folder in diffusers "
-        f"layout, or one of: {', '.join(known)}."
+        f"checkpoint {name!r} is neither a folder nor shipped weights; give a folder, a hub id "
+        f"(organisation/name), or one of: {', '.join(known)}."
     )
 
 

@@ -40,7 +40,7 @@ def _checkpoint(command) -> None:
         "--checkpoint",
         default="paperworld",
         metavar="DIR",
-        help="folder in diffusers layout, or the name of shipped weights (default: paperworld)",
+        help="folder of weights, hub id, or name of shipped weights (default: paperworld)",
     )
 
 

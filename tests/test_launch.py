@@ -36,13 +36,13 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path):
     command = [sys.executable, "-m", "sora_jax.cli", "train", "--distributed"]
     done = launch(
         *(2, *command, "--config", "configs/paperworld_vae.py:smoke"),
-        *("--workdir", tmp_path / "two", "--config.num_steps=2", "--config.sample_every=0"),
+        *("--workdir", tmp_path / "two", "--config.num_steps=3", "--config.sample_every=0"),
         JAX_NUM_CPU_DEVICES="1",
         JAX_PLATFORMS="cpu",
     )
     assert done.returncode == 0, done.stderr
     config = paperworld_vae.get_config("smoke").unlock()
-    config.num_steps, config.sample_every = 2, 0
+    config.num_steps, config.sample_every = 3, 0
     train(config, tmp_path / "one", devices=jax.devices()[:2])
     together = losses(tmp_path / "two")
     assert len(together) == 2
