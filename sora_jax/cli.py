@@ -83,7 +83,7 @@ def _add_sample(commands) -> None:
     sample.add_argument("--shift", type=float, help="moves steps towards noise (larger videos)")
     sample.add_argument("--solver", help="unipc, dpmpp_2m, ab2, heun or euler")
     sample.add_argument("--schedule", help="of the steps: wan, flow_match_euler or linear")
-    sample.add_argument("--seed", type=int, default=0, help="another seed, another video")
+    sample.add_argument("--seed", type=int, help="another seed, another video (default: 0)")
     sample.add_argument(
         "--batch", type=int, default=1, metavar="N", help="videos a prompt, with seeds from --seed"
     )
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sora-jax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"sora-jax: {interrupt or 'stopped; nothing was written.'}", file=sys.stderr)
+        print(f"sora-jax: {interrupt or 'stopped; no partial file is left.'}", file=sys.stderr)
         return 130
     return 0
 

@@ -1,5 +1,6 @@
 """What `sora-jax sample` does: requests from its arguments, a report of stages, files."""
 
+import hashlib
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -37,6 +38,8 @@ def run(args: Namespace) -> list[Path]:
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: use 1 or more.")
     again = _read_metadata(Path(args.again)) if args.again else {}
+    if again:
+        _check_again(args, again, noise)
     prompts = [again["prompt"]] if again else _prompts(args)
     console = Console(stderr=True, highlight=False)
     pipe = sora_jax.load(args.checkpoint, loras=args.lora)
@@ -54,7 +57,7 @@ def run(args: Namespace) -> list[Path]:
     if again:
         settings = {name: again[name] for name in _NAMES}
         settings["size"] = (again["width"], again["height"])
-    first_seed = again.get("seed", args.seed)
+    first_seed = again.get("seed", args.seed or 0)
     requests = [
         pipe.request(_cut(pipe, prompt, console), seed=first_seed + i, **settings)
         for prompt in prompts
@@ -75,6 +78,9 @@ def run(args: Namespace) -> list[Path]:
             pipe, chunk, together, console, noise=noise, on_tensor=tensors.__setitem__
         )
         clock = time.perf_counter()
+        if noise is not None:
+            for video in videos:
+                video.metadata["noise_sha256"] = array_hash(noise)
         for offset, video in enumerate(videos):
             path = _numbered(out, start + offset, len(requests))
             written.append(video.save(path))
@@ -104,12 +110,36 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
+def _check_again(args: Namespace, again: dict, noise: np.ndarray | None) -> None:
+    """Raises ValueError for anything that would make another video than the recorded one."""
+    given = [name for name in (*_NAMES, "size") if getattr(args, name) is not None]
+    given += ["seed"] * (args.seed is not None) + ["batch"] * (args.batch != 1)
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"--again takes all settings from {args.again}; leave out {flags}.")
+    wanted = again.get("noise_sha256")
+    if wanted != (None if noise is None else array_hash(noise)):
+        raise ValueError(
+            f"{args.again} was made "
+            + (f"from a noise file ({wanted}); give it" if wanted else "without a noise file; drop")
+            + " with --noise."
+        )
+
+
+def array_hash(array: np.ndarray) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of an array as float32."""
+    data = np.ascontiguousarray(array, np.float32).tobytes()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def _read_noise(path: Path) -> np.ndarray:
     """Raises ValueError, in one line, unless `path` is a .npy file of finite numbers."""
     try:
         noise = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"--noise {path}: not a readable .npy file ({error}).") from error
+    if not isinstance(noise, np.ndarray):
+        raise ValueError(f"--noise {path}: an archive of arrays; give a single array as .npy.")
     if noise.dtype.kind not in "fiu" or not np.isfinite(noise).all():
         raise ValueError(f"--noise {path}: must hold finite numbers, its type is {noise.dtype}.")
     return noise[None] if noise.ndim == 4 else noise
@@ -160,7 +190,8 @@ def _cut(pipe: Pipeline, prompt: str, console: Console) -> str:
     limit = pipe.sampling.text_tokens
     kept, was_cut = pipe.tokenizer.truncate(prompt, limit)
     if was_cut:
-        console.print(f"prompt is longer than {limit} tokens and was cut to: {kept!r}")
+        text = f"prompt is longer than {limit} tokens and was cut to: {kept!r}"
+        console.print(text, markup=False)
     return kept
 
 

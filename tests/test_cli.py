@@ -48,6 +48,20 @@ def test_a_video_is_made_again_bit_for_bit_from_its_record(sample, tmp_path):
         np.testing.assert_array_equal(video_io.read_video(tmp_path / "again.png").frames, second)
 
 
+def test_again_takes_no_other_settings_and_asks_for_the_noise(sample, tmp_path):
+    np.save(tmp_path / "noise.npy", np.zeros((3, 4, 4, 4), np.float32))
+    noise = ("--noise", tmp_path / "noise.npy")
+    assert sample("--prompt", "a tree", *noise, out="a.png")[0] == 0
+    again = ("--again", tmp_path / "a.json")
+    status, _, err = sample(*again, *noise, "--steps", 5, "--seed", 0, out="b.png")
+    assert status == 2 and "leave out --steps, --seed" in err
+    status, _, err = sample(*again, out="b.png")
+    assert status == 2 and "was made from a noise file" in err
+    assert sample(*again, *noise, out="b.png")[0] == 0
+    frames = [video_io.read_video(tmp_path / name).frames for name in ("a.png", "b.png")]
+    np.testing.assert_array_equal(*frames)
+
+
 def test_noise_and_what_came_of_it_are_files_for_other_programs(sample, tmp_path):
     noise = np.random.default_rng(0).standard_normal((3, 4, 4, 4)).astype(np.float32)
     np.save(tmp_path / "noise.npy", noise)

@@ -72,13 +72,16 @@ class SamplingDefaults:
 
 
 def read_json(path: Path) -> dict:
-    """Raises ValueError, in one line, for a missing file or one that is not JSON."""
+    """Raises ValueError, in one line, for a missing file or one that is no JSON object."""
     if not path.is_file():
         raise ValueError(missing_file(path))
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); copy or export it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds no JSON object; copy or export it again.")
+    return value
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -121,7 +124,9 @@ def find_component(folder: str | Path, name: str) -> tuple[Any, Naming, Weights]
         sharded = directory.is_dir() and any(directory.glob(f"*{INDEX}"))
         naming, weights = recognize(open_weights(directory if sharded else single))
         if naming.component != name:
-            raise ValueError(f"{weights.source}: holds a {naming.component}, not a {name}.")
+            raise ValueError(
+                f"{weights.source}: holds a {WORDS[naming.component]}, not a {WORDS[name]}."
+            )
         return config, naming, weights
     found = [part for part in loose_parts(folder) if part[0].component == name]
     if len(found) != 1:
@@ -132,7 +137,13 @@ def find_component(folder: str | Path, name: str) -> tuple[Any, Naming, Weights]
     naming, weights = found[0]
     if weights.config is not None:
         return COMPONENTS[name].config.from_dict(weights.config), naming, weights
-    config = naming.config(weights.shapes)
+    try:
+        config = naming.config(weights.shapes)
+    except (KeyError, StopIteration) as error:
+        raise ValueError(
+            f"{weights.source}: lacks tensor {error}; if it is one shard of several, give the "
+            "folder that holds them and their index."
+        ) from error
     if config is None:
         raise ValueError(
             f"{weights.source}: a VAE in diffusers names needs its config.json beside it; put both "
@@ -146,9 +157,9 @@ def loose_parts(path: Path) -> list[tuple[Naming, Weights]]:
     if not path.is_dir():
         return [recognize(open_weights(path))]
     indexes = [*path.glob(f"*{INDEX}"), *path.glob(f"*/*{INDEX}")]
-    covered = {index.parent for index in indexes}
+    covered = {file for index in indexes for file in open_weights(index).paths}
     files = [*path.glob("*.safetensors"), *path.glob("*/*.safetensors")]
-    alone = [file for file in files if file.parent not in covered]
+    alone = [file for file in files if file not in covered]
     if not indexes and not alone:
         pickles = sorted(p for p in path.rglob("*") if p.suffix in PICKLES)
         if pickles:
@@ -230,8 +241,14 @@ def read_sampling(folder: Path) -> SamplingDefaults:
     known = [field.name for field in dataclasses.fields(SamplingDefaults)]
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; allowed: {', '.join(known)}.")
-    if isinstance(shift := values.get("shift"), dict):
-        values["shift"] = TokenShift(**shift)
-    elif shift is not None:
-        values["shift"] = TokenShift.constant(float(shift))
+    shift = values.get("shift", 1.0)
+    try:
+        values["shift"] = (
+            TokenShift(**shift) if isinstance(shift, dict) else TokenShift.constant(float(shift))
+        )
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: shift {shift} is neither a number nor tokens_lo, shift_lo, tokens_hi and "
+            "shift_hi."
+        ) from error
     return SamplingDefaults(**values)

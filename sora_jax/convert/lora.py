@@ -3,9 +3,11 @@
 Hu et al. 2021, arXiv:2106.09685, Eq. 3: W + scale * (alpha / rank) * B A, in float32, tensor by
 tensor. Read are the names of PEFT and diffusers (lora_A, lora_B) and of ComfyUI and kohya
 (lora_down, lora_up, alpha; dots or underscores), under official or diffusers module names, and
-plain differences (diff, diff_b).
+plain differences (diff, diff_b). PEFT's alpha is not a tensor: it is read from the file's header or
+from adapter_config.json; without any, alpha is the rank.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,7 +79,7 @@ def merged(
     places = {entry.key: (entry.path, entry.index) for entry in entries}
     shapes = {place: weights.shapes[key] for key, place in places.items()}
     for lora in loras:
-        for place, change in _read_file(lora, modules, shapes).items():
+        for place, change in _read_file(lora, modules, shapes):
             changes.setdefault(place, []).append(change)
 
     def merged_read(key: str) -> np.ndarray:
@@ -116,7 +118,7 @@ def _module_name(name: str) -> str:
 
 
 def _read_file(lora: LoRA, modules: dict[str, Place], shapes: dict[Place, tuple[int, ...]]):
-    """{place: function that makes its difference} of one file."""
+    """[(place, function that makes its difference)] of one file."""
     weights = open_weights(lora.path)
     parts: dict[str, dict[str, str]] = {}
     strange = []
@@ -127,37 +129,77 @@ def _read_file(lora: LoRA, modules: dict[str, Place], shapes: dict[Place, tuple[
             continue
         module, part = (match[1], match[2]) if match[1] else (match[3], match[4])
         part = "down" if part in _DOWN else "up" if part in _UP else part
-        parts.setdefault(_module_name(module), {})[part] = key
+        found = parts.setdefault(_module_name(module), {})
+        if part in found:
+            raise ValueError(f"{lora.path}: {key} and {found[part]} say the same thing twice.")
+        found[part] = key
     if strange or not parts:
         named = ", ".join(sorted(strange)[:3]) or "none"
         raise ValueError(f"{lora.path}: not a LoRA file; tensors that fit no LoRA: {named}.")
-    if unknown := sorted(set(parts) - set(modules)):
-        named = ", ".join(unknown[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")
+    needed = {m for m, found in parts.items() if set(found) - {"diff_b"}}
+    needed |= {f"{m}|bias" for m, found in parts.items() if "diff_b" in found}
+    if unknown := sorted(needed - set(modules)):
+        named = ", ".join(name.replace("|bias", " (bias)") for name in unknown[:SHOWN])
+        more = ", ..." if len(unknown) > SHOWN else ""
         raise ValueError(
-            f"{lora.path}: {len(unknown)} modules that this transformer does not have: {named}."
+            f"{lora.path}: {len(unknown)} modules that this transformer does not have: {named}"
+            f"{more}."
         )
-    changes = {}
+    settings = _adapter_settings(lora.path, weights)
+    changes = []
     for module, found in parts.items():
-        if "diff_b" in found:
-            place = modules.get(f"{module}|bias")
-            changes[place] = _difference(lora, weights, found["diff_b"], shapes[place])
-        if "diff" in found:
+        for part, name in (("diff", module), ("diff_b", f"{module}|bias")):
+            if part in found:
+                place = modules[name]
+                changes.append((place, _difference(lora, weights, found[part], shapes[place])))
+        if set(found) & {"down", "up", "alpha"}:
             place = modules[module]
-            changes[place] = _difference(lora, weights, found["diff"], shapes[place])
-        if "down" in found or "up" in found:
-            place = modules[module]
-            changes[place] = _product(lora, weights, module, found, shapes[place])
+            strength = _strength(module, settings)
+            change = _product(lora, weights, module, found, shape=shapes[place], strength=strength)
+            changes.append((place, change))
     return changes
 
 
+def _adapter_settings(path: Path, weights: Weights) -> dict:
+    """PEFT's settings: in the file's header as diffusers writes them, or in a file beside it."""
+    header = weights.metadata.get("lora_adapter_metadata")
+    beside = path.with_name("adapter_config.json")
+    if header is None and not beside.is_file():
+        return {}
+    text, where = (header, path) if header is not None else (beside.read_text(), beside)
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: LoRA settings are no JSON ({error}).") from error
+    return {key.removeprefix("transformer."): value for key, value in settings.items()}
+
+
+def _strength(module: str, settings: dict) -> Callable[[int], float]:
+    """rank -> the factor of B A that PEFT's settings ask for; 1 where there are none."""
+    alpha = settings.get("lora_alpha")
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if re.search(rf"(^|\.){pattern}$", module):
+            alpha = value
+    if alpha is None:
+        return lambda rank: 1.0
+    power = 0.5 if settings.get("use_rslora") else 1.0
+    return lambda rank: float(alpha) / rank**power
+
+
 def _difference(lora: LoRA, weights: Weights, key: str, shape: tuple[int, ...]):
-    if np.prod(weights.shapes[key]) != np.prod(shape):
+    if tuple(weights.shapes[key]) != tuple(shape):
         raise ValueError(_misfit(lora, key, weights.shapes[key], shape))
     return lambda: lora.scale * weights.read(key).astype(np.float32)
 
 
 def _product(
-    lora: LoRA, weights: Weights, module: str, found: dict[str, str], shape: tuple[int, ...]
+    lora: LoRA,
+    weights: Weights,
+    module: str,
+    found: dict[str, str],
+    *,
+    shape: tuple[int, ...],
+    strength: Callable[[int], float],
 ):
     missing = {"down", "up"} - set(found)
     if missing:
@@ -165,14 +207,19 @@ def _product(
         raise ValueError(f"{lora.path}: module {module} lacks {' or '.join(names)}; half a pair.")
     down, up = (weights.shapes[found[part]] for part in ("down", "up"))
     inputs = int(np.prod(shape[1:]))
-    if int(np.prod(down[1:])) != inputs or up[0] != shape[0] or up[1] != down[0]:
+    fits = min(len(down), len(up), len(shape)) > 1 and (
+        int(np.prod(down[1:])) == inputs and up[0] == shape[0] and up[1] == down[0]
+    )
+    if not fits:
         raise ValueError(_misfit(lora, module, (up, down), shape))
 
     def change() -> np.ndarray:
         a = weights.read(found["down"]).astype(np.float32).reshape(down[0], inputs)
         b = weights.read(found["up"]).astype(np.float32).reshape(up[0], up[1])
-        alpha = float(weights.read(found["alpha"]).reshape(())) if "alpha" in found else down[0]
-        return lora.scale * alpha / down[0] * (b @ a)
+        factor = strength(down[0])
+        if "alpha" in found:
+            factor = float(weights.read(found["alpha"]).reshape(())) / down[0]
+        return lora.scale * factor * (b @ a)
 
     return change
 

@@ -21,6 +21,8 @@ TARGETS = ("diffusers", "wan")
 COMFYUI = {"dit": "diffusion_models", "vae": "vae", "text": "text_encoders"}
 # Everything of an inference folder that is not weights.
 COMPANIONS = ("model_index.json", "sampling.json", "scheduler", "tokenizer", "README.md")
+# Parts of other pipelines that nothing here reads yet.
+UNREAD = ("transformer_2", "image_encoder")
 
 
 class Tensors(NamedTuple):
@@ -139,6 +141,11 @@ def parts_of(path: str | Path) -> dict[str, Tensors]:
       ValueError: it holds none, or one that is damaged.
     """
     path = Path(path)
+    if unread := [name for name in UNREAD if (path / name).is_dir()]:
+        raise ValueError(
+            f"{path}: holds {' and '.join(unread)}, which cannot be converted yet; nothing was "
+            "written."
+        )
     if (path / "model_index.json").is_file():
         held = [name for name, c in folder.COMPONENTS.items() if (path / c.folder).is_dir()]
     elif any((path / c.folder / "config.json").is_file() for c in folder.COMPONENTS.values()):

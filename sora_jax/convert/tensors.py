@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 _CHECKSUMS = "crc32"
-_CONFIG = "config"  # our single files carry the config.json that they lack beside them
+_CONFIG = "sora_jax.config"  # our single files carry the config.json that they lack beside them
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -58,6 +58,7 @@ class TensorFile:
             raise ValueError(
                 f"{self.path}: damaged safetensors file ({error}); copy or export it again."
             ) from error
+        self.metadata: dict[str, str] = metadata
         self._checksums = json.loads(metadata.get(_CHECKSUMS, "{}"))
         self.config = json.loads(metadata[_CONFIG]) if _CONFIG in metadata else None
         with self.path.open("rb") as file:
@@ -131,16 +132,18 @@ def write_shards(
         f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
         for i in range(count)
     ]
+    index = directory / f"{stem}.safetensors.index.json"
+    # Gone first: a half-written export must not load as if the old index still held.
+    index.unlink(missing_ok=True)
     total = 0
     for name, keys in zip(files, groups, strict=True):
         tensors = {key: read(key) for key in keys}
         total += _write_file(directory / name, tensors, dtype=dtype, config=config)
-    stale = {*directory.glob(f"{stem}.safetensors*"), *directory.glob(f"{stem}-*-of-*.safetensors")}
+    stale = {directory / f"{stem}.safetensors", *directory.glob(f"{stem}-*-of-*.safetensors")}
     for path in stale - {directory / name for name in files}:
-        path.unlink()
+        path.unlink(missing_ok=True)
     if count > 1:
         table = {key: name for name, keys in zip(files, groups, strict=True) for key in keys}
-        index = directory / f"{stem}.safetensors.index.json"
         temporary = index.with_name(f".{index.name}.tmp")
         content = {"metadata": {"total_size": total}, "weight_map": table}
         temporary.write_text(json.dumps(content, indent=2) + "\n")
@@ -151,8 +154,7 @@ def _write_file(
     path: Path, tensors: dict[str, np.ndarray], *, dtype: str, config: dict | None
 ) -> int:
     """Writes one file atomically; returns the bytes of its tensors."""
-    # A transposed view would be written in the wrong order without an error.
-    tensors = {k: np.ascontiguousarray(v, dtype=DTYPES[dtype]) for k, v in tensors.items()}
+    tensors = {key: _cast(path, key, value, dtype) for key, value in tensors.items()}
     checksums = {key: zlib.crc32(value.tobytes()) for key, value in tensors.items()}
     metadata = {"format": "pt", _CHECKSUMS: json.dumps(checksums)}
     if config is not None:
@@ -165,6 +167,18 @@ def _write_file(
     finally:
         temporary.unlink(missing_ok=True)
     return sum(value.nbytes for value in tensors.values())
+
+
+def _cast(path: Path, key: str, value: np.ndarray, dtype: str) -> np.ndarray:
+    """Contiguous (a transposed view would be written in the wrong order without an error)."""
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(value, dtype=DTYPES[dtype])
+    if dtype == "float16" and np.isinf(cast).any() and np.isfinite(value).all():
+        raise ValueError(
+            f"{path}: tensor {key!r} holds values beyond float16's 65504; write bfloat16 or "
+            "float32."
+        )
+    return cast
 
 
 def missing_file(path: Path) -> str:

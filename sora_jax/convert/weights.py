@@ -19,7 +19,8 @@ PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 # the input serves eight-bit products alone, and an empty tensor marks the file as such.
 _SCALE = "scale_weight"
 _UNUSED = ("scale_input",)
-_MARK = "scaled_fp8"
+# Not weights: ComfyUI's mark of an eight-bit file, and its text encoders' tokenizer.
+_MARKS = ("scaled_fp8", "spiece_model")
 
 
 class Weights:
@@ -39,6 +40,7 @@ class Weights:
     def __init__(self, files: list[TensorFile], *, source: str, prefix: str = ""):
         self.source = source
         self._prefix = prefix
+        self.metadata = {key: value for f in files for key, value in f.metadata.items()}
         self.config = next((f.config for f in files if f.config is not None), None)
         self._home: dict[str, TensorFile] = {}
         for file in files:
@@ -56,7 +58,7 @@ class Weights:
             module, _, leaf = name.rpartition(".")
             if leaf == _SCALE:
                 self._scales[f"{module}.weight"] = key
-            elif leaf not in _UNUSED and name != _MARK:
+            elif leaf not in _UNUSED and name not in _MARKS:
                 self.shapes[name] = file.shapes[key]
         if lost := sorted(set(self._scales) - set(self.shapes)):
             raise ValueError(f"{source}: {lost[0]!r} has a scale but no tensor ({len(lost)} such).")

@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from sora_jax.text.tokenizer import EOS, Tokenizer, normalize
 
 _SPACE = "\u2581"  # stands for a space within a piece
-_UNKNOWN = 2  # SentencePiece's type of the unknown piece
+# SentencePiece's types of pieces: control, unused and byte pieces match no text.
+_NORMAL, _UNKNOWN = 1, 2
+_LITERALLY_NEVER = (3, 5, 6)
+_NEVER = -1e6  # a score that no split of a text can prefer
 
 
 class UnigramTokenizer(Tokenizer):
@@ -100,22 +103,27 @@ def _from_sentencepiece(path: pathlib.Path):
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     pieces: list[tuple[str, float]] = []
-    unknown, charsmap = None, b""
+    unknown, charsmap, byte_fallback = None, b"", False
     try:
         for field, value in _fields(path.read_bytes()):
             if field == 1:  # SentencePiece: piece, score, type
                 piece = dict(_fields(value))
-                if piece.get(3, 1) == _UNKNOWN:
+                kind = piece.get(3, _NORMAL)
+                if kind == _UNKNOWN:
                     unknown = len(pieces)
                 score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
+                # Control and byte pieces are never made from their own letters.
+                score = _NEVER if kind in _LITERALLY_NEVER else score
                 pieces.append((piece[1].decode("utf-8"), score))
+            elif field == 2:  # TrainerSpec
+                byte_fallback = bool(dict(_fields(value)).get(35, 0))
             elif field == 3:  # NormalizerSpec
                 charsmap = dict(_fields(value)).get(2, b"")
-    except (IndexError, KeyError, ValueError, TypeError, struct.error) as error:
+    except (AttributeError, IndexError, KeyError, ValueError, TypeError, struct.error) as error:
         raise ValueError(f"{path}: not a SentencePiece model; copy it again.") from error
     if not pieces or unknown is None:
         raise ValueError(f"{path}: holds no pieces, or none for the unknown; copy it again.")
-    backend = Backend(models.Unigram(pieces, unk_id=unknown, byte_fallback=False))
+    backend = Backend(models.Unigram(pieces, unk_id=unknown, byte_fallback=byte_fallback))
     if charsmap:
         backend.normalizer = normalizers.Precompiled(charsmap)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+import sora_jax
 from sora_jax.checkpoint import Checkpointer
 from sora_jax.convert import folder, rewrite
 from sora_jax.convert.folder import SamplingDefaults
@@ -57,19 +58,30 @@ def export(
             raise ValueError(f"{name} {value!r} is unknown; use {' or '.join(allowed)}.")
     if max_shard_size is not None and to != "diffusers":
         raise ValueError("max_shard_size is for --to diffusers; official names come as one file.")
-    source, out = Path(source), Path(out)
+    out = Path(out)
+    source = find(source)
+    if out.resolve() == source.resolve() or out.is_file():
+        raise ValueError(f"out {out} is the source, or a file; name another folder.")
     if (source / "checkpoints").is_dir():
         parts, finish = _run_parts(source, weights)
-    elif source.exists():
-        parts, finish = rewrite.parts_of(source), lambda out: _finish_folder(source, out)
     else:
-        raise ValueError(f"{source}: no such training run or checkpoint.")
+        parts, finish = rewrite.parts_of(source), lambda out: _finish_folder(source, out)
     if to == "wan":
         rewrite.write_official(out, parts, dtype=dtype, stem=out.resolve().name)
         return out
     rewrite.write_diffusers(out, parts, dtype=dtype, max_shard_size=max_shard_size)
     finish(out)
     return out
+
+
+def find(source: str | Path) -> Path:
+    """A training run, a folder or file of weights, the name of shipped weights, or a hub id.
+
+    Raises:
+      ValueError: none of these.
+    """
+    path = Path(source)
+    return path if path.exists() else sora_jax.weights_folder(str(source))
 
 
 def parse_bytes(text: str | None) -> int | None:
@@ -89,6 +101,8 @@ def parse_bytes(text: str | None) -> int | None:
 def _run_parts(run: Path, weights: str):
     """(components, a function that writes what else a folder needs) of a training run."""
     config, params = restore(run, weights)
+    with Checkpointer(run / "checkpoints") as checkpointer:
+        step = checkpointer.latest_step()
     stage = STAGES[config.stage](config)
     if config.stage == "vae":
         settings = with_statistics(stage, config, params["vae"])
@@ -102,7 +116,7 @@ def _run_parts(run: Path, weights: str):
     def finish(out: Path) -> None:
         ByteTokenizer().save(out / "tokenizer")
         write_pipeline(out, config, stage)
-        (out / "README.md").write_text(model_card(out, config, weights))
+        (out / "README.md").write_text(model_card(out, config, weights, step))
 
     return parts, finish
 
@@ -116,7 +130,7 @@ def _finish_folder(source: Path, out: Path) -> None:
         )
 
 
-def model_card(out: Path, config, weights: str) -> str:
+def model_card(out: Path, config, weights: str, step: int) -> str:
     """What the exported folder is and how to run it; the run's owner adds data and licence."""
     size = f"{config.data.frames} frames of {config.data.width}x{config.data.height}"
     return f"""# {out.resolve().name}
@@ -126,7 +140,7 @@ A text-to-video diffusion transformer in the Wan family's layout, trained with s
 | | |
 |---|---|
 | Data | {config.data.kind} {config.data.path}, {size} at {config.data.fps:g} fps |
-| Steps, batch | {config.num_steps} of {config.batch_size} clips |
+| Steps, batch | {step} of {config.batch_size} clips |
 | Weights | {weights} |
 | Licence | say yours here |
 

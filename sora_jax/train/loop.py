@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sora_jax import sharding
+from sora_jax import sharding, weights_folder
 from sora_jax.checkpoint import Checkpointer
 from sora_jax.data import loader as loaders
 from sora_jax.data import sources, transforms
@@ -175,9 +175,9 @@ def start_from(config, stage, state, placement):
         return state
     from sora_jax.convert import folder
 
-    params = {
-        name: folder.load_component(Path(config.init_from), name)[2] for name in stage.components
-    }
+    source = Path(config.init_from)
+    source = source if source.exists() else weights_folder(config.init_from)
+    params = {name: folder.load_component(source, name)[2] for name in stage.components}
     wanted = _shapes({name: state.params[name] for name in stage.components})
     given = _shapes(params)
     differ = [path for path in given | wanted if given.get(path) != wanted.get(path)]

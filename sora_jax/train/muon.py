@@ -6,6 +6,7 @@ start for A, at the end for X Q. For the kernels of a convolution (27 times as t
 is a quarter of the work.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -30,21 +31,26 @@ class MuonState(NamedTuple):
 
 
 def orthogonalize(x: Float[Array, "*stack m n"]) -> Float[Array, "*stack m n"]:
-    """x with its singular values moved near 1, its singular vectors kept."""
+    """x with its singular values moved near 1, its singular vectors kept.
+
+    In full float32 on every device: rounding to bfloat16 or TF32 makes the Gram matrix indefinite,
+    and each iteration would multiply that error by a^2 = 12.
+    """
     if x.shape[-2] < x.shape[-1]:
         return orthogonalize(x.swapaxes(-1, -2)).swapaxes(-1, -2)
     a, b, c = COEFFICIENTS
     norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
     x = x / jnp.maximum(norm, 1e-8)
-    gram = jnp.einsum("...mi,...mj->...ij", x, x)
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    gram = product(x.swapaxes(-1, -2), x)
     eye = jnp.broadcast_to(jnp.eye(x.shape[-1]), gram.shape)
     total = eye
     for i in range(ITERATIONS):
-        factor = a * eye + b * gram + c * (gram @ gram)
-        total = factor if i == 0 else total @ factor
+        factor = a * eye + b * gram + c * product(gram, gram)
+        total = factor if i == 0 else product(total, factor)
         if i + 1 < ITERATIONS:
-            gram = factor @ gram @ factor
-    return x @ total
+            gram = product(product(factor, gram), factor)
+    return product(x, total)
 
 
 def scale_by_muon(beta: float) -> optax.GradientTransformation:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sora_jax.convert import rewrite
 from sora_jax.convert.rewrite import Difference, Tensors
-from sora_jax.train.export import restore
+from sora_jax.train.export import find, restore
 from sora_jax.train.loop import STAGES
 
 
@@ -14,12 +14,11 @@ def verify(a: str | Path, b: str | Path, *, weights: str = "ema") -> tuple[int, 
     Raises:
       ValueError: one of them cannot be read.
     """
-    return rewrite.compare(*(_parts(Path(path), weights) for path in (a, b)))
+    return rewrite.compare(*(_parts(path, weights) for path in (a, b)))
 
 
-def _parts(path: Path, weights: str) -> dict[str, Tensors]:
-    if not path.exists():
-        raise ValueError(f"{path}: no such training run or checkpoint.")
+def _parts(path: str | Path, weights: str) -> dict[str, Tensors]:
+    path = find(path)
     if not (path / "checkpoints").is_dir():
         return rewrite.parts_of(path)
     config, params = restore(path, weights)

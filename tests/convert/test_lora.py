@@ -1,5 +1,7 @@
 """LoRA files of every spelling merge to the same weights, and those that do not fit are refused."""
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -89,6 +91,43 @@ def test_every_spelling_adds_the_product(pipeline_folder, base, pairs, tmp_path,
         np.testing.assert_allclose(got[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.parametrize("where", ["header", "beside"])
+def test_pefts_alpha_is_read_from_its_settings(pipeline_folder, base, pairs, tmp_path, where):
+    settings = {"r": RANK, "lora_alpha": 6, "alpha_pattern": {"ffn.net.2": 1}}
+    tensors = {}
+    for module, (down, up) in pairs.items():
+        tensors |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+    header = {
+        "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in settings.items()})
+    }
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(tensors, path, header if where == "header" else None)
+    if where == "beside":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    got = loaded(pipeline_folder, LoRA(path))
+    for module, (down, up) in pairs.items():
+        alpha = 1 if module.endswith("ffn.net.2") else 6
+        value = base[f"{module}.weight"] + alpha / RANK * (up @ down)
+        np.testing.assert_allclose(got[f"{module}.weight"], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_difference_and_a_product_of_one_module_add_up(pipeline_folder, base, pairs, tmp_path):
+    module = MODULES[0]
+    down, up = pairs[module]
+    change = values(*base[f"{module}.weight"].shape, seed=5)
+    tensors = {
+        f"diffusion_model.{official(module)}.diff": change,
+        f"diffusion_model.{official(module)}.lora_A.weight": down,
+        f"diffusion_model.{official(module)}.lora_B.weight": up,
+        f"transformer.{module}.lora_A.weight": down,
+        f"transformer.{module}.lora_B.weight": up,
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    got = loaded(pipeline_folder, LoRA(tmp_path / "lora.safetensors"))
+    wanted = base[f"{module}.weight"] + change + 2 * (up @ down)
+    np.testing.assert_allclose(got[f"{module}.weight"], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_several_files_add_up_and_zero_is_none(pipeline_folder, base, pairs, tmp_path):
     write(tmp_path / "a.safetensors", pairs)
     a, minus, zero = (LoRA(tmp_path / "a.safetensors", scale) for scale in (1.0, -1.0, 0.0))
@@ -139,6 +178,10 @@ def test_what_does_not_fit_is_named(pipeline_folder, pairs, tmp_path):
     short = good | {"proj_out.lora_B.weight": up[:-1]}
     refused(pipeline_folder, short, path, "proj_out has shape")
     refused(pipeline_folder, {"a.b": down}, path, "not a LoRA file; .*: a.b")
+    norm = {"blocks.0.attn1.norm_q.diff_b": up[:, 0].copy()}
+    refused(pipeline_folder, norm, path, r"1 modules .* blocks.0.attn1.norm_q .bias.")
+    turned = {"blocks.0.ffn.net.2.diff": values(32, 24, seed=1)}
+    refused(pipeline_folder, turned, path, r"blocks.0.ffn.net.2.diff has shape .32, 24.")
 
 
 @pytest.mark.parametrize(

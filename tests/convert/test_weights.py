@@ -143,6 +143,7 @@ def test_eight_bit_tensors_are_read_with_their_scale(tmp_path, rows):
             "a.scale_input": ("F32", np.ones((), np.float32)),
             "a.bias": ("BF16", values(4).astype(ml_dtypes.bfloat16)),
             "scaled_fp8": ("F8_E4M3", np.zeros(2, ml_dtypes.float8_e4m3fn)),
+            "spiece_model": ("U8", np.zeros(9, np.uint8)),  # ComfyUI's tokenizer
         },
     )
     weights = open_weights(tmp_path)

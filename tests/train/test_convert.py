@@ -116,6 +116,36 @@ def test_unknown_choices_are_refused_and_write_nothing(pipeline_folder, tmp_path
         export(tmp_path / "none", tmp_path / "out")
 
 
+def test_what_cannot_be_converted_whole_is_refused(pipeline_folder, tmp_path):
+    shutil.copytree(pipeline_folder, tmp_path / "two")
+    (tmp_path / "two" / "transformer_2").mkdir()
+    with pytest.raises(ValueError, match="holds transformer_2, which cannot be converted yet"):
+        export(tmp_path / "two", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for out in (tmp_path / "two", tmp_path / "two" / "model_index.json"):
+        with pytest.raises(ValueError, match="is the source, or a file"):
+            export(tmp_path / "two", out)
+
+
+def test_values_that_float16_cannot_hold_are_refused(pipeline_folder, tmp_path):
+    shutil.copytree(pipeline_folder, tmp_path / "large")
+    config, _, params = folder.load_component(pipeline_folder, "dit")
+    params["proj_out"]["bias"][...] += 1e5
+    folder.save_component(tmp_path / "large", "dit", config, params)
+    with pytest.raises(ValueError, match=r"'proj_out.bias' holds values beyond float16's 65504"):
+        export(tmp_path / "large", tmp_path / "out", dtype="float16")
+
+
+def test_one_shard_of_several_is_told(pipeline_folder, tmp_path):
+    export(pipeline_folder, tmp_path / "shards", max_shard_size=3000)
+    first, *_ = sorted((tmp_path / "shards" / "transformer").glob("*-00001-of-*.safetensors"))
+    shutil.copy(first, tmp_path / first.name)
+    with pytest.raises(
+        ValueError, match="not a Wan transformer|lacks tensor .* one shard of several"
+    ):
+        folder.load_component(tmp_path / first.name, "dit")
+
+
 def test_sizes_in_words():
     assert parse_bytes(None) is None
     assert [parse_bytes(t) for t in ("5GB", "500 MB", "3k", "12")] == [
