@@ -141,7 +141,7 @@ def test_one_shard_of_several_is_told(pipeline_folder, tmp_path):
     first, *_ = sorted((tmp_path / "shards" / "transformer").glob("*-00001-of-*.safetensors"))
     shutil.copy(first, tmp_path / first.name)
     with pytest.raises(
-        ValueError, match="not a Wan transformer|lacks tensor .* one shard of several"
+        ValueError, match=r"not a Wan transformer|lacks tensor .* one shard of several"
     ):
         folder.load_component(tmp_path / first.name, "dit")
 
