@@ -3,9 +3,9 @@
 sora-jax train --config configs/wan.py:t2v_1.3b --config.init_from=DIR --workdir runs/wan \
     --config.vae_checkpoint=DIR --config.data.path=CLIPS
 
-Variants: t2v_1.3b, t2v_14b, i2v_14b, flf2v_14b (Wan 2.1), ti2v_5b, t2v_a14b, i2v_a14b (2.2; each
-expert of the last two has these sizes). Training is text to video: the image-to-video variants are
-for loading, converting and counting.
+Variants: full (the first) and smoke; t2v_1.3b, t2v_14b, i2v_14b, flf2v_14b (Wan 2.1); ti2v_5b,
+t2v_a14b, i2v_a14b (2.2; each expert of the last two has these sizes). Training is text to video:
+the image-to-video variants are for loading, converting and counting.
 """
 
 from configs import base
@@ -23,9 +23,13 @@ VARIANTS = {
 SHIFT = {"t2v_1.3b": 3.0, "t2v_a14b": 12.0}  # that the weights are published with; else 5
 
 
-def get_config(arg: str = "t2v_1.3b"):
+def get_config(arg: str = "full"):
+    smoke = arg == "smoke"
+    arg = "t2v_1.3b" if arg in ("full", "smoke") else arg
     if arg not in VARIANTS:
-        raise ValueError(f"wan: unknown variant {arg!r}; use one of {', '.join(VARIANTS)}.")
+        raise ValueError(
+            f"wan: unknown variant {arg!r}; use one of {', '.join(VARIANTS)}, or smoke."
+        )
     c = base.get_config()
     c.num_steps, c.batch_size = 2000, 8
     c.data.kind = "folder"  # give it with --config.data.path=DIR
@@ -42,4 +46,14 @@ def get_config(arg: str = "t2v_1.3b"):
     c.diffusion.shift.update(shift_lo=shift, shift_hi=shift)
     c.optim.update(peak_lr=1e-5, weight_decay=0.01)
     c.sample.update(steps=50, guidance=5.0, prompts=("a cat walks on the grass, realistic",))
+    if smoke:  # the 1.3B's shape in small, on a VAE given as for the others
+        c.num_steps, c.batch_size = 4, 8
+        c.data.update(width=64, height=64, frames=5)
+        c.text.update(vocab_size=384, width=32, head_dim=16, mlp_dim=32, depth=1, num_heads=2)
+        c.text.dtype = c.dit.dtype = c.vae.dtype = "float32"
+        c.text_tokens = 64
+        c.dit.update(depth=2, width=64, num_heads=2, ffn_dim=96, remat="none")
+        c.vae.update(base_dim=8)
+        c.sample.update(steps=2)
+        c.log_every, c.checkpoint_every, c.sample_every = 1, 2, 4
     return c.lock()

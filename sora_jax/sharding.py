@@ -159,6 +159,16 @@ def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*axes))
 
 
+def replicate(tree, mesh: Mesh):
+    """Arrays that every process holds alike, on all devices of `mesh`."""
+
+    def one(x):
+        value = np.asarray(x)
+        return jax.make_array_from_callback(value.shape, named(mesh), lambda index: value[index])
+
+    return jax.tree.map(one, tree)
+
+
 def without_leading_axis(sharding: NamedSharding) -> NamedSharding:
     """How one layer of a stack lies on the mesh."""
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))

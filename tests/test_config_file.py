@@ -34,7 +34,7 @@ def test_overrides_take_the_type_of_the_default():
         (f"{BASE}:huge", [], ("unknown variant 'huge'", "smoke")),
         (BASE, ["optim.peek_lr=1e-3"], ("unknown key", "did you mean optim.peak_lr")),
         (BASE, ["peak_lr=1e-3"], ("unknown key", "did you mean optim.peak_lr")),
-        (BASE, ["num_steps=many"], ("'many' is not of type int", "40000")),
+        (BASE, ["num_steps=many"], ("'many' is not of type int", "12000")),
         (BASE, ["num_steps=1.5"], ("'1.5' is not of type int",)),
         (BASE, ["optim=3"], ("a group of keys", "peak_lr")),
         (BASE, ["num_steps"], ("no value",)),

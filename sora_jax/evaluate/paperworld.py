@@ -256,6 +256,7 @@ def _header(pipeline, request, **run: int) -> dict[str, Any]:
     settings = dataclasses.asdict(request)
     for name in ("prompt", "seed"):
         del settings[name]
+    settings["guidance_interval"] = list(request.guidance_interval)  # as JSON gives it back
     return {
         "suite": "paperworld",
         **pipeline.info,

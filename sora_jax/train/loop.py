@@ -55,13 +55,13 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
     init = make_init(stage.init, optimizer)
     shapes, placement = abstract_state(init, mesh)
     replicated = sharding.named(mesh)
-    frozen = jax.device_put(stage.frozen, replicated)
+    frozen = sharding.replicate(stage.frozen, mesh)
     train_step = jax.jit(
         make_train_step(stage.loss, optimizer, optim),
         donate_argnums=0,
         out_shardings=(placement, replicated),
     )
-    seed_key = jax.device_put(jax.random.key(config.seed + 1), replicated)
+    seed_key = jax.jit(jax.random.key, out_shardings=replicated)(config.seed + 1)
     rates = Rates()
     pending: list[tuple[int, dict]] = []
 

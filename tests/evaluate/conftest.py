@@ -49,6 +49,7 @@ class FakePipeline:
         given = {"steps": steps, "guidance": guidance}
         defaults = dataclasses.asdict(self.sampling)
         del defaults["text_tokens"]
+        defaults["shift"] = self.sampling.shift.shift_lo
         chosen = defaults | {name: value for name, value in given.items() if value is not None}
         return Request(prompt=prompt, negative_prompt="", seed=seed, **chosen)
 

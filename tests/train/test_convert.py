@@ -112,7 +112,7 @@ def test_unknown_choices_are_refused_and_write_nothing(pipeline_folder, tmp_path
     with pytest.raises(ValueError, match=words):
         export(pipeline_folder, tmp_path / "out", **options)
     assert not list(tmp_path.rglob("*.safetensors"))
-    with pytest.raises(ValueError, match="no such training run or checkpoint"):
+    with pytest.raises(ValueError, match="neither a folder nor shipped weights"):
         export(tmp_path / "none", tmp_path / "out")
 
 
