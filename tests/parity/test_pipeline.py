@@ -54,10 +54,11 @@ def diffusers_video(folder, noise, scheduler=None, **settings):
 @pytest.mark.parametrize(("schedule", "solver"), [("wan", "unipc"), ("flow_match_euler", "euler")])
 def test_shipped_weights_render_the_same_in_diffusers(folder, tmp_path, schedule, solver):
     pipe = sora_jax.load(folder)
-    shape = pipe.latent_shape(pipe.request(PROMPT, size=(SIZE, SIZE), frames=FRAMES))
+    request = pipe.request(PROMPT, size=(SIZE, SIZE), frames=FRAMES)
+    shape = pipe.latent_shape(request)
     noise = np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32)
     np.save(tmp_path / "noise.npy", noise)
-    scheduler = None if schedule == "wan" else FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler = None if schedule == "wan" else FlowMatchEulerDiscreteScheduler(shift=request.shift)
     theirs, latents = diffusers_video(folder, noise, scheduler)
     assert theirs.shape == (FRAMES, SIZE, SIZE, 3) and theirs.std() > 0.05
 
