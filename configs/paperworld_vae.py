@@ -25,11 +25,12 @@ def get_config(arg: str = "full"):
         patch_size=4,
     )
     c.optim.update(name="muon", peak_lr=3e-3, warmup_steps=20, ema_decay=0.995, final_lr=0.01)
-    c.vae_loss.update(l2=10.0, kl=1e-4)
+    c.vae_loss.update(kl=1e-4)
     c.log_every, c.sample_every, c.checkpoint_every = 20, 250, 250
     if arg == "images":
-        c.num_steps, c.batch_size = 2000, 16
-        c.vae_loss.update(crop=(1, 64, 64), crops=4)
+        c.num_steps, c.batch_size = 2000, 32
+        c.data.frames = 1
+        c.vae_loss.update(crop=(1, 64, 64))
     else:
         c.num_steps, c.batch_size = 2000, 4
         # Small windows from many clips teach more a second than whole clips.
