@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 __version__ = "0.1.0"
-__all__ = ["load", "weights_folder"]
+__all__ = ["checkpoint_path", "load", "weights_folder"]
 
 
 def weights_folder(name: str = "paperworld") -> Path:
@@ -30,6 +30,15 @@ def weights_folder(name: str = "paperworld") -> Path:
         f"checkpoint {name!r} is neither a folder nor shipped weights; give a folder, a hub id "
         f"(organisation/name), or one of: {', '.join(known)}."
     )
+
+
+def checkpoint_path(name: str | Path) -> Path:
+    """A path that exists (a training run, a folder or file of weights), or `weights_folder`'s.
+
+    Raises:
+      ValueError: neither.
+    """
+    return Path(name) if Path(name).exists() else weights_folder(str(name))
 
 
 def load(checkpoint: str | Path = "paperworld", *, loras: Sequence[str] = ()):

@@ -55,12 +55,9 @@ def _parts(pipe) -> Table:
 
 def _costs(pipe, request) -> Table:
     latents = pipe.latent_shape(request)
-    patch = pipe.dit.config.patch_size
-    tokens = 1
-    for n, p in zip(latents[:3], patch, strict=True):
-        tokens *= n // p
+    tokens = pipe.num_tokens(request)
     cost = flops(pipe.dit.config, tokens=tokens, text_tokens=pipe.sampling.text_tokens)
-    evaluations = request.steps * (2 if request.guidance != 1 else 1)
+    evaluations = request.steps * (2 if request.guide.needs_uncond else 1)
     table = Table(
         title=f"{request.width}x{request.height}, {request.frames} frames, {request.steps} steps",
         show_header=False,

@@ -14,7 +14,7 @@ import numpy as np
 
 from sora_jax.convert import folder, names, original
 from sora_jax.convert.tensors import write_shards
-from sora_jax.convert.text import EMBEDDINGS, text_entries
+from sora_jax.convert.text import entries_held
 
 TARGETS = ("diffusers", "wan")
 # Where ComfyUI looks for each model.
@@ -43,10 +43,7 @@ def from_folder(path: str | Path, name: str) -> Tensors:
     entries = naming.entries(config)
     optional = frozenset()
     if name == "text" and naming.names == "diffusers":
-        held = [key for key in EMBEDDINGS if key in weights.shapes] or list(EMBEDDINGS[:1])
-        entries = text_entries(config, embeddings=(held[0],))
-        decoder = {k for k in weights.shapes if k.startswith("decoder.") or k == "lm_head.weight"}
-        optional = frozenset(decoder.union(held[1:]))
+        entries, optional = entries_held(config, weights.shapes)
     _, abstract = folder.abstract_params(name, config)
     names.check_keys(
         names.flat_params(abstract),

@@ -49,6 +49,19 @@ def text_entries(config: T5Config, *, embeddings: tuple[str, ...] = EMBEDDINGS) 
     return [*entries, Entry("encoder.final_layer_norm.weight", ("norm", "scale"))]
 
 
+def entries_held(
+    config: T5Config, keys: Mapping[str, tuple[int, ...]]
+) -> tuple[list[Entry], frozenset[str]]:
+    """(name table for a file with `keys`, keys of it that stay unread).
+
+    The embeddings go by the name that the file holds; a second name and the decoder of a full T5
+    file are left alone.
+    """
+    held = [key for key in EMBEDDINGS if key in keys] or list(EMBEDDINGS[:1])
+    unread = {key for key in keys if key.startswith("decoder.") or key == "lm_head.weight"}
+    return text_entries(config, embeddings=(held[0],)), frozenset(unread.union(held[1:]))
+
+
 def load_text(
     abstract_params,
     config: T5Config,
@@ -66,15 +79,14 @@ def load_text(
     Raises:
       ValueError: listing all missing, unknown and misshapen keys together.
     """
-    held = [key for key in EMBEDDINGS if key in keys] or list(EMBEDDINGS[:1])
-    unused = {key for key in keys if key.startswith("decoder.") or key == "lm_head.weight"}
+    entries, optional = entries_held(config, keys)
     return names.load(
         abstract_params,
-        text_entries(config, embeddings=(held[0],)),
+        entries,
         keys=keys,
         read=read,
         source=source,
-        optional=frozenset(unused.union(held[1:])),
+        optional=optional,
         dtype=dtype,
         shardings=shardings,
     )

@@ -8,6 +8,7 @@ Text is normalised first: Unicode NFC, every run of white space (line breaks too
 space, none at the ends. One sentence thus has one spelling in bytes.
 """
 
+import abc
 import json
 import pathlib
 import unicodedata
@@ -47,20 +48,20 @@ def normalize(text: str) -> str:
     return text
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """What a text encoder needs of a tokenizer: `encode` with eos last, `truncate`, `batch`."""
 
+    @abc.abstractmethod
     def truncate(self, text: str, max_length: int) -> tuple[str, bool]:
         """The normalised beginning of `text` that fits, and whether anything was cut off."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def encode(self, text: str, *, max_length: int) -> list[int]:
         """Ids of `text`, cut as `truncate` cuts it, with eos last; "" is eos alone."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def save(self, folder) -> None:
         """Writes the files from which transformers' AutoTokenizer loads it."""
-        raise NotImplementedError
 
     def batch(
         self,

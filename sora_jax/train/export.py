@@ -1,6 +1,7 @@
 """Training runs and checkpoints out into the folders and files that other software reads."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -59,29 +60,21 @@ def export(
     if max_shard_size is not None and to != "diffusers":
         raise ValueError("max_shard_size is for --to diffusers; official names come as one file.")
     out = Path(out)
-    source = find(source)
+    source = sora_jax.checkpoint_path(source)
     if out.resolve() == source.resolve() or out.is_file():
         raise ValueError(f"out {out} is the source, or a file; name another folder.")
     if (source / "checkpoints").is_dir():
-        parts, finish = _run_parts(source, weights)
+        parts, config, step = run_parts(source, weights)
+        finish = functools.partial(_finish_run, config=config, weights=weights, step=step)
     else:
-        parts, finish = rewrite.parts_of(source), lambda out: _finish_folder(source, out)
+        parts = rewrite.parts_of(source)
+        finish = functools.partial(_finish_folder, source)
     if to == "wan":
         rewrite.write_official(out, parts, dtype=dtype, stem=out.resolve().name)
         return out
     rewrite.write_diffusers(out, parts, dtype=dtype, max_shard_size=max_shard_size)
     finish(out)
     return out
-
-
-def find(source: str | Path) -> Path:
-    """A training run, a folder or file of weights, the name of shipped weights, or a hub id.
-
-    Raises:
-      ValueError: none of these.
-    """
-    path = Path(source)
-    return path if path.exists() else sora_jax.weights_folder(str(source))
 
 
 def parse_bytes(text: str | None) -> int | None:
@@ -98,27 +91,36 @@ def parse_bytes(text: str | None) -> int | None:
     return int(match[1]) * 1000 ** ["", "k", "m", "g"].index(match[2].lower())
 
 
-def _run_parts(run: Path, weights: str):
-    """(components, a function that writes what else a folder needs) of a training run."""
+def run_parts(run: Path, weights: str, *, statistics: bool = True):
+    """(components, config, step) of the newest checkpoint of training run `run`.
+
+    Args:
+      statistics: measure those of a VAE's latents, which its config stores.
+    """
     config, params = restore(run, weights)
     with Checkpointer(run / "checkpoints") as checkpointer:
         step = checkpointer.latest_step()
     stage = STAGES[config.stage](config)
     if config.stage == "vae":
-        settings = with_statistics(stage, config, params["vae"])
-        return {"vae": rewrite.from_params("vae", settings, params["vae"])}, lambda out: None
+        settings = stage.config
+        if statistics:
+            settings = with_statistics(stage, config, params["vae"])
+        return {"vae": rewrite.from_params("vae", settings, params["vae"])}, config, step
     parts = {
         "dit": rewrite.from_params("dit", stage.dit_config, params["dit"]),
         "text": rewrite.from_params("text", stage.text_config, params["text"]),
         "vae": rewrite.from_folder(config.vae_checkpoint, "vae"),
     }
+    return parts, config, step
 
-    def finish(out: Path) -> None:
-        ByteTokenizer().save(out / "tokenizer")
-        write_pipeline(out, config, stage)
-        (out / "README.md").write_text(model_card(out, config, weights, step))
 
-    return parts, finish
+def _finish_run(out: Path, config, *, weights: str, step: int) -> None:
+    """What a pipeline's folder holds beside its weights; a VAE alone needs none of it."""
+    if config.stage == "vae":
+        return
+    ByteTokenizer().save(out / "tokenizer")
+    write_pipeline(out, config, STAGES[config.stage](config))
+    (out / "README.md").write_text(model_card(out, config, weights, step))
 
 
 def _finish_folder(source: Path, out: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sora_jax import sharding, weights_folder
+from sora_jax import checkpoint_path, sharding
 from sora_jax.checkpoint import Checkpointer
 from sora_jax.data import loader as loaders
 from sora_jax.data import sources, transforms
@@ -175,8 +175,7 @@ def start_from(config, stage, state, placement):
         return state
     from sora_jax.convert import folder
 
-    source = Path(config.init_from)
-    source = source if source.exists() else weights_folder(config.init_from)
+    source = checkpoint_path(config.init_from)
     params = {name: folder.load_component(source, name)[2] for name in stage.components}
     wanted = _shapes({name: state.params[name] for name in stage.components})
     given = _shapes(params)

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import sora_jax
 from sora_jax.convert import rewrite
 from sora_jax.convert.rewrite import Difference, Tensors
-from sora_jax.train.export import find, restore
-from sora_jax.train.loop import STAGES
+from sora_jax.train.export import run_parts
+
+SHOWN = 10  # differences that are listed
 
 
 def verify(a: str | Path, b: str | Path, *, weights: str = "ema") -> tuple[int, list[Difference]]:
@@ -18,21 +20,10 @@ def verify(a: str | Path, b: str | Path, *, weights: str = "ema") -> tuple[int, 
 
 
 def _parts(path: str | Path, weights: str) -> dict[str, Tensors]:
-    path = find(path)
+    path = sora_jax.checkpoint_path(path)
     if not (path / "checkpoints").is_dir():
         return rewrite.parts_of(path)
-    config, params = restore(path, weights)
-    stage = STAGES[config.stage](config)
-    if config.stage == "vae":
-        return {"vae": rewrite.from_params("vae", stage.config, params["vae"])}
-    return {
-        "dit": rewrite.from_params("dit", stage.dit_config, params["dit"]),
-        "text": rewrite.from_params("text", stage.text_config, params["text"]),
-        "vae": rewrite.from_folder(config.vae_checkpoint, "vae"),
-    }
-
-
-SHOWN = 10  # differences that are listed
+    return run_parts(path, weights, statistics=False)[0]
 
 
 def report(a: str, b: str, *, weights: str = "ema") -> None:
