@@ -119,10 +119,14 @@ def _check_again(args: Namespace, again: dict, noise: np.ndarray | None) -> None
         raise ValueError(f"--again takes all settings from {args.again}; leave out {flags}.")
     wanted = again.get("noise_sha256")
     if wanted != (None if noise is None else array_hash(noise)):
+        how = (
+            f"from a noise file ({wanted}); give it with" if wanted else "from its seed; leave out"
+        )
+        raise ValueError(f"{args.again} was made {how} --noise.")
+    if noise is not None and len(noise) > 1:
         raise ValueError(
-            f"{args.again} was made "
-            + (f"from a noise file ({wanted}); give it" if wanted else "without a noise file; drop")
-            + " with --noise."
+            f"{args.again} is one of {len(noise)} videos made together from one noise file; give "
+            "the command that made them once more, without --again."
         )
 
 

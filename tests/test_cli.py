@@ -57,6 +57,15 @@ def test_again_takes_no_other_settings_and_asks_for_the_noise(sample, tmp_path):
     assert status == 2 and "leave out --steps, --seed" in err
     status, _, err = sample(*again, out="b.png")
     assert status == 2 and "was made from a noise file" in err
+    plain = ("--again", tmp_path / "plain.json")
+    assert sample("--prompt", "a tree", out="plain.png")[0] == 0
+    status, _, err = sample(*plain, *noise, out="b.png")
+    assert status == 2 and "was made from its seed; leave out --noise." in err
+    np.save(tmp_path / "two.npy", np.zeros((2, 3, 4, 4, 4), np.float32))
+    two = ("--noise", tmp_path / "two.npy")
+    assert sample("--prompt", "a tree", "--batch", 2, *two, out="two.png")[0] == 0
+    status, _, err = sample("--again", tmp_path / "two-1.json", *two, out="b.png")
+    assert status == 2 and "is one of 2 videos made together" in err
     assert sample(*again, *noise, out="b.png")[0] == 0
     frames = [video_io.read_video(tmp_path / name).frames for name in ("a.png", "b.png")]
     np.testing.assert_array_equal(*frames)

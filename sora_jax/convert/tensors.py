@@ -110,7 +110,6 @@ def write_shards(
 
     Args:
       max_shard_size: bytes a file holds at most, but for a tensor that is larger; None: one file.
-
       config: settings that go into the header of each file.
 
     Raises:
