@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
     c.text.dtype = "float32"
     c.text.remat = False  # recompute each layer in the backward pass
     c.text_tokens = 224  # tokens a caption is cut or padded to
+    c.tokenizer = ""  # folder of a tokenizer (tools/train_tokenizer.py); "" reads bytes
 
     c.dit = ConfigDict()  # fields of dit.model.DiTConfig; out_channels follow the VAE
     c.dit.patch_size = (1, 2, 2)  # latents folded into one token: frames, height, width

@@ -27,16 +27,12 @@ def download(name: str) -> Path:
     """The local folder of hub repository `name`, after a download where it is not there yet.
 
     Raises:
-      ValueError: no package huggingface_hub, no such repository, or no way to reach it, with the
-        files that would have been needed.
+      ValueError: no such repository, or no way to reach it, with the files that would have been
+        needed.
     """
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError as error:
-        raise ValueError(
-            f"{name} is no folder here; to download it from the hub, pip install 'sora_jax[wan]'."
-        ) from error
+    import huggingface_hub
+    from huggingface_hub import errors
+
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(PATTERNS)))
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:

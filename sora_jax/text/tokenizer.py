@@ -51,6 +51,11 @@ def normalize(text: str) -> str:
 class Tokenizer(abc.ABC):
     """What a text encoder needs of a tokenizer: `encode` with eos last, `truncate`, `batch`."""
 
+    @property
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+
     @abc.abstractmethod
     def truncate(self, text: str, max_length: int) -> tuple[str, bool]:
         """The normalised beginning of `text` that fits, and whether anything was cut off."""

@@ -39,15 +39,11 @@ class UnigramTokenizer(Tokenizer):
         """Reads tokenizer.json or spiece.model.
 
         Raises:
-          ValueError: a damaged file, another kind of tokenizer, or no `tokenizers` library.
+          ValueError: a damaged file, or another kind of tokenizer.
         """
+        import tokenizers
+
         path = pathlib.Path(path)
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ValueError(
-                f"{path}: reading it needs the package tokenizers; pip install 'sora_jax[wan]'."
-            ) from error
         if path.suffix == ".model":
             return cls(_from_sentencepiece(path), path)
         try:

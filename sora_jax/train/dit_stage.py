@@ -14,7 +14,7 @@ from sora_jax.diffusion import objective, times
 from sora_jax.dit.flops import flops as dit_flops
 from sora_jax.dit.model import DiT, DiTConfig
 from sora_jax.text.t5 import T5Config, T5Encoder
-from sora_jax.text.tokenizer import ByteTokenizer
+from sora_jax.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sora_jax.train.vae_stage import to_float
 
 # Edges of the buckets of t that the loss is logged by: shape and motion are decided in the middle.
@@ -28,7 +28,7 @@ class Prepare:
     Apart from the stage, so that reader processes are not sent the VAE.
     """
 
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     text_tokens: int
 
     def __call__(self, record: dict) -> dict:
@@ -78,7 +78,14 @@ class DiTStage:
         self.token_shift = times.TokenShift(**config.diffusion.shift)
         self.text_dropout = float(config.diffusion.text_dropout)
         self.text_tokens = int(config.text_tokens)
-        self.tokenizer = ByteTokenizer()
+        # `get`: the configs of earlier runs lack the key.
+        path = config.get("tokenizer")
+        self.tokenizer = load_tokenizer(path) if path else ByteTokenizer()
+        if self.tokenizer.vocab_size > self.text_config.vocab_size:
+            raise ValueError(
+                f"config.text.vocab_size {self.text_config.vocab_size} is less than the "
+                f"{self.tokenizer.vocab_size} ids of the tokenizer; raise it."
+            )
         self.prepare = Prepare(self.tokenizer, self.text_tokens)
         self.frozen = {"vae": vae_params}
         self.dit_graphdef = self._graphdef(DiT, self.dit_config)

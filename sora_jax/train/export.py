@@ -21,7 +21,6 @@ from sora_jax.convert.folder import SamplingDefaults
 from sora_jax.data import loader as loaders
 from sora_jax.data import sources
 from sora_jax.diffusion import times
-from sora_jax.text.tokenizer import ByteTokenizer
 from sora_jax.train.loop import STAGES
 from sora_jax.train.vae_stage import to_float
 
@@ -118,8 +117,9 @@ def _finish_run(out: Path, config, *, weights: str, step: int) -> None:
     """What a pipeline's folder holds beside its weights; a VAE alone needs none of it."""
     if config.stage == "vae":
         return
-    ByteTokenizer().save(out / "tokenizer")
-    write_pipeline(out, config, STAGES[config.stage](config))
+    stage = STAGES[config.stage](config)
+    stage.tokenizer.save(out / "tokenizer")
+    write_pipeline(out, config, stage)
     (out / "README.md").write_text(model_card(out, config, weights, step))
 
 
@@ -221,7 +221,11 @@ def write_pipeline(out: Path, config, stage) -> None:
 
 
 def write_index(out: Path, *, shift: float) -> None:
-    """model_index.json and the scheduler's config, from which diffusers builds a WanPipeline."""
+    """model_index.json and the scheduler's config, from which diffusers builds a WanPipeline.
+
+    The tokenizer is already in its folder.
+    """
+    tokenizer = folder.read_json(out / "tokenizer" / "tokenizer_config.json")["tokenizer_class"]
     index = {
         "_class_name": "WanPipeline",
         "_diffusers_version": _DIFFUSERS_VERSION,
@@ -229,7 +233,7 @@ def write_index(out: Path, *, shift: float) -> None:
         "expand_timesteps": False,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "ByT5Tokenizer"],
+        "tokenizer": ["transformers", tokenizer],
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],

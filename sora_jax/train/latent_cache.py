@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from sora_jax.convert import folder
 from sora_jax.data.transforms import RandomTransform
 from sora_jax.progress import Progress
+from sora_jax.text.tokenizer import Tokenizer
 from sora_jax.train.vae_stage import to_float
 
 READERS = 4  # threads that draw or decode clips
@@ -52,14 +53,16 @@ class LatentCache:
 class PickCaption(RandomTransform):
     """One of a record's captions, another one in every epoch.
 
-    Those of at most `max_bytes` are preferred: one that is cut leaves out what is seen.
+    Those of at most `max_tokens` are preferred: one that is cut leaves out what is seen.
     """
 
-    max_bytes: int
+    tokenizer: Tokenizer
+    max_tokens: int
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict:
         captions = record["captions"]
-        captions = [c for c in captions if len(c.encode()) <= self.max_bytes] or captions
+        whole = [c for c in captions if not self.tokenizer.truncate(c, self.max_tokens)[1]]
+        captions = whole or captions
         return record | {"caption": captions[int(rng.integers(len(captions)))]}
 
 

@@ -157,7 +157,7 @@ def make_loader(config, stage, mesh):
         source = latent_cache.build(
             source, config.vae_checkpoint, config.data.cache, clips=config.data.cache_clips
         )
-        steps = [latent_cache.PickCaption(config.text_tokens - 1)]
+        steps = [latent_cache.PickCaption(stage.tokenizer, config.text_tokens)]
     return loaders.make_loader(
         source,
         batch_size=config.batch_size,

@@ -10,6 +10,7 @@ from flax import nnx
 
 from sora_jax.convert import folder
 from sora_jax.data.loader import make_loader
+from sora_jax.text.tokenizer import ByteTokenizer
 from sora_jax.train import latent_cache
 from sora_jax.train.dit_stage import DiTStage, Prepare
 from sora_jax.train.vae_stage import to_float
@@ -119,7 +120,7 @@ def test_more_clips_than_the_source_has_are_all_of_them(cache, vae_folder):
 
 def caption_order(cache, *, seed, batches=10):
     prepare = lambda record: {"text": record["caption"]}  # noqa: E731
-    transforms = [latent_cache.PickCaption(max_bytes=99), prepare]
+    transforms = [latent_cache.PickCaption(ByteTokenizer(), max_tokens=99), prepare]
     loader = make_loader(cache, batch_size=2, seed=seed, transforms=transforms)
     texts = [text for _ in range(batches) for text in next(loader)["text"]]
     loader.close()
@@ -138,15 +139,19 @@ def test_picked_captions_follow_from_the_seed_and_change_with_the_epoch(cache):
 def test_captions_that_fit_are_preferred():
     record = {"captions": ["a ball", "a much longer caption", "a tree"]}
     rng = np.random.default_rng(0)
-    short, any_length = latent_cache.PickCaption(max_bytes=6), latent_cache.PickCaption(max_bytes=5)
-    assert {short(record, rng)["caption"] for _ in range(50)} == {"a ball", "a tree"}
-    assert {any_length(record, rng)["caption"] for _ in range(50)} == set(record["captions"])
+
+    def picked(max_tokens):  # bytes and the end of the text
+        pick = latent_cache.PickCaption(ByteTokenizer(), max_tokens)
+        return {pick(record, rng)["caption"] for _ in range(50)}
+
+    assert picked(7) == {"a ball", "a tree"}
+    assert picked(6) == set(record["captions"])
 
 
 def test_loader_reads_cached_latents_for_the_dit_in_worker_processes(cache, dit_config):
     stage = DiTStage(dit_config)
     assert isinstance(stage.prepare, Prepare), "the whole stage would be sent to each process"
-    transforms = [latent_cache.PickCaption(max_bytes=99), stage.prepare]
+    transforms = [latent_cache.PickCaption(ByteTokenizer(), max_tokens=99), stage.prepare]
     batches = []
     for workers in (0, 1):
         loader = make_loader(
