@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 __version__ = "0.1.0"
-__all__ = ["checkpoint_path", "load", "weights_folder"]
+__all__ = ["DTYPES", "checkpoint_path", "load", "weights_folder"]
+DTYPES = ("float32", "bfloat16")
 
 
 def weights_folder(name: str = "paperworld") -> Path:
@@ -41,11 +42,14 @@ def checkpoint_path(name: str | Path) -> Path:
     return Path(name) if Path(name).exists() else weights_folder(str(name))
 
 
-def load(checkpoint: str | Path = "paperworld", *, loras: Sequence[str] = ()):
+def load(
+    checkpoint: str | Path = "paperworld", *, loras: Sequence[str] = (), dtype: str = "float32"
+):
     """A `sora_jax.generate.Pipeline` from shipped weights by name, or from a folder.
 
     Args:
       loras: LoRA files to merge, each "FILE" or "FILE:SCALE".
+      dtype: "float32", or "bfloat16" for half the memory and the matrix units of TPUs and GPUs.
 
     Raises:
       ValueError: naming what is missing or damaged.
@@ -58,4 +62,6 @@ def load(checkpoint: str | Path = "paperworld", *, loras: Sequence[str] = ()):
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)
     parsed = [LoRA.parse(text) for text in loras]
-    return Pipeline.from_folder(weights_folder(str(checkpoint)), loras=parsed)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use {' or '.join(DTYPES)}.")
+    return Pipeline.from_folder(weights_folder(str(checkpoint)), loras=parsed, dtype=dtype)

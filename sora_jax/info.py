@@ -46,7 +46,10 @@ def _parts(pipe) -> Table:
     table = Table(title=f"{pipe.info['checkpoint']} ({pipe.info['checkpoint_sha256']})")
     table.add_column("module")
     table.add_column("parameters", justify="right")
-    for name, part in (("text", pipe.text), ("dit", pipe.dit), ("vae", pipe.vae)):
+    parts = [("text", pipe.text), ("dit", pipe.dit), ("vae", pipe.vae)]
+    parts += [("dit_2", part) for part in pipe.experts.parts[1:]]
+    parts += [] if pipe.image is None else [("image", pipe.image)]
+    for name, part in parts:
         table.add_row(name, f"{_count(part.params):,}", style="bold")
         for child in part.params:
             table.add_row(f"  {name}.{child}", f"{_count(part.params[child]):,}")
@@ -57,7 +60,7 @@ def _costs(pipe, request) -> Table:
     latents = pipe.latent_shape(request)
     tokens = pipe.num_tokens(request)
     cost = flops(pipe.dit.config, tokens=tokens, text_tokens=pipe.sampling.text_tokens)
-    evaluations = request.steps * (2 if request.guide.needs_uncond else 1)
+    evaluations = request.steps * (2 if request.guide().needs_uncond else 1)
     table = Table(
         title=f"{request.width}x{request.height}, {request.frames} frames, {request.steps} steps",
         show_header=False,

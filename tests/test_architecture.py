@@ -13,12 +13,12 @@ FLOORS = [
     {"plan", "info", "sample_command", "config_file"},
     {"train", "evaluate"},
     {"generate", "convert"},
-    {"text", "vae", "dit"},
+    {"text", "vae", "dit", "image"},
     {"attention", "layers", "checkpoint", "data"},
     {"diffusion", "sharding", "video_io", "types", "progress"},
 ]
 # On one floor, but strangers to each other; so are all that stand in two of them.
-APART = {"data", "text", "vae", "dit", "diffusion"}
+APART = {"data", "text", "vae", "dit", "image", "diffusion"}
 FORBIDDEN = {"torch", "tensorflow", "diffusers", "transformers", "sora_jax.cli"}
 
 FLOOR_OF = {name: i for i, floor in enumerate(FLOORS) for name in floor}

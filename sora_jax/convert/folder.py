@@ -5,11 +5,13 @@ transformer/  config.json  diffusion_pytorch_model.safetensors
 vae/          config.json  diffusion_pytorch_model.safetensors
 text_encoder/ config.json  model.safetensors
 tokenizer/    scheduler/   sampling.json (our defaults for size, steps and guidance)
+
+and, in some models, transformer_2/ (the expert for little noise) and image_encoder/.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,20 +23,23 @@ from jax.sharding import Mesh
 from sora_jax import sharding
 from sora_jax.convert import lora, names
 from sora_jax.convert.dit import dit_entries
+from sora_jax.convert.image import UNREAD, image_entries
 from sora_jax.convert.recognize import Naming, recognize
 from sora_jax.convert.tensors import hash_files, missing_file, write_shards
-from sora_jax.convert.text import load_text, text_entries
+from sora_jax.convert.text import entries_held, text_entries
 from sora_jax.convert.vae import vae_entries
 from sora_jax.convert.weights import INDEX, PICKLES, Weights, open_weights
 from sora_jax.diffusion.times import NO_SHIFT, TokenShift
 from sora_jax.dit.model import DiT, DiTConfig
+from sora_jax.image.clip import CLIPVision, CLIPVisionConfig
 from sora_jax.text.t5 import T5Config, T5Encoder
 from sora_jax.vae.model import VAEConfig, VideoVAE
 
 
 class Component(NamedTuple):
-    """How one part of a pipeline is stored."""
+    """How one part of a pipeline is stored; `kind` is what `recognize` calls such a file."""
 
+    kind: str
     folder: str
     stem: str
     config: type
@@ -42,19 +47,32 @@ class Component(NamedTuple):
     entries: Callable[[Any], list[names.Entry]]
 
 
+_STEM = "diffusion_pytorch_model"
 COMPONENTS = {
-    "dit": Component("transformer", "diffusion_pytorch_model", DiTConfig, DiT, dit_entries),
-    "vae": Component("vae", "diffusion_pytorch_model", VAEConfig, VideoVAE, vae_entries),
-    "text": Component("text_encoder", "model", T5Config, T5Encoder, text_entries),
+    "dit": Component("dit", "transformer", _STEM, DiTConfig, DiT, dit_entries),
+    "dit_2": Component("dit", "transformer_2", _STEM, DiTConfig, DiT, dit_entries),
+    "vae": Component("vae", "vae", _STEM, VAEConfig, VideoVAE, vae_entries),
+    "text": Component("text", "text_encoder", "model", T5Config, T5Encoder, text_entries),
+    "image": Component(
+        "image", "image_encoder", "model", CLIPVisionConfig, CLIPVision, image_entries
+    ),
 }
-WORDS = {"dit": "transformer", "vae": "VAE", "text": "text encoder"}
+REQUIRED = ("dit", "vae", "text")  # of a pipeline; the others are there where its model has them
+WORDS = {
+    "dit": "transformer",
+    "dit_2": "second transformer",
+    "vae": "VAE",
+    "text": "text encoder",
+    "image": "image encoder",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingDefaults:
     """What `sora-jax sample` uses where the user says nothing; sizes in pixels.
 
-    `text_tokens` is the longest prompt in tokens, end of sequence included.
+    `guidance_2` is for the second of two transformers, None the same. `text_tokens` is the longest
+    prompt in tokens, end of sequence included.
     """
 
     width: int = 64
@@ -63,6 +81,7 @@ class SamplingDefaults:
     fps: float = 8.0
     steps: int = 30
     guidance: float = 3.0
+    guidance_2: float | None = None
     guidance_interval: Sequence[float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
     shift: TokenShift = NO_SHIFT
@@ -123,12 +142,14 @@ def find_component(folder: str | Path, name: str) -> tuple[Any, Naming, Weights]
         single = tensor_path(folder, name)
         sharded = directory.is_dir() and any(directory.glob(f"*{INDEX}"))
         naming, weights = recognize(open_weights(directory if sharded else single))
-        if naming.component != name:
+        if naming.component != COMPONENTS[name].kind:
             raise ValueError(
                 f"{weights.source}: holds a {WORDS[naming.component]}, not a {WORDS[name]}."
             )
         return config, naming, weights
-    found = [part for part in loose_parts(folder) if part[0].component == name]
+    # Nothing but the folder tells one expert from the other.
+    loose = [] if name == "dit_2" else loose_parts(folder)
+    found = [part for part in loose if part[0].component == name]
     if len(found) != 1:
         files = ", ".join(part[1].source for part in found) or "none"
         raise ValueError(
@@ -181,34 +202,62 @@ def load_component(
     Args:
       folder: as for `find_component`.
       mesh: where the parameters go, by `sharding.tree_shardings`; None: the default device.
-      dtype: of the parameters.
+      dtype: of the parameters; "bfloat16" is also that of matrix products.
       loras: merged into the transformer; other components take none.
 
     Raises:
       ValueError: naming the missing or damaged file and tensor, or what a LoRA does not fit.
     """
     config, naming, weights = find_component(folder, name)
+    dtype = jnp.dtype(dtype)
+    if dtype == jnp.bfloat16:
+        config = dataclasses.replace(config, dtype="bfloat16")
     graphdef, abstract = abstract_params(name, config)
+    entries, optional = name_table(naming, config, weights.shapes)
     read = weights.read
     if loras:
-        entries = naming.entries(config)
         names.check_keys(
             names.flat_params(abstract), entries, keys=weights.shapes, source=weights.source
         )
         read = lora.merged(weights, entries, config, loras)
-    options = {
-        "keys": weights.shapes,
-        "read": read,
-        "source": weights.source,
-        "dtype": dtype,
-        "shardings": None if mesh is None else sharding.tree_shardings(abstract, mesh),
-    }
-    if name == "text" and naming.names == "diffusers":
-        # Its embeddings have two names, and a file may hold either.
-        params = load_text(abstract, config, **options)
-    else:
-        params = names.load(abstract, naming.entries(config), **options)
+    params = names.load(
+        abstract,
+        entries,
+        keys=weights.shapes,
+        read=read,
+        source=weights.source,
+        optional=optional,
+        dtype=dtype,
+        shardings=None if mesh is None else sharding.tree_shardings(abstract, mesh),
+    )
     return config, graphdef, params
+
+
+def name_table(
+    naming: Naming, config, keys: Mapping[str, tuple[int, ...]]
+) -> tuple[list[names.Entry], frozenset[str]]:
+    """(name table for a file with `keys`, keys that it may hold and that stay unread)."""
+    if naming.component == "text" and naming.names == "diffusers":
+        # Its embeddings have two names, and a file may hold either.
+        return entries_held(config, keys)
+    return naming.entries(config), UNREAD if naming.component == "image" else frozenset()
+
+
+def held(folder: str | Path) -> tuple[str, ...]:
+    """The components that an inference checkpoint is made of, `REQUIRED` ones first.
+
+    By its model_index.json, if it has one, so that a missing folder is an error when it is read.
+    """
+    folder = Path(folder)
+    index = folder / "model_index.json"
+    listed = read_json(index) if index.is_file() else {}
+
+    def has(name: str) -> bool:
+        where = COMPONENTS[name].folder
+        entry = listed.get(where, [None, None] if listed else None)
+        return (folder / where).is_dir() if entry is None else entry != [None, None]
+
+    return REQUIRED + tuple(n for n in COMPONENTS if n not in REQUIRED and has(n))
 
 
 def save_component(folder: Path, name: str, config, params, *, dtype: str = "float32") -> None:
@@ -224,19 +273,51 @@ def save_component(folder: Path, name: str, config, params, *, dtype: str = "flo
 
 def checkpoint_hash(folder: Path) -> str:
     """First 16 hexadecimal digits of the SHA-256 over the tensor files of all components."""
-    paths = [path for name in COMPONENTS for path in find_component(folder, name)[2].paths]
+    paths = [path for name in held(folder) for path in find_component(folder, name)[2].paths]
     return hash_files(paths)[:16]
 
 
+# diffusers' scheduler classes -> our solver and schedule.
+SCHEDULERS = {
+    "UniPCMultistepScheduler": ("unipc", "wan"),
+    "FlowMatchEulerDiscreteScheduler": ("euler", "flow_match_euler"),
+}
+
+
+def _diffusers_sampling(folder: Path) -> SamplingDefaults:
+    """Wan's published sizes and steps, and the solver and shift of the folder's scheduler."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    kind = config.get("_class_name")
+    if kind not in SCHEDULERS:
+        raise ValueError(
+            f"{folder}/scheduler: {kind} is not one of {', '.join(SCHEDULERS)}; add a "
+            "sampling.json, or change the scheduler."
+        )
+    solver, schedule = SCHEDULERS[kind]
+    shift = float(config.get("flow_shift", config.get("shift", 1.0)))
+    size = {"width": 832, "height": 480, "frames": 81, "fps": 16.0}
+    if read_json(folder / "model_index.json").get("expand_timesteps"):  # TI2V-5B
+        size = {"width": 1280, "height": 704, "frames": 121, "fps": 24.0}
+    return SamplingDefaults(
+        **size,
+        steps=50,
+        guidance=5.0,
+        shift=TokenShift.constant(shift),
+        solver=solver,
+        schedule=schedule,
+        text_tokens=512,
+    )
+
+
 def read_sampling(folder: Path) -> SamplingDefaults:
-    """The folder's sampling.json, or our defaults where it has none.
+    """The folder's sampling.json, or what diffusers does with a folder that has none.
 
     Raises:
-      ValueError: the file has unknown keys.
+      ValueError: the file has unknown keys, or the scheduler is one that nothing here repeats.
     """
     path = Path(folder) / "sampling.json"
     if not path.is_file():
-        return SamplingDefaults()
+        return _diffusers_sampling(Path(folder))
     values = read_json(path)
     known = [field.name for field in dataclasses.fields(SamplingDefaults)]
     if unknown := sorted(set(values) - set(known)):

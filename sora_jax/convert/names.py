@@ -21,14 +21,16 @@ _PERMUTATIONS = {
     # (out, in, t, h, w) -> (t*h*w*in, out): a convolution whose stride is its kernel, as the
     # linear layer over patches that it is.
     "patch": (2, 3, 4, 1, 0),
+    "patch2d": (2, 3, 1, 0),
 }
+_PATCHES = ("patch", "patch2d")
 
 
 class Entry(NamedTuple):
     """One tensor: `key` in the file is `path` in our tree.
 
     `index` picks a layer where ours are stacked along a leading axis; `shape` is the file's
-    shape where it differs from our permuted one (layouts "vector" and "patch").
+    shape where it differs from our permuted one ("vector" and patches).
     """
 
     key: str
@@ -39,18 +41,18 @@ class Entry(NamedTuple):
 
 
 def to_ours(value: np.ndarray, layout: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A file's tensor in our layout; `shape` is ours, used by "vector" and "patch"."""
+    """A file's tensor in our layout; `shape` is ours, used by "vector" and patches."""
     if layout == "vector":
         return value.reshape(shape)
     permutation = _PERMUTATIONS[layout]
     value = value if permutation is None else value.transpose(permutation)
-    return value.reshape(shape) if layout == "patch" else value
+    return value.reshape(shape) if layout in _PATCHES else value
 
 
 def to_file(value: np.ndarray, entry: Entry) -> np.ndarray:
     """Our tensor in the file's layout, contiguous (safetensors writes views wrongly)."""
-    if entry.layout == "patch":
-        permutation = _PERMUTATIONS["patch"]
+    if entry.layout in _PATCHES:
+        permutation = _PERMUTATIONS[entry.layout]
         value = value.reshape([entry.shape[i] for i in permutation])
         value = value.transpose(np.argsort(permutation))
     elif entry.shape is not None:

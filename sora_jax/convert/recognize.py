@@ -12,15 +12,19 @@ from typing import Any, NamedTuple
 
 from sora_jax.convert import original
 from sora_jax.convert.dit import dit_entries
+from sora_jax.convert.image import PREFIX as IMAGE_PREFIX
+from sora_jax.convert.image import image_entries
 from sora_jax.convert.names import Entry
 from sora_jax.convert.text import EMBEDDINGS, text_entries
 from sora_jax.convert.vae import vae_entries
 from sora_jax.convert.weights import Weights
 from sora_jax.dit.config import DiTConfig
+from sora_jax.image.clip import CLIPVisionConfig
 from sora_jax.text.t5 import T5Config
 from sora_jax.vae.config import LATENT_STATISTICS, VAEConfig
 
 HEAD_DIM = 128  # of every published Wan transformer
+IMAGE_HEAD_DIM = 80  # of the one image encoder that Wan's models use, ViT-H/14
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -158,6 +162,19 @@ def _t5(shapes: Shapes, *, embedding: str, bias: str, q: str, up: str, **rest) -
     )
 
 
+def _image_config(shapes: Shapes, prefix: str) -> CLIPVisionConfig:
+    width, _, patch, _ = shapes[f"{prefix}embeddings.patch_embedding.weight"]
+    positions = shapes[f"{prefix}embeddings.position_embedding.weight"][0]
+    return CLIPVisionConfig(
+        width=width,
+        mlp_dim=shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
+        depth=_depth(shapes, rf"{re.escape(prefix)}encoder\.layers\.(\d+)\."),
+        num_heads=width // IMAGE_HEAD_DIM,
+        image_size=patch * math.isqrt(positions - 1),
+        patch_size=patch,
+    )
+
+
 def _single_text_entries(config: T5Config) -> list[Entry]:
     return original.original_text_entries(text_entries(config))
 
@@ -187,6 +204,20 @@ NAMINGS = (
         _text_config,
     ),
     Naming(
+        "image",
+        "diffusers",
+        f"{IMAGE_PREFIX}encoder.layers.0.self_attn.q_proj.weight",
+        image_entries,
+        lambda shapes: _image_config(shapes, IMAGE_PREFIX),
+    ),
+    Naming(
+        "image",
+        "transformers 5",
+        "encoder.layers.0.self_attn.q_proj.weight",
+        lambda config: image_entries(config, prefix=""),
+        lambda shapes: _image_config(shapes, ""),
+    ),
+    Naming(
         "text",
         "official",
         "blocks.0.attn.q.weight",
@@ -211,6 +242,6 @@ def recognize(weights: Weights) -> tuple[Naming, Weights]:
         raise ValueError(f"{weights.source}: holds tensors of {kinds}; keep those of one model.")
     some = ", ".join(sorted(weights.shapes)[:3]) or "none"
     raise ValueError(
-        f"{weights.source}: not a Wan transformer, Wan VAE or T5 encoder in official or diffusers "
-        f"names; its tensors: {some}, ..."
+        f"{weights.source}: not a Wan transformer, Wan VAE, T5 encoder or CLIP image encoder in "
+        f"official or diffusers names; its tensors: {some}, ..."
     )

@@ -14,15 +14,21 @@ import numpy as np
 
 from sora_jax.convert import folder, names, original
 from sora_jax.convert.tensors import write_shards
-from sora_jax.convert.text import entries_held
 
 TARGETS = ("diffusers", "wan")
 # Where ComfyUI looks for each model.
-COMFYUI = {"dit": "diffusion_models", "vae": "vae", "text": "text_encoders"}
+COMFYUI = {
+    "dit": "diffusion_models",
+    "dit_2": "diffusion_models",
+    "vae": "vae",
+    "text": "text_encoders",
+    "image": "clip_vision",
+}
 # Everything of an inference folder that is not weights.
-COMPANIONS = ("model_index.json", "sampling.json", "scheduler", "tokenizer", "README.md")
-# Parts of other pipelines that nothing here reads yet.
-UNREAD = ("transformer_2", "image_encoder")
+COMPANIONS = (
+    *("model_index.json", "sampling.json", "README.md"),
+    *("scheduler", "tokenizer", "image_processor"),
+)
 
 
 class Tensors(NamedTuple):
@@ -40,10 +46,7 @@ def from_folder(path: str | Path, name: str) -> Tensors:
       ValueError: as there, and listing all keys that do not fit the config.
     """
     config, naming, weights = folder.find_component(path, name)
-    entries = naming.entries(config)
-    optional = frozenset()
-    if name == "text" and naming.names == "diffusers":
-        entries, optional = entries_held(config, weights.shapes)
+    entries, optional = folder.name_table(naming, config, weights.shapes)
     _, abstract = folder.abstract_params(name, config)
     names.check_keys(
         names.flat_params(abstract),
@@ -110,7 +113,7 @@ def write_official(out: Path, parts: Mapping[str, Tensors], *, dtype: str, stem:
 
 def official_key(name: str, key: str, config) -> str:
     """The name of a tensor in the single files that ComfyUI reads."""
-    if name == "dit":
+    if folder.COMPONENTS[name].kind == "dit":
         return original.dit_key(key)
     if name == "vae":
         return original.vae_key(key, config)
@@ -138,11 +141,6 @@ def parts_of(path: str | Path) -> dict[str, Tensors]:
       ValueError: it holds none, or one that is damaged.
     """
     path = Path(path)
-    if unread := [name for name in UNREAD if (path / name).is_dir()]:
-        raise ValueError(
-            f"{path}: holds {' and '.join(unread)}, which cannot be converted yet; nothing was "
-            "written."
-        )
     if (path / "model_index.json").is_file():
         held = [name for name, c in folder.COMPONENTS.items() if (path / c.folder).is_dir()]
     elif any((path / c.folder / "config.json").is_file() for c in folder.COMPONENTS.values()):

@@ -1,11 +1,7 @@
 """Names of a text encoder's tensors in transformers' T5EncoderModel and UMT5EncoderModel files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import jax.numpy as jnp
-import numpy as np
-
-from sora_jax.convert import names
 from sora_jax.convert.names import Entry
 from sora_jax.text.t5 import T5Config
 
@@ -32,8 +28,7 @@ _BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 def text_entries(config: T5Config, *, embeddings: tuple[str, ...] = EMBEDDINGS) -> list[Entry]:
     """The name table of an encoder, `embeddings` being the names of its table of embeddings.
 
-    With both names (the default) it is right for writing. For reading, `load_text` picks the
-    name that the file holds.
+    With both names (the default) it is right for writing; `entries_held` is for reading.
     """
     block = _BLOCK + (_GATED if config.mlp == "gated-gelu" else _UNGATED)
     if config.per_layer_bias:
@@ -60,38 +55,3 @@ def entries_held(
     held = [key for key in EMBEDDINGS if key in keys] or list(EMBEDDINGS[:1])
     unread = {key for key in keys if key.startswith("decoder.") or key == "lm_head.weight"}
     return text_entries(config, embeddings=(held[0],)), frozenset(unread.union(held[1:]))
-
-
-def load_text(
-    abstract_params,
-    config: T5Config,
-    *,
-    keys: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], np.ndarray],
-    source: str,
-    dtype=jnp.float32,
-    shardings=None,
-):
-    """Fills an encoder's parameters from a file; arguments as in `names.load`.
-
-    The embeddings are read under either name. The decoder of a full T5 file is not used.
-
-    Raises:
-      ValueError: listing all missing, unknown and misshapen keys together.
-    """
-    entries, optional = entries_held(config, keys)
-    return names.load(
-        abstract_params,
-        entries,
-        keys=keys,
-        read=read,
-        source=source,
-        optional=optional,
-        dtype=dtype,
-        shardings=shardings,
-    )
-
-
-def export_text(params, config: T5Config) -> dict[str, np.ndarray]:
-    """An encoder's parameters under the file's names, the embeddings under both."""
-    return names.export(params, text_entries(config))

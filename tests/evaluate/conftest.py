@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from sora_jax.convert.folder import SamplingDefaults
 from sora_jax.data.paperworld.render import render
 from sora_jax.data.paperworld.source import heldout_prompts, seen_prompts
-from sora_jax.generate import Request, SamplingDefaults, Video
+from sora_jax.generate import Request, Video
 
 
 class FakeVAE:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sora_jax.convert.text import EMBEDDINGS, export_text, load_text, text_entries
+from sora_jax.convert import names
+from sora_jax.convert.text import EMBEDDINGS, entries_held, text_entries
 from sora_jax.text.t5 import T5Config, T5Encoder
 
 TINY = T5Config(vocab_size=12, width=8, head_dim=4, mlp_dim=8, depth=2, num_heads=2)
@@ -18,13 +19,20 @@ def abstract(config):
 
 
 def load(config, tensors):
-    return load_text(
+    keys = {key: value.shape for key, value in tensors.items()}
+    entries, optional = entries_held(config, keys)
+    return names.load(
         abstract(config),
-        config,
-        keys={key: value.shape for key, value in tensors.items()},
+        entries,
+        keys=keys,
         read=tensors.__getitem__,
         source="file",
+        optional=optional,
     )
+
+
+def export_text(params, config):
+    return names.export(params, text_entries(config))
 
 
 @pytest.fixture

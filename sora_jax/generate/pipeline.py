@@ -1,19 +1,19 @@
-"""From a sentence to frames: prompt, text encoder, noise, sampler, VAE; no flags, no files."""
+"""From a prompt and pictures to frames: text encoder, noise, sampler, VAE; no flags, no files."""
 
 import dataclasses
 import functools
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from sora_jax.convert import folder
 from sora_jax.convert.folder import SamplingDefaults
@@ -21,6 +21,13 @@ from sora_jax.convert.lora import LoRA
 from sora_jax.convert.tensors import hash_files
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion import sampler, times
+from sora_jax.generate import conditions
+from sora_jax.generate import request as requests_of
+from sora_jax.generate.conditions import Conditions, Picture
+from sora_jax.generate.experts import Experts, Part
+from sora_jax.generate.request import Request
+from sora_jax.generate.video import Video, to_bytes
+from sora_jax.image import clip
 from sora_jax.text.tokenizer import load_tokenizer
 
 # Called with the name of a stage and its seconds when it is over.
@@ -29,134 +36,95 @@ OnStage = Callable[[str, float], None]
 OnStep = Callable[[int, int], None]
 # Called with "text_emb" (padding rows zero) and then "latents" (denoised, normalised).
 OnTensor = Callable[[str, np.ndarray], None]
-MAX_SEED = 2**32 - 1
-MAX_STEPS = 1000
-MAX_GUIDANCE = 100.0
-
-
-def to_bytes(video: Float[Array, "*b F H W 3"]) -> UInt8[np.ndarray, "*b F H W 3"]:
-    """[-1, 1] to 0..255, rounded."""
-    return np.asarray(jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5).astype(jnp.uint8))
-
-
-class Part(NamedTuple):
-    """A loaded module: its settings, its definition and its parameters."""
-
-    config: Any
-    graphdef: Any
-    params: Any
-
-    def module(self, params):
-        return nnx.merge(self.graphdef, params)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Everything that decides a video, checked; what `Pipeline.request` makes of its arguments."""
-
-    prompt: str
-    negative_prompt: str
-    width: int
-    height: int
-    frames: int
-    fps: float
-    steps: int
-    guidance: float
-    guidance_interval: tuple[float, float]
-    guidance_rescale: float
-    shift: float
-    solver: str
-    schedule: str
-    seed: int
-
-    @property
-    def guide(self) -> guidances.GuidanceConfig:
-        return guidances.GuidanceConfig(
-            scale=self.guidance, interval=self.guidance_interval, rescale=self.guidance_rescale
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Video:
-    """Frames with what made them.
-
-    Attributes:
-      frames: uint8 (F, H, W, 3), RGB.
-      fps: frames a second.
-      metadata: prompt, seed, settings, checkpoint hash and version: enough to make it again.
-    """
-
-    frames: UInt8[np.ndarray, "F H W 3"]
-    fps: float
-    metadata: dict[str, Any]
-
-    def save(self, path: str | Path) -> Path:
-        """Writes .mp4, .webm, .gif, .webp or .png, and the metadata inside and beside it."""
-        from sora_jax import video_io
-
-        path = Path(path)
-        video_io.check_output_path(path)
-        written = video_io.write_video(path, self.frames, fps=self.fps, metadata=self.metadata)
-        folder.write_json(path.with_suffix(".json"), self.metadata)
-        return written
-
-    def _repr_html_(self) -> str:
-        """A looping player for notebooks, the video inside the page."""
-        import base64
-        import html
-        import tempfile
-
-        from sora_jax import video_io
-
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "video.mp4"
-            scale = max(1, 256 // self.frames.shape[2])
-            large = self.frames.repeat(scale, axis=1).repeat(scale, axis=2)
-            video_io.write_video(path, large, fps=self.fps)
-            data = base64.b64encode(path.read_bytes()).decode()
-        title = html.escape(str(self.metadata.get("prompt", "")), quote=True)
-        return (
-            f'<video controls loop autoplay muted playsinline title="{title}" '
-            f'src="data:video/mp4;base64,{data}"></video>'
-        )
 
 
 class Pipeline:
-    """A loaded checkpoint that turns sentences into videos.
+    """A loaded checkpoint that turns sentences, and pictures, into videos.
 
     `pipe = sora_jax.load("paperworld")`, then `pipe("a red ball rolls left", seed=0)`.
     """
 
     def __init__(
-        self, *, dit: Part, vae: Part, text: Part, tokenizer, sampling: SamplingDefaults, info: dict
+        self,
+        *,
+        experts: Experts,
+        vae: Part,
+        text: Part,
+        image: Part | None,
+        tokenizer,
+        sampling: SamplingDefaults,
+        way: str,
+        info: dict,
     ):
-        self.dit, self.vae, self.text = dit, vae, text
+        self.experts, self.vae, self.text, self.image = experts, vae, text, image
         self.tokenizer = tokenizer
         self.sampling = sampling
+        self.way = way  # how the transformer takes pictures; see `conditions.takes`
         self.info = info
         self._encode = jax.jit(lambda params, ids, mask: text.module(params)(ids, mask))
         self._decode = jax.jit(lambda params, latents: vae.module(params).decode(latents))
+        self._latents = jax.jit(lambda params, video: vae.module(params).encode(video))
+        if image is not None:
+            self._features = jax.jit(lambda params, pixels: image.module(params)(pixels))
         self._step = functools.lru_cache(maxsize=8)(self._make_step)
 
+    @property
+    def dit(self) -> Part:
+        """The transformer, of two the one for much noise."""
+        return self.experts.parts[0]
+
     @classmethod
-    def from_folder(cls, path: str | Path, *, loras: Sequence[LoRA] = ()) -> "Pipeline":
-        """Loads an inference checkpoint, `loras` merged into its transformer.
+    def from_folder(
+        cls, path: str | Path, *, loras: Sequence[LoRA] = (), dtype: str = "float32"
+    ) -> "Pipeline":
+        """Loads an inference checkpoint, `loras` merged into its transformers.
+
+        Args:
+          dtype: of weights and matrix products, "float32" or "bfloat16"; the VAE's stay float32.
 
         Raises:
           ValueError: naming the missing or damaged file and tensor, or what a LoRA does not fit.
         """
         path = Path(path)
-        parts = {
-            name: Part(*folder.load_component(path, name, loras=loras if name == "dit" else ()))
-            for name in folder.COMPONENTS
-        }
+        held = folder.held(path)
+        index = folder.read_json(path / "model_index.json")
+        boundary = index.get("boundary_ratio")
+        if ("dit_2" in held) != (boundary is not None):
+            raise ValueError(
+                f"{path}: model_index.json has boundary_ratio {boundary}, and transformer_2 is "
+                f"{'there' if 'dit_2' in held else 'not there'}; two experts need both."
+            )
+
+        def load(name: str) -> Part:
+            is_dit = folder.COMPONENTS[name].kind == "dit"
+            return Part(
+                *folder.load_component(
+                    path,
+                    name,
+                    loras=loras if is_dit else (),
+                    dtype="float32" if name == "vae" else dtype,
+                )
+            )
+
+        experts = Experts.load([n for n in ("dit", "dit_2") if n in held], load, boundary)
+        vae, dit = load("vae"), experts.parts[0]
+        expand = bool(index.get("expand_timesteps"))
+        way = conditions.takes(dit.config, vae.config, expand_timesteps=expand)
+        if dit.config.image_dim is not None and "image" not in held:
+            raise ValueError(f"{path}: the transformer attends to pictures; add image_encoder/.")
         info = {"checkpoint": path.name, "checkpoint_sha256": folder.checkpoint_hash(path)}
         if loras:
             info["loras"] = [[hash_files([lora.path])[:16], lora.scale] for lora in loras]
+        if dtype != "float32":
+            info["dtype"] = dtype
         return cls(
-            **parts,
+            experts=experts,
+            vae=vae,
+            text=load("text"),
+            image=load("image") if "image" in held else None,
             tokenizer=load_tokenizer(path / "tokenizer"),
             sampling=folder.read_sampling(path),
+            way=way,
             info=info,
         )
 
@@ -177,6 +145,13 @@ class Pipeline:
             chosen[name] = float(given.get(name, defaults[name]))
         interval = given.get("guidance_interval", defaults["guidance_interval"])
         chosen["guidance_interval"] = tuple(float(t) for t in interval)
+        second = given.get("guidance_2")
+        if second is not None and len(self.experts.parts) == 1 and second != chosen["guidance"]:
+            raise ValueError(
+                f"guidance_2 {second} is for models with two transformers; leave it out here."
+            )
+        if second is None and "guidance" not in given:
+            second = defaults["guidance_2"]
         request = Request(
             prompt=prompt,
             negative_prompt=given.get("negative_prompt", ""),
@@ -184,58 +159,35 @@ class Pipeline:
             height=size[1],
             seed=given.get("seed", 0),
             shift=float(given.get("shift", 1.0)),
+            guidance_2=float(chosen["guidance"] if second is None else second),
             **chosen,
         )
-        self._check(request)
+        requests_of.check(request, cell=self._cell)
         if "shift" in given:
             return request
         shift = times.shift_for_tokens(self.num_tokens(request), self.sampling.shift)
         return dataclasses.replace(request, shift=shift)
 
-    def _check(self, request: Request) -> None:
-        if not request.prompt.strip():
-            raise ValueError("the prompt is empty; describe the video in a sentence.")
-        space = self.vae.config.scale_factor_spatial
-        step_h, step_w = (space * n for n in self.dit.config.patch_size[1:])
-        for name, value, step in (
-            ("width", request.width, step_w),
-            ("height", request.height, step_h),
-        ):
-            if value < step or value % step:
-                raise ValueError(
-                    f"size {request.width}x{request.height}: {name} {value} is not a multiple of "
-                    f"{step}; use {nearest(value, step)}."
-                )
-        step = self.vae.config.scale_factor_temporal * self.dit.config.patch_size[0]
-        if request.frames < 1 or (request.frames - 1) % step:
-            raise ValueError(
-                f"frames {request.frames} is not 1 + a multiple of {step}; use "
-                f"{nearest(request.frames, step, offset=1)}."
-            )
-        if not 1 <= request.steps <= MAX_STEPS:
-            raise ValueError(f"steps {request.steps} is out of range; use 1 to {MAX_STEPS}.")
-        if not 0 <= request.seed <= MAX_SEED:
-            raise ValueError(f"seed {request.seed} is out of range; use 0 to {MAX_SEED}.")
-        if not 0 < request.fps <= 240:
-            raise ValueError(f"fps {request.fps} is out of range; use more than 0, at most 240.")
-        if not 0 <= request.guidance <= MAX_GUIDANCE:
-            raise ValueError(
-                f"guidance {request.guidance} is out of range; use 0 to {MAX_GUIDANCE:g}, 1 is off."
-            )
-        _ = request.guide  # checks interval and rescale
-        sampler.num_evaluations(request.solver, 1)
-        times.schedule(request.schedule, request.steps, shift=request.shift)
+    @property
+    def _cell(self) -> tuple[int, int, int]:
+        """Frames, height and width in pixels that one token stands for."""
+        vae, patch = self.vae.config, self.dit.config.patch_size
+        space = vae.scale_factor_spatial
+        return vae.scale_factor_temporal * patch[0], space * patch[1], space * patch[2]
 
     def __call__(
         self,
         prompt: str,
         *,
+        image: Picture | None = None,
+        last_image: Picture | None = None,
         negative_prompt: str = "",
         size: tuple[int, int] | None = None,
         frames: int | None = None,
         fps: float | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_2: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float | None = None,
         shift: float | None = None,
@@ -246,7 +198,11 @@ class Pipeline:
         """One video of `prompt`; everything not given is the checkpoint's default.
 
         Args:
+          image: RGB picture that the video begins with, for checkpoints that take one; its
+            centre is cut to the video's aspect ratio.
+          last_image: picture that it ends with.
           size: (width, height) in pixels.
+          guidance_2: guidance of the second of two transformers; by default the same.
           guidance_interval: flow times (lo, hi) between which guidance acts; 1 is noise.
           guidance_rescale: in [0, 1]; against over-saturation at large scales.
           schedule: "wan" and "flow_match_euler" are diffusers', "linear" is even in t.
@@ -264,6 +220,7 @@ class Pipeline:
             fps=fps,
             steps=steps,
             guidance=guidance,
+            guidance_2=guidance_2,
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
             shift=shift,
@@ -271,12 +228,13 @@ class Pipeline:
             schedule=schedule,
             seed=seed,
         )
-        return self.run([request])[0]
+        return self.run([request], pictures=(image, last_image))[0]
 
     def run(
         self,
         requests: Sequence[Request],
         *,
+        pictures: Sequence[Picture | None] = (None, None),
         noise: Float[np.ndarray, "b f h w c"] | None = None,
         on_stage: OnStage | None = None,
         on_step: OnStep | None = None,
@@ -287,8 +245,12 @@ class Pipeline:
         Each video's noise depends on its own seed, not on its place in the batch; `noise` takes
         its place, so that two programs can start from the same.
 
+        Args:
+          pictures: the first and last frame of all of them, where the model takes any.
+
         Raises:
-          ValueError: requests that differ in more, or noise of another shape.
+          ValueError: requests that differ in more, pictures that the model does not take, or
+            noise of another shape.
         """
         shared = requests[0]
         for request in requests:
@@ -302,7 +264,8 @@ class Pipeline:
                 raise ValueError("requests of one batch may differ in prompts and seeds alone.")
         latents = self.noise(requests) if noise is None else self._given(noise, requests)
         clock = _Clock(on_stage)
-        guided = shared.guide.needs_uncond
+        guides = [shared.guide(expert) for expert in range(len(self.experts.parts))]
+        guided = any(guide.needs_uncond for guide in guides)
         text_emb, text_mask = self.encode_text(
             [r.prompt for r in requests], [r.negative_prompt for r in requests] if guided else []
         )
@@ -310,29 +273,72 @@ class Pipeline:
         if on_tensor is not None:
             shown = text_emb[: len(requests)] * text_mask[: len(requests), :, None]
             on_tensor("text_emb", np.asarray(shown))
-        init, step = self._step(
-            shared.steps, shared.shift, shared.solver, shared.schedule, shared.guide
-        )
-        state = init(latents)
+        given = self.conditions(shared, pictures, count=len(requests))
+        if pictures[0] is not None:
+            clock.stop("pictures", given)
+        table, told = times.schedule(shared.schedule, shared.steps, shift=shared.shift)
+        state = sampler.make_solver(lambda x, t: x, table, solver=shared.solver).init(latents)
         for i in range(shared.steps):
-            state = step(state, i, self.dit.params, text_emb, text_mask)
+            expert = self.experts.at(told[i])
+            step = self._step(
+                shared.steps, shared.shift, shared.solver, shared.schedule, guides[expert]
+            )
+            params = self.experts.params(expert)
+            state = step(state, i, params, text_emb, text_mask, given)
             if on_step is not None:
                 jax.block_until_ready(state.x)
                 on_step(i + 1, shared.steps)
-        clock.stop("denoise", state.x)
+        x = state.x
+        if given.clean is not None:
+            x = jnp.concatenate([given.clean, x[:, 1:]], axis=1)
+        clock.stop("denoise", x)
         if on_tensor is not None:
-            on_tensor("latents", np.asarray(state.x))
-        video = self.decode(state.x)
+            on_tensor("latents", np.asarray(x))
+        video = self.decode(x)
         clock.stop("decode", video)
         return [
             Video(
                 frames=frames,
                 fps=request.fps,
                 # Another batch size may round differently: it belongs to what made the video.
-                metadata=self.metadata(request) | {"batch_size": len(requests)},
+                metadata=self.metadata(request, pictures) | {"batch_size": len(requests)},
             )
             for frames, request in zip(to_bytes(video), requests, strict=True)
         ]
+
+    def conditions(
+        self, request: Request, pictures: Sequence[Picture | None], *, count: int = 1
+    ) -> Conditions:
+        """What the transformer sees of the (first, last) pictures, the same for `count` videos.
+
+        Raises:
+          ValueError: the model takes none, or needs another number.
+        """
+        conditions.check(self.way, self.dit.config, pictures)
+        if pictures[0] is None:
+            return Conditions()
+        shown = [p for p in pictures if p is not None]
+        fitted = [
+            None if p is None else conditions.fit(p, width=request.width, height=request.height)
+            for p in pictures
+        ]
+        channels = features = clean = None
+        if self.way == "clean":
+            clean = self._latents(self.vae.params, jnp.asarray(fitted[0])[None, None])
+        else:
+            video = conditions.condition_video(fitted, request.frames)
+            latents = self._latents(self.vae.params, jnp.asarray(video))
+            known = conditions.known_frames(request.frames, last=len(shown) == 2)
+            mask = conditions.mask_channels(known, temporal=self.vae.config.scale_factor_temporal)
+            mask = np.broadcast_to(mask[None, :, None, None], (*latents.shape[:-1], mask.shape[-1]))
+            channels = jnp.concatenate([jnp.asarray(mask), latents], axis=-1)
+        if self.dit.config.image_dim is not None:
+            size = self.image.config.image_size
+            pixels = np.stack([clip.preprocess(picture, size=size) for picture in shown])
+            rows = self._features(self.image.params, jnp.asarray(pixels))
+            features = rows.reshape(1, -1, rows.shape[-1])
+        repeat = lambda c: None if c is None else jnp.repeat(c, count, axis=0)  # noqa: E731
+        return Conditions(repeat(channels), repeat(features), repeat(clean))
 
     def encode_text(self, prompts: Sequence[str], negative: Sequence[str] = ()):
         """(text_emb "b l d", text_mask "b l") of prompts, negative ones after them."""
@@ -381,30 +387,40 @@ class Pipeline:
         schedule: str,
         guide: guidances.GuidanceConfig,
     ):
-        """(init, jitted step) of the solver; kept, so that a second video compiles nothing."""
+        """The jitted step of the solver; kept, so that a second video compiles nothing."""
         table, told = times.schedule(schedule, steps, shift=shift)
 
-        def bind(params, text_emb, text_mask):
-            dit = self.dit.module(params)
-
-            def velocity(x, t):
-                return dit(x, jnp.full(x.shape[:1], t), text_emb, text_mask=text_mask)
-
-            guided = guidances.guided_velocity(velocity, config=guide)
-            return sampler.make_solver(guided, table, solver=solver, model_times=told)
-
         @jax.jit
-        def step(state, i, params, text_emb, text_mask):
-            return bind(params, text_emb, text_mask).step(state, i)
+        def step(state, i, params, text_emb, text_mask, given):
+            velocity = conditions.conditioned(self.dit.module(params), text_emb, text_mask, given)
+            guided = guidances.guided_velocity(velocity, config=guide)
+            return sampler.make_solver(guided, table, solver=solver, model_times=told).step(
+                state, i
+            )
 
-        return sampler.make_solver(lambda x, t: x, table, solver=solver).init, step
+        return step
 
-    def metadata(self, request: Request) -> dict[str, Any]:
+    def metadata(
+        self, request: Request, pictures: Sequence[Picture | None] = (None, None)
+    ) -> dict[str, Any]:
         from sora_jax import __version__
 
         # A list, as JSON gives back what the files hold.
         interval = {"guidance_interval": list(request.guidance_interval)}
-        return dataclasses.asdict(request) | interval | self.info | {"sora_jax": __version__}
+        shown = {
+            f"{name}_sha256": picture_hash(picture)
+            for name, picture in zip(("image", "last_image"), pictures, strict=True)
+            if picture is not None
+        }
+        return (
+            dataclasses.asdict(request) | interval | shown | self.info | {"sora_jax": __version__}
+        )
+
+
+def picture_hash(picture: Picture) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a picture's pixels and size."""
+    data = f"{picture.shape}".encode() + np.ascontiguousarray(picture).tobytes()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 class _Clock:
@@ -413,19 +429,10 @@ class _Clock:
     def __init__(self, report: OnStage | None):
         self._report, self._begun = report, time.perf_counter()
 
-    def stop(self, name: str, result: jax.Array) -> None:
+    def stop(self, name: str, result: Any) -> None:
         if self._report is None:
             return
         jax.block_until_ready(result)
         now = time.perf_counter()
         self._report(name, now - self._begun)
         self._begun = now
-
-
-def nearest(value: int, step: int, *, offset: int = 0) -> str:
-    """The allowed values `offset + k * step` next to `value`, as words."""
-    first = offset if offset else step
-    below = offset + (value - offset) // step * step
-    if below < first:
-        return str(first)
-    return f"{below} or {below + step}"

@@ -1,0 +1,7 @@
+"""Prompts, and pictures, to videos: no flags, no files but the weights."""
+
+from sora_jax.generate.pipeline import Pipeline
+from sora_jax.generate.request import Request
+from sora_jax.generate.video import Video, to_bytes
+
+__all__ = ["Pipeline", "Request", "Video", "to_bytes"]

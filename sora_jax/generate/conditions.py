@@ -1,0 +1,142 @@
+"""Pictures that a video begins or ends with, as Wan's transformers take them.
+
+There are three ways, and a model has none, the third, the first, or the first two:
+
+- channels: beside the noise lie a mask of the frames that are given, and the latents of a video
+  that shows them and is grey elsewhere (Wan 2.1 I2V and FLF2V, 2.2 I2V-A14B);
+- features: cross-attention sees the pictures through CLIP's eyes (Wan 2.1);
+- clean: the first latent frame is the picture's own, and its time is 0 while the others' is t
+  (2.2 TI2V-5B).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
+
+from sora_jax.dit.config import DiTConfig
+from sora_jax.types import Latents, Velocity
+from sora_jax.vae.config import VAEConfig
+
+Picture = UInt8[np.ndarray, "H W 3"]
+
+
+class Conditions(NamedTuple):
+    """What a transformer sees beside noise, time and text; None where it takes none."""
+
+    channels: Float[Array, "b f h w m"] | None = None
+    features: Float[Array, "b i d_image"] | None = None
+    clean: Float[Array, "b 1 h w c"] | None = None
+
+
+def takes(dit: DiTConfig, vae: VAEConfig, *, expand_timesteps: bool) -> str:
+    """How a model takes pictures: "channels", "clean", or "" where it takes none.
+
+    Raises:
+      ValueError: the transformer's channels fit neither.
+    """
+    masked = vae.z_dim + vae.scale_factor_temporal
+    if dit.in_channels == vae.z_dim:
+        return "clean" if expand_timesteps else ""
+    if dit.in_channels == vae.z_dim + masked:
+        return "channels"
+    raise ValueError(
+        f"the transformer takes {dit.in_channels} channels; with this VAE of {vae.z_dim} it must "
+        f"be {vae.z_dim}, or {vae.z_dim + masked} for videos that begin with a picture."
+    )
+
+
+def check(way: str, dit: DiTConfig, pictures: Sequence[Any]) -> None:
+    """Raises ValueError unless a model that takes pictures that `way` can use (first, last)."""
+    first, last = (picture is not None for picture in pictures)
+    if last and not first:
+        raise ValueError("a last picture needs a first one; give image (--image) too.")
+    if first and not way:
+        raise ValueError(
+            "this model makes videos from text alone; leave out the picture, or use an "
+            "image-to-video checkpoint."
+        )
+    if way == "channels" and not first:
+        raise ValueError("this model animates a picture; give image (--image).")
+    if last and way == "clean":
+        raise ValueError("this model takes a first picture alone; leave out the last one.")
+    if dit.image_dim is not None and last != (dit.image_positions is not None):
+        raise ValueError(
+            "this model was trained "
+            + ("on one picture; leave out the last one." if last else "on a first and a last ")
+            + ("" if last else "picture; give last_image (--last-image) too.")
+        )
+
+
+def fit(picture: Picture, *, width: int, height: int) -> Float[np.ndarray, "height width 3"]:
+    """`picture` in [-1, 1], its centre cut to the aspect ratio and resampled (Lanczos)."""
+    from PIL import Image
+
+    size = picture.shape[:2]
+    scale = min(size[0] / height, size[1] / width)
+    cut = [max(1, round(side * scale)) for side in (height, width)]
+    top, left = ((have - want) // 2 for have, want in zip(size, cut, strict=True))
+    image = Image.fromarray(picture[top : top + cut[0], left : left + cut[1]])
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(image, np.float32) / 127.5 - 1
+
+
+def known_frames(frames: int, *, last: bool) -> Bool[np.ndarray, " F"]:
+    """Which frames of a video are given."""
+    known = np.zeros(frames, bool)
+    known[0] = True
+    known[-1] |= last
+    return known
+
+
+def mask_channels(
+    known: Bool[np.ndarray, " F"], *, temporal: int
+) -> Float[np.ndarray, "f temporal"]:
+    """The mask of a latent frame: one channel for each video frame in it.
+
+    The first latent frame is one video frame, which fills all of its channels.
+    """
+    spread = np.concatenate([np.repeat(known[:1], temporal), known[1:]])
+    return spread.reshape(-1, temporal).astype(np.float32)
+
+
+def condition_video(
+    pictures: Sequence[Float[np.ndarray, "H W 3"] | None], frames: int
+) -> Float[np.ndarray, "1 F H W 3"]:
+    """The pictures where they stand in the video, and grey (0) elsewhere."""
+    first, last = pictures
+    video = np.zeros((1, frames, *first.shape), np.float32)
+    video[0, 0] = first
+    if last is not None:
+        video[0, -1] = last
+    return video
+
+
+def conditioned(dit, text_emb: jax.Array, text_mask: jax.Array, conditions: Conditions) -> Velocity:
+    """The transformer as velocity(x, t) over 1 or 2 times the batch that `conditions` are for."""
+
+    def velocity(x: Latents, t: Float[Array, ""]) -> Latents:
+        repeats = x.shape[0] // next((len(c) for c in conditions if c is not None), x.shape[0])
+        channels, features, clean = (
+            None if c is None else jnp.concatenate([c] * repeats) for c in conditions
+        )
+        time = jnp.full(x.shape[:1], t)
+        if clean is not None:
+            x = jnp.concatenate([clean, x[:, 1:]], axis=1)
+            _, f, h, w, _ = x.shape
+            grid = [n // p for n, p in zip((f, h, w), dit.config.patch_size, strict=True)]
+            moving = jnp.arange(grid[0]) > 0
+            time = jnp.broadcast_to(
+                jnp.where(moving, t, 0.0)[None, :, None, None], (x.shape[0], *grid)
+            )
+        if channels is not None:
+            x = jnp.concatenate([x, channels], axis=-1)
+        # Guidance may be off for one of two transformers: then the prompts' rows are the first.
+        rows = slice(x.shape[0])
+        return dit(x, time, text_emb[rows], text_mask=text_mask[rows], image_emb=features)
+
+    return velocity

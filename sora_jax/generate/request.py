@@ -1,0 +1,89 @@
+"""What decides a video, and whether a checkpoint can make it."""
+
+import dataclasses
+
+from sora_jax.diffusion import guidance as guidances
+from sora_jax.diffusion import sampler, times
+
+MAX_SEED = 2**32 - 1
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Everything that decides a video, pictures apart; what `Pipeline.request` makes.
+
+    `guidance_2` is the scale for the second transformer, of little noise, in models with two.
+    """
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    frames: int
+    fps: float
+    steps: int
+    guidance: float
+    guidance_2: float
+    guidance_interval: tuple[float, float]
+    guidance_rescale: float
+    shift: float
+    solver: str
+    schedule: str
+    seed: int
+
+    def guide(self, expert: int = 0) -> guidances.GuidanceConfig:
+        """Guidance while transformer number `expert` denoises."""
+        return guidances.GuidanceConfig(
+            scale=(self.guidance, self.guidance_2)[expert],
+            interval=self.guidance_interval,
+            rescale=self.guidance_rescale,
+        )
+
+
+def check(request: Request, *, cell: tuple[int, int, int]) -> None:
+    """Raises ValueError, in one line, for a request that no model can make, or not this one.
+
+    Args:
+      cell: frames, height and width in pixels that one token stands for.
+    """
+    if not request.prompt.strip():
+        raise ValueError("the prompt is empty; describe the video in a sentence.")
+    for name, value, step in (
+        ("width", request.width, cell[2]),
+        ("height", request.height, cell[1]),
+    ):
+        if value < step or value % step:
+            raise ValueError(
+                f"size {request.width}x{request.height}: {name} {value} is not a multiple of "
+                f"{step}; use {nearest(value, step)}."
+            )
+    if request.frames < 1 or (request.frames - 1) % cell[0]:
+        raise ValueError(
+            f"frames {request.frames} is not 1 + a multiple of {cell[0]}; use "
+            f"{nearest(request.frames, cell[0], offset=1)}."
+        )
+    if not 1 <= request.steps <= MAX_STEPS:
+        raise ValueError(f"steps {request.steps} is out of range; use 1 to {MAX_STEPS}.")
+    if not 0 <= request.seed <= MAX_SEED:
+        raise ValueError(f"seed {request.seed} is out of range; use 0 to {MAX_SEED}.")
+    if not 0 < request.fps <= 240:
+        raise ValueError(f"fps {request.fps} is out of range; use more than 0, at most 240.")
+    for scale in (request.guidance, request.guidance_2):
+        if not 0 <= scale <= MAX_GUIDANCE:
+            raise ValueError(
+                f"guidance {scale} is out of range; use 0 to {MAX_GUIDANCE:g}, 1 is off."
+            )
+    _ = request.guide()  # checks interval and rescale
+    sampler.num_evaluations(request.solver, 1)
+    times.schedule(request.schedule, request.steps, shift=request.shift)
+
+
+def nearest(value: int, step: int, *, offset: int = 0) -> str:
+    """The allowed values `offset + k * step` next to `value`, as words."""
+    first = offset if offset else step
+    below = offset + (value - offset) // step * step
+    if below < first:
+        return str(first)
+    return f"{below} or {below + step}"

@@ -1,0 +1,61 @@
+"""A video that was made: frames, and all that made them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from sora_jax.convert import folder
+
+
+def to_bytes(video: Float[Array, "*b F H W 3"]) -> UInt8[np.ndarray, "*b F H W 3"]:
+    """[-1, 1] to 0..255, rounded."""
+    return np.asarray(jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5).astype(jnp.uint8))
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """Frames with what made them.
+
+    Attributes:
+      frames: uint8 (F, H, W, 3), RGB.
+      fps: frames a second.
+      metadata: prompt, seed, settings, checkpoint hash and version: enough to make it again.
+    """
+
+    frames: UInt8[np.ndarray, "F H W 3"]
+    fps: float
+    metadata: dict[str, Any]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes .mp4, .webm, .gif, .webp or .png, and the metadata inside and beside it."""
+        from sora_jax import video_io
+
+        path = Path(path)
+        video_io.check_output_path(path)
+        written = video_io.write_video(path, self.frames, fps=self.fps, metadata=self.metadata)
+        folder.write_json(path.with_suffix(".json"), self.metadata)
+        return written
+
+    def _repr_html_(self) -> str:
+        """A looping player for notebooks, the video inside the page."""
+        import base64
+        import html
+        import tempfile
+
+        from sora_jax import video_io
+
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "video.mp4"
+            scale = max(1, 256 // self.frames.shape[2])
+            large = self.frames.repeat(scale, axis=1).repeat(scale, axis=2)
+            video_io.write_video(path, large, fps=self.fps)
+            data = base64.b64encode(path.read_bytes()).decode()
+        title = html.escape(str(self.metadata.get("prompt", "")), quote=True)
+        return (
+            f'<video controls loop autoplay muted playsinline title="{title}" '
+            f'src="data:video/mp4;base64,{data}"></video>'
+        )

@@ -1,0 +1,1 @@
+"""The image encoder whose features some transformers attend to."""
