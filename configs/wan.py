@@ -1,7 +1,7 @@
 """The published Wan models at full size, for fine-tuning, planning and conversion.
 
 sora-jax train --config configs/wan.py:t2v_1.3b --config.init_from=DIR --workdir runs/wan \
-    --config.vae_checkpoint=DIR --config.data.path=CLIPS
+    --config.vae_checkpoint=DIR --config.tokenizer=DIR/tokenizer --config.data.path=CLIPS
 
 Variants: full (the first) and smoke; t2v_1.3b, t2v_14b, i2v_14b, flf2v_14b (Wan 2.1); ti2v_5b,
 t2v_a14b, i2v_a14b (2.2; each expert of the last two has these sizes). Training is text to video:
@@ -44,7 +44,7 @@ def get_config(arg: str = "full"):
         c.data.update(width=1280, height=704, frames=121, fps=24.0)
     shift = SHIFT.get(arg, 5.0)
     c.diffusion.shift.update(shift_lo=shift, shift_hi=shift)
-    c.optim.update(peak_lr=1e-5, weight_decay=0.01)
+    c.optim.update(peak_lr=1e-5, weight_decay=0.01, freeze=("text",))
     c.sample.update(steps=50, guidance=5.0, prompts=("a cat walks on the grass, realistic",))
     if smoke:  # the 1.3B's shape in small, on a VAE given as for the others
         c.num_steps, c.batch_size = 4, 8

@@ -62,6 +62,10 @@ def _add_sample(commands) -> None:
         help="merge a LoRA file into the transformer; may be given several times",
     )
     sample.add_argument("--out", required=True, metavar="FILE", help=".mp4 .webm .gif .webp .png")
+    sample.add_argument(
+        "--image", metavar="FILE", help="picture the video begins with (image-to-video models)"
+    )
+    sample.add_argument("--last-image", metavar="FILE", help="picture that it ends with")
     sample.add_argument("--negative-prompt", metavar="TEXT", help="what to stay away from")
     sample.add_argument("--size", metavar="WxH", help="pixels, for example 64x64")
     sample.add_argument("--frames", type=int, metavar="N", help="1 makes a picture")
@@ -69,6 +73,12 @@ def _add_sample(commands) -> None:
     sample.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     sample.add_argument(
         "--guidance", type=float, metavar="SCALE", help="how closely to follow the prompt; 1 is off"
+    )
+    sample.add_argument(
+        "--guidance-2",
+        type=float,
+        metavar="SCALE",
+        help="of the second of two transformers (Wan 2.2 A14B); by default the same",
     )
     sample.add_argument(
         "--guidance-interval",
@@ -83,6 +93,11 @@ def _add_sample(commands) -> None:
     sample.add_argument("--shift", type=float, help="moves steps towards noise (larger videos)")
     sample.add_argument("--solver", help="unipc, dpmpp_2m, ab2, heun or euler")
     sample.add_argument("--schedule", help="of the steps: wan, flow_match_euler or linear")
+    sample.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of weights and matrix products (default: float32); bfloat16 takes half the memory",
+    )
     sample.add_argument("--seed", type=int, help="another seed, another video (default: 0)")
     sample.add_argument(
         "--batch", type=int, default=1, metavar="N", help="videos a prompt, with seeds from --seed"
@@ -148,13 +163,16 @@ def _add_convert(commands) -> None:
     bring = _command(
         actions, "import", _export, "Write a checkpoint of another layout as a diffusers folder."
     )
-    bring.set_defaults(to="diffusers", weights="ema")
+    bring.set_defaults(to="diffusers", weights="ema", size=None, frames=None)
     export.add_argument(
         "--to",
         default="diffusers",
-        choices=("diffusers", "wan"),
-        help="diffusers: a pipeline folder; wan: single files with official names (ComfyUI)",
+        choices=("diffusers", "wan", "stablehlo"),
+        help="diffusers: a pipeline folder; wan: single files with official names (ComfyUI); "
+        "stablehlo: programs and weights that run without this package",
     )
+    export.add_argument("--size", metavar="WxH", help="of the videos that stablehlo programs make")
+    export.add_argument("--frames", type=int, metavar="N", help="the same")
     export.add_argument("--weights", default="ema", choices=("ema", "raw"), help="of a run")
     for command in (export, bring):
         command.add_argument(
@@ -211,6 +229,7 @@ def _info(args) -> None:
 
 
 def _export(args) -> None:
+    from sora_jax import sample_command
     from sora_jax.train.export import export, parse_bytes
 
     written = export(
@@ -220,6 +239,8 @@ def _export(args) -> None:
         weights=args.weights,
         dtype=args.dtype,
         max_shard_size=parse_bytes(args.max_shard_size),
+        size=sample_command.parse_size(args.size),
+        frames=args.frames,
     )
     print(written)
 

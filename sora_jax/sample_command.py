@@ -12,13 +12,15 @@ import sora_jax
 from sora_jax import video_io
 from sora_jax.convert import folder
 from sora_jax.generate import Pipeline, Request, Video
+from sora_jax.generate.pipeline import picture_hash
 from sora_jax.progress import Progress
 
 AT_ONCE = 8  # videos denoised together at most
 _NAMES = (
-    *("negative_prompt", "frames", "fps", "steps", "guidance", "guidance_interval"),
-    *("guidance_rescale", "shift", "solver", "schedule"),
+    *("negative_prompt", "frames", "fps", "steps", "guidance", "guidance_2"),
+    *("guidance_interval", "guidance_rescale", "shift", "solver", "schedule"),
 )
+_PICTURES = ("image", "last_image")
 
 
 def run(args: Namespace) -> list[Path]:
@@ -35,14 +37,16 @@ def run(args: Namespace) -> list[Path]:
     for path in arrays.values():
         video_io.check_output_path(path, allowed=(".npy",))
     noise = None if args.noise is None else _read_noise(Path(args.noise))
+    pictures = [_read_picture(getattr(args, name)) for name in _PICTURES]
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: use 1 or more.")
     again = _read_metadata(Path(args.again)) if args.again else {}
     if again:
-        _check_again(args, again, noise)
+        _check_again(args, again, noise, pictures)
     prompts = [again["prompt"]] if again else _prompts(args)
     console = Console(stderr=True, highlight=False)
-    pipe = sora_jax.load(args.checkpoint, loras=args.lora)
+    dtype = args.dtype or again.get("dtype", "float32")
+    pipe = sora_jax.load(args.checkpoint, loras=args.lora, dtype=dtype)
     if again and again["checkpoint_sha256"] != pipe.info["checkpoint_sha256"]:
         raise ValueError(
             f"{args.again} was made by checkpoint {again['checkpoint_sha256']}, "
@@ -55,7 +59,7 @@ def run(args: Namespace) -> list[Path]:
         )
     settings = {name: getattr(args, name) for name in _NAMES} | {"size": parse_size(args.size)}
     if again:
-        settings = {name: again[name] for name in _NAMES}
+        settings = {name: again.get(name) for name in _NAMES}
         settings["size"] = (again["width"], again["height"])
     first_seed = again.get("seed", args.seed or 0)
     requests = [
@@ -75,7 +79,13 @@ def run(args: Namespace) -> list[Path]:
         chunk = requests[start : start + together]
         tensors: dict[str, np.ndarray] = {}
         videos = _denoise(
-            pipe, chunk, together, console, noise=noise, on_tensor=tensors.__setitem__
+            pipe,
+            chunk,
+            together,
+            console,
+            noise=noise,
+            pictures=pictures,
+            on_tensor=tensors.__setitem__,
         )
         clock = time.perf_counter()
         if noise is not None:
@@ -110,10 +120,16 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
-def _check_again(args: Namespace, again: dict, noise: np.ndarray | None) -> None:
+def _check_again(
+    args: Namespace,
+    again: dict,
+    noise: np.ndarray | None,
+    pictures: list[np.ndarray | None],
+) -> None:
     """Raises ValueError for anything that would make another video than the recorded one."""
     given = [name for name in (*_NAMES, "size") if getattr(args, name) is not None]
     given += ["seed"] * (args.seed is not None) + ["batch"] * (args.batch != 1)
+    given += ["dtype"] * (args.dtype is not None)
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"--again takes all settings from {args.again}; leave out {flags}.")
@@ -123,6 +139,12 @@ def _check_again(args: Namespace, again: dict, noise: np.ndarray | None) -> None
             f"from a noise file ({wanted}); give it with" if wanted else "from its seed; leave out"
         )
         raise ValueError(f"{args.again} was made {how} --noise.")
+    for name, picture in zip(_PICTURES, pictures, strict=True):
+        made_from = again.get(f"{name}_sha256")
+        if made_from != (None if picture is None else picture_hash(picture)):
+            flag = f"--{name.replace('_', '-')}"
+            how = f"from picture {made_from}; give it with" if made_from else "without; leave out"
+            raise ValueError(f"{args.again} was made {how} {flag}.")
     if noise is not None and len(noise) > 1:
         raise ValueError(
             f"{args.again} is one of {len(noise)} videos made together from one noise file; give "
@@ -149,6 +171,13 @@ def _read_noise(path: Path) -> np.ndarray:
     return noise[None] if noise.ndim == 4 else noise
 
 
+def _read_picture(path: str | None) -> np.ndarray | None:
+    """The picture in a file, or the first frame of a video, as RGB."""
+    if path is None:
+        return None
+    return video_io.read_video(path, num_frames=1).frames[0]
+
+
 def _denoise(
     pipe: Pipeline, chunk: list[Request], together: int, console: Console, **options
 ) -> list[Video]:
@@ -158,7 +187,7 @@ def _denoise(
         videos = pipe.run(
             full,
             on_stage=lambda name, seconds: _line(console, name, seconds),
-            on_step=lambda step, _: progress.update(step),
+            on_step=lambda step, *_: progress.update(step),
             **options,
         )
     return videos[: len(chunk)]
@@ -201,7 +230,7 @@ def _cut(pipe: Pipeline, prompt: str, console: Console) -> str:
 
 def _read_metadata(path: Path) -> dict:
     metadata = folder.read_json(path) if path.suffix == ".json" else video_io.read_metadata(path)
-    needed = {"prompt", "seed", "width", "height", "checkpoint_sha256", *_NAMES}
+    needed = {"prompt", "seed", "width", "height", "checkpoint_sha256", *_NAMES} - {"guidance_2"}
     if missing := needed - set(metadata):
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; give a video made here.")
     return metadata

@@ -11,7 +11,7 @@ import re
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 ROOT = pathlib.Path(__file__).parent.parent
 OUT = ROOT / "tests/goldens/wan_keys.json"
@@ -58,12 +58,21 @@ UMT5_XXL = {
     "feed_forward_proj": "gated-gelu",
 }
 
+VIT_H = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+}
 
-def summary(model: torch.nn.Module) -> dict:
+
+def summary(model: torch.nn.Module, *, prefix: str = "") -> dict:
     """Keys with the number of a block as *, how many tensors there are, and of how many values."""
     state = model.state_dict()
     keys = {
-        re.sub(r"^((?:encoder\.)?blocks?)\.\d+\.", r"\1.*.", k): list(v.shape)
+        prefix + re.sub(r"^((?:encoder\.)?(?:blocks?|layers))\.\d+\.", r"\1.*.", k): list(v.shape)
         for k, v in state.items()
     }
     return {
@@ -78,7 +87,10 @@ def main():
         models = {name: WanTransformer3DModel(**c) for name, c in TRANSFORMERS.items()}
         models |= {name: AutoencoderKLWan(**c) for name, c in VAES.items()}
         models["umt5_xxl"] = UMT5EncoderModel(UMT5Config(**UMT5_XXL))
+        image = CLIPVisionModel(CLIPVisionConfig(**VIT_H))
     result = {name: summary(model) for name, model in models.items()}
+    # Published files have the prefix, which transformers 5 leaves out.
+    result["clip_vit_h"] = summary(image, prefix="vision_model.")
     OUT.write_text(json.dumps(result, separators=(",", ":")).replace('},"', '},\n"') + "\n")
     for name, entry in result.items():
         print(f"{name}: {entry['tensors']} tensors, {entry['parameters']:,} parameters")

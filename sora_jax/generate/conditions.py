@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
+from sora_jax import video_io
+from sora_jax.dit import patchify
 from sora_jax.dit.config import DiTConfig
 from sora_jax.types import Latents, Velocity
 from sora_jax.vae.config import VAEConfig
@@ -72,17 +74,8 @@ def check(way: str, dit: DiTConfig, pictures: Sequence[Any]) -> None:
 
 
 def fit(picture: Picture, *, width: int, height: int) -> Float[np.ndarray, "height width 3"]:
-    """`picture` in [-1, 1], its centre cut to the aspect ratio and resampled (Lanczos)."""
-    from PIL import Image
-
-    size = picture.shape[:2]
-    scale = min(size[0] / height, size[1] / width)
-    cut = [max(1, round(side * scale)) for side in (height, width)]
-    top, left = ((have - want) // 2 for have, want in zip(size, cut, strict=True))
-    image = Image.fromarray(picture[top : top + cut[0], left : left + cut[1]])
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(image, np.float32) / 127.5 - 1
+    """`picture` in [-1, 1], its centre cut to the aspect ratio and resized."""
+    return video_io.fit(picture, (height, width)).astype(np.float32) / 127.5 - 1
 
 
 def known_frames(frames: int, *, last: bool) -> Bool[np.ndarray, " F"]:
@@ -127,12 +120,9 @@ def conditioned(dit, text_emb: jax.Array, text_mask: jax.Array, conditions: Cond
         time = jnp.full(x.shape[:1], t)
         if clean is not None:
             x = jnp.concatenate([clean, x[:, 1:]], axis=1)
-            _, f, h, w, _ = x.shape
-            grid = [n // p for n, p in zip((f, h, w), dit.config.patch_size, strict=True)]
-            moving = jnp.arange(grid[0]) > 0
-            time = jnp.broadcast_to(
-                jnp.where(moving, t, 0.0)[None, :, None, None], (x.shape[0], *grid)
-            )
+            grid = patchify.grid(*x.shape[1:4], patch_size=dit.config.patch_size)
+            by_frame = jnp.where(jnp.arange(grid[0]) > 0, t, 0.0)
+            time = jnp.broadcast_to(by_frame[None, :, None, None], (x.shape[0], *grid))
         if channels is not None:
             x = jnp.concatenate([x, channels], axis=-1)
         # Guidance may be off for one of two transformers: then the prompts' rows are the first.

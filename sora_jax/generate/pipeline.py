@@ -32,8 +32,8 @@ from sora_jax.text.tokenizer import load_tokenizer
 
 # Called with the name of a stage and its seconds when it is over.
 OnStage = Callable[[str, float], None]
-# Called with the number of denoising steps done and their total.
-OnStep = Callable[[int, int], None]
+# Called with the number of denoising steps done, their total, and the noisy latents.
+OnStep = Callable[[int, int, jax.Array], None]
 # Called with "text_emb" (padding rows zero) and then "latents" (denoised, normalised).
 OnTensor = Callable[[str, np.ndarray], None]
 
@@ -287,7 +287,7 @@ class Pipeline:
             state = step(state, i, params, text_emb, text_mask, given)
             if on_step is not None:
                 jax.block_until_ready(state.x)
-                on_step(i + 1, shared.steps)
+                on_step(i + 1, shared.steps, state.x)
         x = state.x
         if given.clean is not None:
             x = jnp.concatenate([given.clean, x[:, 1:]], axis=1)

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 import sora_jax
 from sora_jax.checkpoint import Checkpointer
-from sora_jax.convert import folder, rewrite
+from sora_jax.convert import folder, rewrite, stablehlo
 from sora_jax.convert.folder import SamplingDefaults
 from sora_jax.data import loader as loaders
 from sora_jax.data import sources
@@ -25,6 +26,7 @@ from sora_jax.train.loop import STAGES
 from sora_jax.train.vae_stage import to_float
 
 WEIGHTS = ("ema", "raw")
+TARGETS = (*rewrite.TARGETS, "stablehlo")
 _DIFFUSERS_VERSION = "0.35.0"
 STATISTICS_CLIPS = 256  # clips that the latents' mean and standard deviation are measured on
 
@@ -37,6 +39,8 @@ def export(
     weights: str = "ema",
     dtype: str = "float32",
     max_shard_size: int | None = None,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> Path:
     """Writes a training run, or an inference checkpoint in any layout, as the folder `out`.
 
@@ -45,23 +49,30 @@ def export(
 
     Args:
       source: workdir of a run, or what `folder.find_component` reads.
-      to: "diffusers", or "wan": single files with the official names, as ComfyUI reads them.
+      to: "diffusers"; "wan": single files with the official names, as ComfyUI reads them; or
+        "stablehlo": programs and weights for other runtimes, see `convert.stablehlo`.
       weights: of a run, "ema" or "raw".
       dtype: of the stored tensors, "float32", "bfloat16" or "float16".
       max_shard_size: bytes of one file, with "diffusers".
+      size: (width, height) in pixels that the programs of "stablehlo" are for; by default the
+        checkpoint's own, as are `frames`.
 
     Raises:
       ValueError: `source` holds no checkpoint, or an unknown choice; nothing is written then.
     """
-    for name, value, allowed in (("weights", weights, WEIGHTS), ("to", to, rewrite.TARGETS)):
+    for name, value, allowed in (("weights", weights, WEIGHTS), ("to", to, TARGETS)):
         if value not in allowed:
             raise ValueError(f"{name} {value!r} is unknown; use {' or '.join(allowed)}.")
     if max_shard_size is not None and to != "diffusers":
-        raise ValueError("max_shard_size is for --to diffusers; official names come as one file.")
+        raise ValueError("max_shard_size is for --to diffusers; others come as one file.")
+    if to != "stablehlo" and (size or frames):
+        raise ValueError("size and frames are for --to stablehlo; weights serve any.")
     out = Path(out)
     source = sora_jax.checkpoint_path(source)
     if out.resolve() == source.resolve() or out.is_file():
         raise ValueError(f"out {out} is the source, or a file; name another folder.")
+    if to == "stablehlo":
+        return _write_stablehlo(source, out, weights=weights, dtype=dtype, size=size, frames=frames)
     if (source / "checkpoints").is_dir():
         parts, config, step = run_parts(source, weights)
         finish = functools.partial(_finish_run, config=config, weights=weights, step=step)
@@ -74,6 +85,13 @@ def export(
     rewrite.write_diffusers(out, parts, dtype=dtype, max_shard_size=max_shard_size)
     finish(out)
     return out
+
+
+def _write_stablehlo(source: Path, out: Path, *, weights: str, **options) -> Path:
+    if not (source / "checkpoints").is_dir():
+        return stablehlo.write(source, out, **options)
+    with tempfile.TemporaryDirectory(dir=source) as temporary:
+        return stablehlo.write(export(source, temporary, weights=weights), out, **options)
 
 
 def parse_bytes(text: str | None) -> int | None:

@@ -76,7 +76,7 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
             make = jax.jit(init, out_shardings=placement, compiler_options=init_options())
             with sharding.use_mesh(mesh):
                 state = make(jax.random.key(config.seed))
-            state = start_from(config, stage, state, placement)
+            state = start_from(config, stage, state, placement, mesh=mesh)
         else:
             state, position, _ = checkpointer.restore(shapes, placement)
             loader.set_state(position)
@@ -169,14 +169,14 @@ def make_loader(config, stage, mesh):
     )
 
 
-def start_from(config, stage, state, placement):
+def start_from(config, stage, state, placement, *, mesh):
     """`state` with the weights of the inference folder `config.init_from`, if there is one."""
     if not config.init_from:
         return state
     from sora_jax.convert import folder
 
     source = checkpoint_path(config.init_from)
-    params = {name: folder.load_component(source, name)[2] for name in stage.components}
+    params = {name: folder.load_component(source, name, mesh=mesh)[2] for name in stage.components}
     wanted = _shapes({name: state.params[name] for name in stage.components})
     given = _shapes(params)
     differ = [path for path in given | wanted if given.get(path) != wanted.get(path)]

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # for `configs`, which is no
 
 from configs import wan
 from sora_jax.convert import folder, names
+from sora_jax.image.clip import CLIPVisionConfig
 from sora_jax.text.t5 import T5Config
 from sora_jax.train.dit_stage import dit_config
 from sora_jax.vae.config import VAEConfig
@@ -63,6 +64,10 @@ def test_text_encoder():
     config = T5Config(**wan.get_config().text.to_dict())
     check("text", config, KEYS["umt5_xxl"])
     assert KEYS["umt5_xxl"]["tensors"] == 243
+
+
+def test_image_encoder():
+    check("image", CLIPVisionConfig(), KEYS["clip_vit_h"])
 
 
 def test_an_unknown_variant_is_told():

@@ -1,0 +1,209 @@
+"""Pictures and experts: what a model takes, what it refuses, and that what it takes is used."""
+
+import dataclasses
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sora_jax
+from sora_jax import cli, video_io
+from sora_jax.convert import folder
+from sora_jax.convert.recognize import recognize
+from sora_jax.convert.weights import open_weights
+from sora_jax.dit.config import DiTConfig
+from sora_jax.generate import conditions
+from sora_jax.generate.experts import Experts, Part
+from sora_jax.image.clip import CLIPVisionConfig
+
+RED = np.full((16, 16, 3), (250, 10, 10), np.uint8)
+BLUE = np.full((16, 16, 3), (10, 10, 250), np.uint8)
+
+
+def variant(source, target, *, index=None, parts=()):
+    """A copy of folder `source` with changed keys of its index and components added or replaced."""
+    import jax
+
+    shutil.copytree(source, target)
+    changed = folder.read_json(target / "model_index.json") | (index or {})
+    for name, config in parts:
+        _, abstract = folder.abstract_params(name, config)
+        rng = np.random.default_rng(len(name))
+        params = jax.tree.map(
+            lambda leaf, rng=rng: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32),
+            abstract,
+        )
+        folder.save_component(target, name, config, params)
+        changed[folder.COMPONENTS[name].folder] = ["some", "class"]
+    folder.write_json(target / "model_index.json", changed)
+    return target
+
+
+@pytest.fixture(scope="module")
+def image_folder(pipeline_folder, tmp_path_factory):
+    """The tiny model as Wan's I2V 14B is: masks and latents as channels, CLIP's features."""
+    dit = dataclasses.replace(
+        folder.read_config(pipeline_folder, "dit"), in_channels=4 + 2 + 4, image_dim=8
+    )
+    tower = CLIPVisionConfig(width=8, mlp_dim=12, depth=2, num_heads=2, image_size=8, patch_size=4)
+    target = tmp_path_factory.mktemp("image") / "i2v"
+    return variant(pipeline_folder, target, parts=[("dit", dit), ("image", tower)])
+
+
+@pytest.fixture(scope="module")
+def clean_folder(pipeline_folder, tmp_path_factory):
+    target = tmp_path_factory.mktemp("clean") / "ti2v"
+    return variant(pipeline_folder, target, index={"expand_timesteps": True})
+
+
+def test_masks_mark_the_given_frames_in_every_channel_of_the_first():
+    known = conditions.known_frames(9, last=True)
+    mask = conditions.mask_channels(known, temporal=4)
+    np.testing.assert_array_equal(mask, [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
+    alone = conditions.mask_channels(conditions.known_frames(5, last=False), temporal=4)
+    np.testing.assert_array_equal(alone, [[1, 1, 1, 1], [0, 0, 0, 0]])
+
+
+def test_a_picture_is_cut_to_the_shape_of_the_video():
+    wide = np.concatenate([RED, BLUE, RED], axis=1)
+    np.testing.assert_allclose(
+        conditions.fit(wide, width=16, height=16), BLUE.astype(np.float32) / 127.5 - 1, atol=1e-6
+    )
+    video = conditions.condition_video([np.ones((4, 4, 3), np.float32), None], 3)
+    assert video.shape == (1, 3, 4, 4, 3) and video[0, 0].min() == 1 and not video[0, 1:].any()
+
+
+def test_another_picture_makes_another_video_by_either_road(image_folder):
+    pipe = sora_jax.load(image_folder)
+    request = pipe.request("a ball", steps=1)
+    red, blue = (pipe.conditions(request, (picture, None)) for picture in (RED, BLUE))
+    assert red.channels.shape == (1, 3, 4, 4, 2 + 4) and red.features.shape == (1, 5, 8)
+    assert (red.channels != blue.channels).any() and (red.features != blue.features).any()
+    frames = pipe("a ball", steps=1, image=RED).frames
+    assert (pipe("a ball", steps=1, image=BLUE).frames != frames).any()
+    two = pipe.conditions(request, (RED, None), count=2)
+    np.testing.assert_array_equal(two.channels[1], red.channels[0])
+
+
+def test_a_clean_first_frame_stays_what_it_was(clean_folder):
+    pipe = sora_jax.load(clean_folder)
+    seen = {}
+    request = pipe.request("a ball", steps=2)
+    pipe.run([request], pictures=(RED, None), on_tensor=seen.__setitem__)
+    given = pipe.conditions(request, (RED, None)).clean
+    np.testing.assert_array_equal(seen["latents"][:, :1], given)
+    with_text_alone = pipe("a ball", steps=2).frames
+    assert (pipe("a ball", steps=2, image=RED).frames != with_text_alone).any()
+
+
+@pytest.mark.parametrize(
+    ("way", "changes", "pictures", "message"),
+    [
+        ("", {}, (RED, None), "makes videos from text alone"),
+        ("channels", {}, (None, None), "animates a picture"),
+        ("channels", {}, (None, RED), "needs a first one"),
+        ("clean", {}, (RED, RED), "a first picture alone"),
+        ("channels", {"image_dim": 8}, (RED, RED), "trained on one picture"),
+        ("channels", {"image_dim": 8, "image_positions": 10}, (RED, None), "a first and a last"),
+    ],
+)
+def test_pictures_that_a_model_does_not_take_are_refused(way, changes, pictures, message):
+    with pytest.raises(ValueError, match=message):
+        conditions.check(way, DiTConfig(**changes), pictures)
+
+
+def test_channels_that_fit_no_family_are_refused(pipeline_folder, tmp_path):
+    dit = dataclasses.replace(folder.read_config(pipeline_folder, "dit"), in_channels=7)
+    odd = variant(pipeline_folder, tmp_path / "odd", parts=[("dit", dit)])
+    with pytest.raises(
+        ValueError, match="takes 7 channels; with this VAE of 4 it must be 4, or 10"
+    ):
+        sora_jax.load(odd)
+
+
+def test_two_experts_share_a_video_at_the_boundary(pipeline_folder, tmp_path):
+    dit = folder.read_config(pipeline_folder, "dit")
+    two = variant(
+        pipeline_folder, tmp_path / "two", index={"boundary_ratio": 0.5}, parts=[("dit_2", dit)]
+    )
+    both, alone = sora_jax.load(two), sora_jax.load(pipeline_folder)
+    steps = {"both": [], "alone": []}
+    for name, pipe in (("both", both), ("alone", alone)):
+        request = pipe.request("a ball", steps=4, schedule="linear", solver="euler", shift=1.0)
+        pipe.run([request], on_step=lambda i, n, x, n_=name: steps[n_].append(np.asarray(x)))
+    same = [np.allclose(a, b, atol=1e-5) for a, b in zip(*steps.values(), strict=True)]
+    assert same == [True, True, True, False]  # t = 1, .75, .5, .25
+    request = both.request("a ball", guidance=3.0, guidance_2=4.0)
+    assert (request.guide(0).scale, request.guide(1).scale) == (3.0, 4.0)
+    with pytest.raises(ValueError, match=r"guidance_2 4\.0 is for models with two"):
+        alone.request("a ball", guidance=3.0, guidance_2=4.0)
+
+
+def test_a_boundary_needs_two_experts_and_two_experts_a_boundary(pipeline_folder, tmp_path):
+    one = variant(pipeline_folder, tmp_path / "one", index={"boundary_ratio": 0.9})
+    with pytest.raises(ValueError, match=r"boundary_ratio 0\.9, and transformer_2 is not there"):
+        sora_jax.load(one)
+    part = lambda width: Part(DiTConfig(width=width), None, None)  # noqa: E731
+    with pytest.raises(ValueError, match="have different sizes"):
+        Experts([part(1536), part(768)], 0.9)
+    experts = Experts([part(1536), part(1536)], 0.9)
+    assert [experts.at(t) for t in (1.0, 900 / 1000, 899 / 1000)] == [0, 0, 1]
+
+
+def test_folders_without_sampling_json_are_sampled_as_diffusers_does(pipeline_folder, tmp_path):
+    bare = variant(pipeline_folder, tmp_path / "bare", index={"expand_timesteps": True})
+    (bare / "sampling.json").unlink()
+    scheduler = bare / "scheduler" / "scheduler_config.json"
+    euler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}
+    scheduler.write_text(json.dumps(euler))
+    found = folder.read_sampling(bare)
+    assert (found.width, found.height, found.frames, found.fps) == (1280, 704, 121, 24.0)
+    assert (found.solver, found.schedule, found.shift.shift_hi) == (
+        "euler",
+        "flow_match_euler",
+        7.0,
+    )
+    assert (found.steps, found.guidance, found.text_tokens) == (50, 5.0, 512)
+    scheduler.write_text(json.dumps(euler | {"_class_name": "DDIMScheduler"}))
+    with pytest.raises(ValueError, match="DDIMScheduler is not one of"):
+        folder.read_sampling(bare)
+
+
+def test_conversion_takes_every_part_along(image_folder, tmp_path):
+    from sora_jax.train.export import export
+    from sora_jax.train.verify import verify
+
+    export(image_folder, tmp_path / "again", dtype="float32")
+    count, differences = verify(image_folder, tmp_path / "again")
+    assert not differences and count > 80
+    export(image_folder, tmp_path / "wan", to="wan")
+    file = next((tmp_path / "wan" / "clip_vision").glob("*.safetensors"))
+    assert recognize(open_weights(file))[0].component == "image"
+
+
+def test_the_command_reads_pictures_and_makes_them_again(image_folder, tmp_path, capsys):
+    picture, out = tmp_path / "red.png", tmp_path / "x.png"
+    video_io.save_image(picture, RED)
+    base = ["sample", "--checkpoint", str(image_folder), "--out", str(out)]
+    start = [*base, "--prompt", "a ball", "--steps", "1"]
+    assert cli.main([*start, "--image", str(picture)]) == 0
+    first = video_io.read_video(out).frames
+    again = [*base, "--again", str(tmp_path / "x.json")]
+    assert cli.main(again) == 2
+    assert "was made from picture" in capsys.readouterr().err
+    assert cli.main([*again, "--image", str(picture)]) == 0
+    np.testing.assert_array_equal(video_io.read_video(out).frames, first)
+    assert cli.main([*start, "--image", str(tmp_path / "none.png")]) == 2
+    assert cli.main(start) == 2
+    assert "animates a picture; give image (--image)" in capsys.readouterr().err
+
+
+def test_bfloat16_is_close_to_float32_and_recorded(pipeline_folder):
+    videos = [sora_jax.load(pipeline_folder, dtype=dtype)("a ball") for dtype in sora_jax.DTYPES]
+    apart = np.abs(videos[0].frames.astype(float) - videos[1].frames)
+    assert 0 < apart.mean() < 8
+    assert videos[1].metadata["dtype"] == "bfloat16" and "dtype" not in videos[0].metadata
+    with pytest.raises(ValueError, match="dtype 'float8' is unknown; use float32 or bfloat16"):
+        sora_jax.load(pipeline_folder, dtype="float8")
