@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PARITY := .venv-parity
+ONNX := .venv-onnx
 TORCH := torch==2.13.0
 # Tests share the cores; more workers than cores only swap.
 WORKERS ?= 2
 
-.PHONY: demo test parity lint format lock clean
+.PHONY: demo test parity onnx lint format lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --out demo
@@ -18,6 +19,10 @@ test: $(VENV)/.test-installed
 # Against diffusers itself, which needs torch: in an environment of its own.
 parity: $(PARITY)/.installed
 	$(PARITY)/bin/python -m pytest -q tests/parity
+
+# An environment for `sora-jax convert export --to onnx`, and a test of it.
+onnx: $(ONNX)/.installed
+	$(ONNX)/bin/python -m pytest -q tests/onnx
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
@@ -53,5 +58,13 @@ $(PARITY)/.installed: $(VENV)/.uv pyproject.toml requirements.lock
 	$(BIN)/uv pip install -q --python $(PARITY)/bin/python -c requirements.lock -e '.[test,parity]'
 	touch $@
 
+# jax2onnx pins an orbax-checkpoint older than the one that we ask for; it reads our checkpoints too.
+$(ONNX)/.installed: $(VENV)/.uv pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(ONNX)
+	echo 'orbax-checkpoint<0.11.37' > $(ONNX)/override.txt
+	$(BIN)/uv pip install -q --python $(ONNX)/bin/python --override $(ONNX)/override.txt \
+		jax2onnx==0.17.1 onnxruntime -e '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(PARITY) demo
+	rm -rf $(VENV) $(PARITY) $(ONNX) demo

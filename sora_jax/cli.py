@@ -167,11 +167,11 @@ def _add_convert(commands) -> None:
     export.add_argument(
         "--to",
         default="diffusers",
-        choices=("diffusers", "wan", "stablehlo"),
+        choices=("diffusers", "wan", "stablehlo", "onnx"),
         help="diffusers: a pipeline folder; wan: single files with official names (ComfyUI); "
-        "stablehlo: programs and weights that run without this package",
+        "stablehlo, onnx: programs that run without this package",
     )
-    export.add_argument("--size", metavar="WxH", help="of the videos that stablehlo programs make")
+    export.add_argument("--size", metavar="WxH", help="of the videos that programs make")
     export.add_argument("--frames", type=int, metavar="N", help="the same")
     export.add_argument("--weights", default="ema", choices=("ema", "raw"), help="of a run")
     for command in (export, bring):

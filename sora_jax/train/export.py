@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 import sora_jax
 from sora_jax.checkpoint import Checkpointer
-from sora_jax.convert import folder, rewrite, stablehlo
+from sora_jax.convert import folder, onnx, rewrite, stablehlo
 from sora_jax.convert.folder import SamplingDefaults
 from sora_jax.data import loader as loaders
 from sora_jax.data import sources
@@ -26,7 +26,8 @@ from sora_jax.train.loop import STAGES
 from sora_jax.train.vae_stage import to_float
 
 WEIGHTS = ("ema", "raw")
-TARGETS = (*rewrite.TARGETS, "stablehlo")
+PROGRAMS = {"stablehlo": stablehlo.write, "onnx": onnx.write}
+TARGETS = (*rewrite.TARGETS, *PROGRAMS)
 _DIFFUSERS_VERSION = "0.35.0"
 STATISTICS_CLIPS = 256  # clips that the latents' mean and standard deviation are measured on
 
@@ -50,12 +51,12 @@ def export(
     Args:
       source: workdir of a run, or what `folder.find_component` reads.
       to: "diffusers"; "wan": single files with the official names, as ComfyUI reads them; or
-        "stablehlo": programs and weights for other runtimes, see `convert.stablehlo`.
+        "stablehlo" or "onnx": programs for other runtimes, see the modules of these names.
       weights: of a run, "ema" or "raw".
       dtype: of the stored tensors, "float32", "bfloat16" or "float16".
       max_shard_size: bytes of one file, with "diffusers".
-      size: (width, height) in pixels that the programs of "stablehlo" are for; by default the
-        checkpoint's own, as are `frames`.
+      size: (width, height) in pixels that programs are for; by default the checkpoint's own, as
+        are `frames`.
 
     Raises:
       ValueError: `source` holds no checkpoint, or an unknown choice; nothing is written then.
@@ -65,14 +66,15 @@ def export(
             raise ValueError(f"{name} {value!r} is unknown; use {' or '.join(allowed)}.")
     if max_shard_size is not None and to != "diffusers":
         raise ValueError("max_shard_size is for --to diffusers; others come as one file.")
-    if to != "stablehlo" and (size or frames):
-        raise ValueError("size and frames are for --to stablehlo; weights serve any.")
+    if to not in PROGRAMS and (size or frames):
+        raise ValueError("size and frames are for --to stablehlo or onnx; weights serve any.")
     out = Path(out)
     source = sora_jax.checkpoint_path(source)
     if out.resolve() == source.resolve() or out.is_file():
         raise ValueError(f"out {out} is the source, or a file; name another folder.")
-    if to == "stablehlo":
-        return _write_stablehlo(source, out, weights=weights, dtype=dtype, size=size, frames=frames)
+    if to in PROGRAMS:
+        options = {"dtype": dtype, "size": size, "frames": frames}
+        return _write_programs(PROGRAMS[to], source, out, weights=weights, **options)
     if (source / "checkpoints").is_dir():
         parts, config, step = run_parts(source, weights)
         finish = functools.partial(_finish_run, config=config, weights=weights, step=step)
@@ -87,11 +89,11 @@ def export(
     return out
 
 
-def _write_stablehlo(source: Path, out: Path, *, weights: str, **options) -> Path:
+def _write_programs(write, source: Path, out: Path, *, weights: str, **options) -> Path:
     if not (source / "checkpoints").is_dir():
-        return stablehlo.write(source, out, **options)
+        return write(source, out, **options)
     with tempfile.TemporaryDirectory(dir=source) as temporary:
-        return stablehlo.write(export(source, temporary, weights=weights), out, **options)
+        return write(export(source, temporary, weights=weights), out, **options)
 
 
 def parse_bytes(text: str | None) -> int | None:

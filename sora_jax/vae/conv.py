@@ -8,6 +8,8 @@ enough to pay for gathering them, it is a product with the gathered 3x3 neighbou
 CPUs have bfloat16 units for products and none for convolutions.
 """
 
+import contextlib
+import contextvars
 import functools
 from collections.abc import Sequence
 
@@ -67,7 +69,26 @@ def _conv3d_backward(stride, padding, dtype, residuals, dy):
 _conv3d.defvjp(_conv3d_forward, _conv3d_backward)
 
 
+_two_dimensional = contextvars.ContextVar("two_dimensional", default=False)
+
+
+@contextlib.contextmanager
+def two_dimensional():
+    """What is traced inside holds sums of 2-D convolutions, whatever the platform.
+
+    For converters to other formats, which know neither branches by platform nor, some, 3-D
+    convolutions whose channels come last.
+    """
+    token = _two_dimensional.set(True)
+    try:
+        yield
+    finally:
+        _two_dimensional.reset(token)
+
+
 def _forward(x, kernel, stride, padding):
+    if _two_dimensional.get():
+        return _taps(x, kernel, stride=stride, padding=padding)
     return lax.platform_dependent(
         x,
         kernel,

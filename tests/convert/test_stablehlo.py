@@ -45,13 +45,13 @@ def test_run_py_alone_makes_the_same_videos(exported, pipeline_folder, tmp_path)
     assert (tmp_path / "x.ppm").read_bytes().startswith(b"P6 80 16 255\n")
 
 
-def test_run_py_imports_nothing_but_jax(exported):
+def test_run_py_imports_no_package_but_the_runtimes(exported):
     source = (exported / "run.py").read_text()
     nodes = list(ast.walk(ast.parse(source)))
     imported = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     foreign = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names)
-    assert foreign == {"jax", "numpy", "ml_dtypes"}
+    assert foreign == {"jax", "numpy", "ml_dtypes", "onnxruntime"}
 
 
 def test_programs_take_any_batch_and_name_three_platforms(exported, pipeline_folder):

@@ -102,11 +102,12 @@ def test_a_run_is_exported_to_both_and_verified_against_them(dit_config, tmp_pat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"to": "onxx"}, "to 'onxx' is unknown; use diffusers or wan or stablehlo"),
+        ({"to": "onxx"}, "to 'onxx' is unknown; use diffusers or wan or stablehlo or onnx"),
         ({"weights": "emma"}, "weights 'emma' is unknown"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of"),
-        ({"frames": 9}, "size and frames are for --to stablehlo"),
-        ({"to": "stablehlo", "dtype": "float16"}, "weights are float32 or bfloat16"),
+        ({"to": "onnx"}, "run `make onnx` once"),
+        ({"frames": 9}, "size and frames are for --to stablehlo or onnx"),
+        ({"to": "stablehlo", "dtype": "float16"}, "weights of programs are float32 or bfloat16"),
         ({"to": "stablehlo", "size": (20, 16)}, "20x16 with 5 frames does not divide"),
         ({"to": "wan", "max_shard_size": 9}, "others come as one file"),
     ],

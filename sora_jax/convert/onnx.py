@@ -1,0 +1,56 @@
+"""A pipeline as ONNX, by jax2onnx: for ONNX Runtime and what builds on it.
+
+Each of `convert.programs` becomes one .onnx file that holds its weights, the batch left symbolic.
+jax2onnx pins an older orbax-checkpoint than this package needs, so it has an environment of its
+own: `make onnx` builds it.
+"""
+
+import shutil
+from pathlib import Path
+
+import jax
+
+from sora_jax.convert import folder, programs, run_programs
+from sora_jax.convert.programs import Program
+from sora_jax.vae.conv import two_dimensional
+
+
+def write(source: str | Path, out: str | Path, *, dtype: str = "float32", **size) -> Path:
+    """Writes the programs, manifest, tokenizer and run.py of pipeline `source`.
+
+    Arguments, and errors raised before anything is written, are those of `programs.load`.
+
+    Raises:
+      ValueError: also where jax2onnx is not installed, or for weights other than float32.
+    """
+    try:
+        from jax2onnx import to_onnx
+    except ImportError as error:
+        raise ValueError(
+            "ONNX needs jax2onnx, which does not go with this environment's orbax-checkpoint; run "
+            "`make onnx` once, then .venv-onnx/bin/sora-jax in place of sora-jax."
+        ) from error
+    if dtype != "float32":
+        raise ValueError(f"dtype {dtype!r}: ONNX programs are float32.")
+    out = Path(out)
+    loaded = programs.load(source, **size)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, program in loaded.programs.items():
+        weights = loaded.weights[program.part]
+        with two_dimensional():
+            to_onnx(
+                _with_weights(program, weights),
+                inputs=program.arguments(),
+                model_name=name,
+                return_mode="file",
+                output_path=str(out / f"{name}.onnx"),
+                input_names=list(program.names),
+            )
+    loaded.tokenizer.save(out / "tokenizer")
+    folder.write_json(out / "manifest.json", loaded.manifest)
+    shutil.copyfile(run_programs.__file__, out / "run.py")
+    return out
+
+
+def _with_weights(program: Program, weights: dict[str, jax.Array]):
+    return lambda *arguments: program.run(weights, *arguments)
