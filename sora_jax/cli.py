@@ -160,10 +160,17 @@ def _add_convert(commands) -> None:
     export = _command(
         actions, "export", _export, "Write a training run or checkpoint for other software."
     )
-    bring = _command(
-        actions, "import", _export, "Write a checkpoint of another layout as a diffusers folder."
+    bring = _command(actions, "import", _import, "Bring a checkpoint of another layout into ours.")
+    bring.set_defaults(run=_import, weights="ema", size=None, frames=None)
+    bring.add_argument(
+        "--to",
+        default="diffusers",
+        choices=("diffusers", "run"),
+        help="diffusers: a pipeline folder; run: step 0 of a training run, for `train` to go on",
     )
-    bring.set_defaults(to="diffusers", weights="ema", size=None, frames=None)
+    bring.add_argument(
+        "--config", metavar="FILE[:VARIANT]", help="of the run that is to be written"
+    )
     export.add_argument(
         "--to",
         default="diffusers",
@@ -245,6 +252,21 @@ def _export(args) -> None:
     print(written)
 
 
+def _import(args) -> None:
+    if args.to == "diffusers":
+        if args.config:
+            raise ValueError("--config is for --to run; leave it out.")
+        _export(args)
+        return
+    from sora_jax import config_file
+    from sora_jax.train.loop import begin
+
+    if not args.config:
+        raise ValueError("--to run needs --config FILE: the config that training goes on with.")
+    overrides = [*args.overrides, f"init_from={args.checkpoint}"]
+    print(begin(config_file.load(args.config, overrides), args.out))
+
+
 def _verify(args) -> None:
     from sora_jax.train.verify import report
 
@@ -271,8 +293,11 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     args = parser().parse_args([a for a in argv if not a.startswith("--config.")])
     args.overrides = overrides
-    if overrides and args.command != "train":
-        print(f"sora-jax: --config.{overrides[0]} is for `train` alone.", file=sys.stderr)
+    if overrides and args.command != "train" and getattr(args, "action", "") != "import":
+        print(
+            f"sora-jax: --config.{overrides[0]} is for `train` and `convert import` alone.",
+            file=sys.stderr,
+        )
         return 2
     try:
         setup_jax()

@@ -194,3 +194,15 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - begun < 10  # a second on a quiet machine
+
+
+def test_import_writes_a_run_from_the_command_line(pipeline_folder, tmp_path, capsys):
+    base = ["convert", "import", "--checkpoint", pipeline_folder, "--out", tmp_path / "run"]
+    status, _, err = run(*base, "--to", "run", capsys=capsys)
+    assert status == 2 and "--to run needs --config FILE" in err
+    status, _, err = run(*base, "--config", "configs/paperworld.py", capsys=capsys)
+    assert status == 2 and "--config is for --to run" in err
+    config = ["--to", "run", "--config", "configs/paperworld.py:smoke"]
+    status, _, err = run(*base, *config, "--config.batch_size=7", capsys=capsys)
+    assert status == 2 and "batch_size 7 is not divisible" in err
+    assert not (tmp_path / "run").exists()

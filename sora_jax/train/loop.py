@@ -73,13 +73,11 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
         Interrupts() as interrupts,
     ):
         if checkpointer.latest_step() is None:
-            make = jax.jit(init, out_shardings=placement, compiler_options=init_options())
-            with sharding.use_mesh(mesh):
-                state = make(jax.random.key(config.seed))
-            state = start_from(config, stage, state, placement, mesh=mesh)
+            state = first_state(config, stage, init, placement, mesh=mesh)
         else:
             state, position, _ = checkpointer.restore(shapes, placement)
-            loader.set_state(position)
+            if position:  # a run that `begin` wrote has read nothing yet
+                loader.set_state(position)
 
         first = int(state.step)
         with Progress("training", total=config.num_steps, start=first) as progress:
@@ -116,6 +114,39 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
                     checkpointer.wait()
                     raise KeyboardInterrupt(f"stopped at step {step}; the checkpoint is saved.")
     return workdir / "checkpoints"
+
+
+def begin(config, workdir: str | Path, *, devices=None) -> Path:
+    """Writes step 0 of a run, its weights those of `config.init_from`, for `train` to go on from.
+
+    Returns:
+      `workdir`.
+
+    Raises:
+      ValueError: for a config that cannot run, or a workdir that holds a run already.
+    """
+    workdir = Path(workdir)
+    check(config)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    check_batch(config, mesh)
+    stage = STAGES[config.stage](config)
+    init = make_init(stage.init, make_optimizer(OptimConfig(**config.optim), config.num_steps))
+    placement = abstract_state(init, mesh)[1]
+    if (workdir / "checkpoints").exists():
+        raise ValueError(f"{workdir}: holds a training run already; name another folder.")
+    state = first_state(config, stage, init, placement, mesh=mesh)
+    with Checkpointer(workdir / "checkpoints", keep=config.checkpoints_kept) as checkpointer:
+        meta = {"config": config.to_json_best_effort(), "stage": config.stage}
+        checkpointer.save(0, state, data={}, meta=meta)
+    return workdir
+
+
+def first_state(config, stage, init, placement, *, mesh):
+    """The state before the first step: drawn by `config.seed`, or from `config.init_from`."""
+    make = jax.jit(init, out_shardings=placement, compiler_options=init_options())
+    with sharding.use_mesh(mesh):
+        state = make(jax.random.key(config.seed))
+    return start_from(config, stage, state, placement, mesh=mesh)
 
 
 def init_options() -> dict[str, int] | None:

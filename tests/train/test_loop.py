@@ -11,7 +11,7 @@ import pytest
 from sora_jax.checkpoint import Checkpointer
 from sora_jax.train import loop
 from sora_jax.train.export import export
-from sora_jax.train.loop import train
+from sora_jax.train.loop import begin, train
 
 STOP_AFTER = 2
 
@@ -102,6 +102,26 @@ def test_a_run_starts_from_the_weights_of_a_folder(vae_config, tmp_path):
         if path.startswith("params/vae/encoder"):
             np.testing.assert_array_equal(second[path], value, err_msg=path)
     assert any(path.startswith("params/discriminator") for path in second)
+
+
+def test_an_imported_run_goes_on_as_one_that_starts_from_the_folder(dit_config, tmp_path):
+    dit_config.num_steps = dit_config.checkpoint_every = 2
+    dit_config.sample_every = 0
+    train(dit_config, tmp_path / "first")
+    dit_config.init_from = str(export(tmp_path / "first", tmp_path / "folder", weights="raw"))
+    assert saved_state(begin(dit_config, tmp_path / "imported"))[0] == 0
+    for name in ("imported", "direct"):
+        train(dit_config, tmp_path / name)
+    ours, theirs = (saved_state(tmp_path / name) for name in ("imported", "direct"))
+    assert ours[0] == theirs[0] == 2
+    for path, value in theirs[1].items():
+        np.testing.assert_array_equal(ours[1][path], value, err_msg=path)
+    with pytest.raises(ValueError, match="holds a training run already"):
+        begin(dit_config, tmp_path / "imported")
+    dit_config.init_from = str(tmp_path / "none")
+    with pytest.raises(ValueError, match="neither a folder nor shipped weights"):
+        begin(dit_config, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize(
