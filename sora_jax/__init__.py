@@ -43,12 +43,17 @@ def checkpoint_path(name: str | Path) -> Path:
 
 
 def load(
-    checkpoint: str | Path = "paperworld", *, loras: Sequence[str] = (), dtype: str = "float32"
+    checkpoint: str | Path = "paperworld",
+    *,
+    loras: Sequence[str] = (),
+    loras_2: Sequence[str] = (),
+    dtype: str = "float32",
 ):
     """A `sora_jax.generate.Pipeline` from shipped weights by name, or from a folder.
 
     Args:
       loras: LoRA files to merge, each "FILE" or "FILE:SCALE".
+      loras_2: the same, into the second of two transformers (Wan 2.2 A14B: that for low noise).
       dtype: "float32", or "bfloat16" for half the memory and the matrix units of TPUs and GPUs.
 
     Raises:
@@ -61,7 +66,9 @@ def load(
 
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)
-    parsed = [LoRA.parse(text) for text in loras]
+    first, second = ([LoRA.parse(text) for text in texts] for texts in (loras, loras_2))
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use {' or '.join(DTYPES)}.")
-    return Pipeline.from_folder(weights_folder(str(checkpoint)), loras=parsed, dtype=dtype)
+    return Pipeline.from_folder(
+        weights_folder(str(checkpoint)), loras=first, loras_2=second, dtype=dtype
+    )

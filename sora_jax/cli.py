@@ -61,6 +61,13 @@ def _add_sample(commands) -> None:
         metavar="FILE[:SCALE]",
         help="merge a LoRA file into the transformer; may be given several times",
     )
+    sample.add_argument(
+        "--lora-2",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="the same, into the second of two transformers (Wan 2.2 A14B: that for low noise)",
+    )
     sample.add_argument("--out", required=True, metavar="FILE", help=".mp4 .webm .gif .webp .png")
     sample.add_argument(
         "--image", metavar="FILE", help="picture the video begins with (image-to-video models)"
@@ -192,6 +199,7 @@ def _add_convert(commands) -> None:
         command.add_argument(
             "--max-shard-size", metavar="SIZE", help="of one file, for example 5GB or 500MB"
         )
+    bring.set_defaults(dtype=None)
     verify = _command(
         actions, "verify", _verify, "Compare two checkpoints, or runs, tensor by tensor."
     )
@@ -254,8 +262,9 @@ def _export(args) -> None:
 
 def _import(args) -> None:
     if args.to == "diffusers":
-        if args.config:
+        if args.config or args.overrides:
             raise ValueError("--config is for --to run; leave it out.")
+        args.dtype = args.dtype or "float32"
         _export(args)
         return
     from sora_jax import config_file
@@ -263,6 +272,10 @@ def _import(args) -> None:
 
     if not args.config:
         raise ValueError("--to run needs --config FILE: the config that training goes on with.")
+    if args.dtype or args.max_shard_size:
+        raise ValueError("--dtype and --max-shard-size are for --to diffusers; leave them out.")
+    if any(override.startswith("init_from=") for override in args.overrides):
+        raise ValueError("--config.init_from is --checkpoint here; leave it out.")
     overrides = [*args.overrides, f"init_from={args.checkpoint}"]
     print(begin(config_file.load(args.config, overrides), args.out))
 

@@ -5,6 +5,8 @@ compute dtype and accumulate in float32, in the backward pass too, so that bfloa
 the matrix units of TPUs, GPUs and CPUs alike.
 """
 
+import contextlib
+import contextvars
 import functools
 from collections.abc import Sequence
 
@@ -55,10 +57,23 @@ def contract(equation: str, x: jax.Array, y: jax.Array, dtype: str) -> jax.Array
     )
 
 
+_float32_only = contextvars.ContextVar("float32_only", default=False)
+
+
+@contextlib.contextmanager
+def float32_contractions():
+    """What is traced inside contracts in float32, as CPUs must: for programs of every platform."""
+    token = _float32_only.set(True)
+    try:
+        yield
+    finally:
+        _float32_only.reset(token)
+
+
 def _contract_dtype(dtype: str) -> str:
     # XLA's CPU backend refuses some batched bfloat16 products with float32 results ("Unsupported
     # element type for DotThunk"), and gains nothing on those that it takes.
-    return "float32" if jax.default_backend() == "cpu" else dtype
+    return "float32" if _float32_only.get() or jax.default_backend() == "cpu" else dtype
 
 
 def _contract_forward(equation, x, y, dtype):

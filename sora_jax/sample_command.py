@@ -46,17 +46,25 @@ def run(args: Namespace) -> list[Path]:
     prompts = [again["prompt"]] if again else _prompts(args)
     console = Console(stderr=True, highlight=False)
     dtype = args.dtype or again.get("dtype", "float32")
-    pipe = sora_jax.load(args.checkpoint, loras=args.lora, dtype=dtype)
+    pipe = sora_jax.load(args.checkpoint, loras=args.lora, loras_2=args.lora_2, dtype=dtype)
     if again and again["checkpoint_sha256"] != pipe.info["checkpoint_sha256"]:
         raise ValueError(
             f"{args.again} was made by checkpoint {again['checkpoint_sha256']}, "
             f"{args.checkpoint} is {pipe.info['checkpoint_sha256']}; give its --checkpoint."
         )
-    if again and again.get("loras") != pipe.info.get("loras"):
-        raise ValueError(
-            f"{args.again} was made with LoRA files (hash, scale) {again.get('loras') or 'none'}, "
-            f"given are {pipe.info.get('loras') or 'none'}; give the same with --lora."
-        )
+    for name, flag in (("loras", "--lora"), ("loras_2", "--lora-2")):
+        made, given = (info.get(name) for info in (again, pipe.info))
+        if again and made != given:
+            raise ValueError(
+                f"{args.again} was made with LoRA files (hash, scale) {made or 'none'}, given are "
+                f"{given or 'none'}; give the same with {flag}."
+            )
+    for name in ("boundary_ratio", "expand_timesteps"):
+        if again and again.get(name) != pipe.info.get(name):
+            raise ValueError(
+                f"{args.again} was made with {name} {again.get(name)}, model_index.json now says "
+                f"{pipe.info.get(name)}; set it back."
+            )
     settings = {name: getattr(args, name) for name in _NAMES} | {"size": parse_size(args.size)}
     if again:
         settings = {name: again.get(name) for name in _NAMES}

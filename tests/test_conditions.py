@@ -7,6 +7,8 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import sora_jax
 from sora_jax import cli, video_io
@@ -198,6 +200,31 @@ def test_the_command_reads_pictures_and_makes_them_again(image_folder, tmp_path,
     assert cli.main([*start, "--image", str(tmp_path / "none.png")]) == 2
     assert cli.main(start) == 2
     assert "animates a picture; give image (--image)" in capsys.readouterr().err
+
+
+def test_what_is_no_picture_is_told_what_is(pipeline_folder):
+    for wrong in (RED.astype(np.float32), RED[..., 0], "red.png"):
+        with pytest.raises(ValueError, match=r"give a numpy array, uint8, \(H, W, 3\), RGB"):
+            conditions.check("channels", DiTConfig(), (wrong, None))
+
+
+def test_bfloat16_rounds_matrices_alone(pipeline_folder):
+    _, _, params = folder.load_component(pipeline_folder, "dit", dtype="bfloat16")
+    flat = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
+    assert flat["blocks/mlp/up/kernel"].dtype == flat["patch_embed/kernel"].dtype == jnp.bfloat16
+    for path in ("time_embed/linear_1/kernel", "blocks/modulation", "proj_out/bias"):
+        assert flat[path].dtype == jnp.float32
+
+
+def test_published_files_hold_more_than_is_used(pipeline_folder, image_folder, tmp_path):
+    copy = variant(image_folder, tmp_path / "i2v")
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    extra = {f"blocks.{i}.attn2.norm_added_q.weight": np.ones(24, np.float32) for i in (0, 1)}
+    save_file(load_file(file) | extra, file)
+    folder.load_component(copy, "dit")
+    config = folder.read_json(copy / "vae" / "config.json")
+    folder.write_json(copy / "vae" / "config.json", config | {"clip_output": False})
+    assert folder.read_config(copy, "vae") == folder.read_config(image_folder, "vae")
 
 
 def test_bfloat16_is_close_to_float32_and_recorded(pipeline_folder):

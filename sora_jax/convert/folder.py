@@ -202,7 +202,8 @@ def load_component(
     Args:
       folder: as for `find_component`.
       mesh: where the parameters go, by `sharding.tree_shardings`; None: the default device.
-      dtype: of the parameters; "bfloat16" is also that of matrix products.
+      dtype: of matrices and embeddings; "bfloat16" is also that of matrix products. Norms, biases,
+        modulation and all that embeds time stay float32, as in diffusers.
       loras: merged into the transformer; other components take none.
 
     Raises:
@@ -217,7 +218,11 @@ def load_component(
     read = weights.read
     if loras:
         names.check_keys(
-            names.flat_params(abstract), entries, keys=weights.shapes, source=weights.source
+            names.flat_params(abstract),
+            entries,
+            keys=weights.shapes,
+            source=weights.source,
+            optional=optional,
         )
         read = lora.merged(weights, entries, config, loras)
     params = names.load(
@@ -240,7 +245,13 @@ def name_table(
     if naming.component == "text" and naming.names == "diffusers":
         # Its embeddings have two names, and a file may hold either.
         return entries_held(config, keys)
-    return naming.entries(config), UNREAD if naming.component == "image" else frozenset()
+    unread = frozenset()
+    if naming.component == "image":
+        unread = UNREAD
+    elif naming.component == "dit":
+        # Published I2V transformers hold a norm that no code has ever used.
+        unread = frozenset(key for key in keys if key.endswith(".attn2.norm_added_q.weight"))
+    return naming.entries(config), unread
 
 
 def held(folder: str | Path) -> tuple[str, ...]:

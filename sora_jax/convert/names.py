@@ -94,7 +94,7 @@ def load(
       read: returns one tensor by key.
       source: name of the file, for errors.
       optional: keys that the file may hold and that are not used (tied copies).
-      dtype: of our arrays.
+      dtype: of our matrices and embeddings; all else is float32, and so is what embeds time.
       shardings: a tree like the parameters; each tensor then goes straight to its shards, a
         stack layer by layer, and the host holds one tensor at a time. None: the default device.
 
@@ -112,7 +112,9 @@ def load(
     filled = {}
     for path, group in by_path.items():
         where = None if placement is None else placement[path].get_raw_value()
-        value = _fill(group, read, shape=flat[path].shape, dtype=dtype, sharding=where)
+        matrix = path[-1] in ("kernel", "embedding") and not path[0].startswith("time_")
+        stored = dtype if matrix else jnp.float32
+        value = _fill(group, read, shape=flat[path].shape, dtype=stored, sharding=where)
         filled[path] = flat[path].replace(value)
     return _unflatten(abstract_params, filled)
 

@@ -1,8 +1,8 @@
 """A pipeline as ONNX, by jax2onnx: for ONNX Runtime and what builds on it.
 
-Each of `convert.programs` becomes one .onnx file that holds its weights, the batch left symbolic.
-jax2onnx pins an older orbax-checkpoint than this package needs, so it has an environment of its
-own: `make onnx` builds it.
+Each of `convert.programs` becomes an .onnx file, its large weights in an .onnx.data file beside it,
+the batch left symbolic. jax2onnx pins an older orbax-checkpoint than this package needs, so it has
+an environment of its own: `make onnx` builds it.
 """
 
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from sora_jax.convert import folder, programs, run_programs
-from sora_jax.convert.programs import Program
+from sora_jax.convert.programs import Program, Programs
 from sora_jax.vae.conv import two_dimensional
 
 
@@ -32,9 +32,12 @@ def write(source: str | Path, out: str | Path, *, dtype: str = "float32", **size
         ) from error
     if dtype != "float32":
         raise ValueError(f"dtype {dtype!r}: ONNX programs are float32.")
-    out = Path(out)
-    loaded = programs.load(source, **size)
-    out.mkdir(parents=True, exist_ok=True)
+    with programs.fresh_folder(out) as made:
+        _write(programs.load(source, **size), made, to_onnx)
+    return Path(out)
+
+
+def _write(loaded: Programs, out: Path, to_onnx) -> None:
     for name, program in loaded.programs.items():
         weights = loaded.weights[program.part]
         with two_dimensional():
@@ -49,7 +52,8 @@ def write(source: str | Path, out: str | Path, *, dtype: str = "float32", **size
     loaded.tokenizer.save(out / "tokenizer")
     folder.write_json(out / "manifest.json", loaded.manifest)
     shutil.copyfile(run_programs.__file__, out / "run.py")
-    return out
+    for path in out.glob("*.data"):
+        path.chmod(0o644)  # written for the owner alone
 
 
 def _with_weights(program: Program, weights: dict[str, jax.Array]):

@@ -8,8 +8,10 @@ decode          (latents) -> video in [-1, 1]
 `denoise` is one Euler step with guidance, so that a caller needs a loop alone.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,21 +77,23 @@ def load(
         raise ValueError(f"dtype {dtype!r}: weights of programs are float32 or bfloat16.")
     sampling = folder.read_sampling(source)
     width, height = size or (sampling.width, sampling.height)
-    frames = frames or sampling.frames
-    parts = {
-        name: folder.load_component(source, name, dtype="float32" if name == "vae" else dtype)
-        for name in folder.REQUIRED
-    }
-    dit, vae, text = (parts[name][0] for name in folder.REQUIRED)
+    frames = sampling.frames if frames is None else frames
+    dit, vae, text = (folder.find_component(source, name)[0] for name in folder.REQUIRED)
+    if dit.in_channels != vae.z_dim:
+        raise ValueError(f"{source}: takes pictures; only text to video becomes programs so far.")
     time, space = vae.scale_factor_temporal, vae.scale_factor_spatial
     latents = (1 + (frames - 1) // time, height // space, width // space, vae.z_dim)
     whole = (1 + (latents[0] - 1) * time, latents[1] * space, latents[2] * space)
     patched = all(n % p == 0 for n, p in zip(latents, dit.patch_size, strict=False))
-    if whole != (frames, height, width) or not patched or dit.in_channels != vae.z_dim:
+    if whole != (frames, height, width) or not patched or min(frames, height, width) < 1:
         raise ValueError(
             f"{width}x{height} with {frames} frames does not divide into this model's tokens; "
             "change --size or --frames (`sora-jax sample` names the nearest)."
         )
+    parts = {
+        name: folder.load_component(source, name, dtype="float32" if name == "vae" else dtype)
+        for name in folder.REQUIRED
+    }
     tokens = 1
     for n, p in zip(latents, dit.patch_size, strict=False):
         tokens *= n // p
@@ -128,6 +132,26 @@ def load(
         for name, (_, _, params) in parts.items()
     }
     return Programs(programs, weights, tokenizer, manifest)
+
+
+@contextlib.contextmanager
+def fresh_folder(out: str | Path) -> Iterator[Path]:
+    """A folder that becomes `out` when everything in it is written.
+
+    Raises:
+      ValueError: `out` holds something already, which would be mixed with what is new.
+    """
+    out = Path(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"out {out} is not empty; name another folder, or remove it first.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        made = Path(temporary) / "out"
+        made.mkdir()
+        yield made
+        if out.is_dir():
+            out.rmdir()
+        made.rename(out)
 
 
 def _denoise(dit, x, t, t_next, scale, cond, cond_mask, uncond, uncond_mask):

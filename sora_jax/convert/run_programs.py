@@ -21,7 +21,7 @@ WEIGHTS = {"text_encoder": "text_encoder", "denoise": "transformer", "decode": "
 
 
 class OnnxProgram:
-    """An ONNX program, which holds its weights."""
+    """An ONNX program, its weights in it and in the .data file beside it."""
 
     def __init__(self, name: str):
         import onnxruntime

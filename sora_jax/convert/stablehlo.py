@@ -12,10 +12,11 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax import export
+from safetensors.numpy import save_file
 
+from sora_jax import layers
 from sora_jax.convert import folder, programs, run_programs
-from sora_jax.convert.programs import Program
-from sora_jax.convert.tensors import write_shards
+from sora_jax.convert.programs import Program, Programs
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FILES = {"text": "text_encoder", "dit": "transformer", "vae": "vae"}
@@ -26,28 +27,26 @@ def write(source: str | Path, out: str | Path, *, dtype: str = "float32", **size
 
     Arguments, and errors raised before anything is written, are those of `programs.load`.
     """
-    out = Path(out)
-    loaded = programs.load(source, dtype=dtype, **size)
-    exports = {
-        name: _export(program, loaded.weights[program.part])
-        for name, program in loaded.programs.items()
-    }
-    out.mkdir(parents=True, exist_ok=True)
+    with programs.fresh_folder(out) as made:
+        _write(programs.load(source, dtype=dtype, **size), made)
+    return Path(out)
+
+
+def _write(loaded: Programs, out: Path) -> None:
+    with layers.float32_contractions():
+        exports = {
+            name: _export(program, loaded.weights[program.part])
+            for name, program in loaded.programs.items()
+        }
     for name, exported in exports.items():
         (out / f"{name}.stablehlo").write_bytes(exported.mlir_module_serialized)
         (out / f"{name}.jax_export").write_bytes(exported.serialize())
     for name, weights in loaded.weights.items():
-        write_shards(
-            out,
-            FILES[name],
-            {key: value.shape for key, value in weights.items()},
-            lambda key, weights=weights: np.asarray(weights[key]),
-            dtype="float32" if name == "vae" else dtype,
-        )
+        tensors = {key: np.ascontiguousarray(value) for key, value in weights.items()}
+        save_file(tensors, out / f"{FILES[name]}.safetensors")
     loaded.tokenizer.save(out / "tokenizer")
     folder.write_json(out / "manifest.json", loaded.manifest | {"platforms": PLATFORMS})
     shutil.copyfile(run_programs.__file__, out / "run.py")
-    return out
 
 
 def _export(program: Program, weights: dict[str, jax.Array]) -> export.Exported:

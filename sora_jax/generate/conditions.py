@@ -53,6 +53,13 @@ def takes(dit: DiTConfig, vae: VAEConfig, *, expand_timesteps: bool) -> str:
 
 def check(way: str, dit: DiTConfig, pictures: Sequence[Any]) -> None:
     """Raises ValueError unless a model that takes pictures that `way` can use (first, last)."""
+    for picture in pictures:
+        fits = isinstance(picture, np.ndarray) and picture.dtype == np.uint8
+        if picture is not None and not (fits and picture.ndim == 3 and picture.shape[2] == 3):
+            raise ValueError(
+                f"a picture is {getattr(picture, 'dtype', type(picture).__name__)} of shape "
+                f"{getattr(picture, 'shape', None)}; give a numpy array, uint8, (H, W, 3), RGB."
+            )
     first, last = (picture is not None for picture in pictures)
     if last and not first:
         raise ValueError("a last picture needs a first one; give image (--image) too.")

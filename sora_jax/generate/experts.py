@@ -40,7 +40,14 @@ class Experts:
         """Loads one straight to the device, two into the host's memory."""
         if len(names) == 1:
             return cls([load(names[0])], None)
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        try:
+            host = jax.local_devices(backend="cpu")[0]
+        except RuntimeError as error:
+            raise ValueError(
+                "two transformers change places through the CPU's backend, which JAX_PLATFORMS "
+                "leaves out; set it to cuda,cpu or tpu,cpu, or unset it."
+            ) from error
+        with jax.default_device(host):
             return cls([load(name) for name in names], boundary)
 
     def at(self, t: float) -> int:
@@ -49,11 +56,15 @@ class Experts:
         below = self.boundary is not None and round(float(t) - self.boundary, 9) < 0
         return int(below)
 
+    def placed(self, number: int) -> bool:
+        """Whether transformer `number` lies on the device already."""
+        return len(self.parts) == 1 or (self._placed is not None and self._placed[0] == number)
+
     def params(self, number: int):
         """Parameters of transformer `number`, on the default device."""
         if len(self.parts) == 1:
             return self.parts[0].params
-        if self._placed is None or self._placed[0] != number:
+        if not self.placed(number):
             self._placed = None  # first out, then in: both may not fit
             self._placed = (number, jax.device_put(self.parts[number].params, jax.devices()[0]))
         return self._placed[1]

@@ -75,11 +75,18 @@ class Pipeline:
 
     @classmethod
     def from_folder(
-        cls, path: str | Path, *, loras: Sequence[LoRA] = (), dtype: str = "float32"
+        cls,
+        path: str | Path,
+        *,
+        loras: Sequence[LoRA] = (),
+        loras_2: Sequence[LoRA] = (),
+        dtype: str = "float32",
     ) -> "Pipeline":
-        """Loads an inference checkpoint, `loras` merged into its transformers.
+        """Loads an inference checkpoint.
 
         Args:
+          loras: merged into the transformer.
+          loras_2: merged into the second of two transformers.
           dtype: of weights and matrix products, "float32" or "bfloat16"; the VAE's stay float32.
 
         Raises:
@@ -95,16 +102,13 @@ class Pipeline:
                 f"{'there' if 'dit_2' in held else 'not there'}; two experts need both."
             )
 
+        merged = {"dit": loras, "dit_2": loras_2}
+        if loras_2 and "dit_2" not in held:
+            raise ValueError(f"{path}: has one transformer; give its LoRA files as --lora.")
+
         def load(name: str) -> Part:
-            is_dit = folder.COMPONENTS[name].kind == "dit"
-            return Part(
-                *folder.load_component(
-                    path,
-                    name,
-                    loras=loras if is_dit else (),
-                    dtype="float32" if name == "vae" else dtype,
-                )
-            )
+            kind = "float32" if name == "vae" else dtype
+            return Part(*folder.load_component(path, name, loras=merged.get(name, ()), dtype=kind))
 
         experts = Experts.load([n for n in ("dit", "dit_2") if n in held], load, boundary)
         vae, dit = load("vae"), experts.parts[0]
@@ -113,8 +117,13 @@ class Pipeline:
         if dit.config.image_dim is not None and "image" not in held:
             raise ValueError(f"{path}: the transformer attends to pictures; add image_encoder/.")
         info = {"checkpoint": path.name, "checkpoint_sha256": folder.checkpoint_hash(path)}
-        if loras:
-            info["loras"] = [[hash_files([lora.path])[:16], lora.scale] for lora in loras]
+        for name, files in (("loras", loras), ("loras_2", loras_2)):
+            if files:
+                info[name] = [[hash_files([lora.path])[:16], lora.scale] for lora in files]
+        if boundary is not None:
+            info["boundary_ratio"] = boundary
+        if expand:
+            info["expand_timesteps"] = True
         if dtype != "float32":
             info["dtype"] = dtype
         return cls(
@@ -262,6 +271,7 @@ class Pipeline:
             )
             if same != shared:
                 raise ValueError("requests of one batch may differ in prompts and seeds alone.")
+        conditions.check(self.way, self.dit.config, pictures)
         latents = self.noise(requests) if noise is None else self._given(noise, requests)
         clock = _Clock(on_stage)
         guides = [shared.guide(expert) for expert in range(len(self.experts.parts))]
@@ -283,8 +293,9 @@ class Pipeline:
             step = self._step(
                 shared.steps, shared.shift, shared.solver, shared.schedule, guides[expert]
             )
-            params = self.experts.params(expert)
-            state = step(state, i, params, text_emb, text_mask, given)
+            if not self.experts.placed(expert):
+                jax.block_until_ready(state.x)  # steps under way hold the other's memory
+            state = step(state, i, self.experts.params(expert), text_emb, text_mask, given)
             if on_step is not None:
                 jax.block_until_ready(state.x)
                 on_step(i + 1, shared.steps, state.x)
@@ -311,10 +322,8 @@ class Pipeline:
     ) -> Conditions:
         """What the transformer sees of the (first, last) pictures, the same for `count` videos.
 
-        Raises:
-          ValueError: the model takes none, or needs another number.
+        They have passed `conditions.check`.
         """
-        conditions.check(self.way, self.dit.config, pictures)
         if pictures[0] is None:
             return Conditions()
         shown = [p for p in pictures if p is not None]

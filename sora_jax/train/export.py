@@ -92,8 +92,11 @@ def export(
 def _write_programs(write, source: Path, out: Path, *, weights: str, **options) -> Path:
     if not (source / "checkpoints").is_dir():
         return write(source, out, **options)
-    with tempfile.TemporaryDirectory(dir=source) as temporary:
-        return write(export(source, temporary, weights=weights), out, **options)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder_path = export(source, temporary, weights=weights)
+        if not (folder_path / "model_index.json").is_file():
+            raise ValueError(f"{source}: trains a VAE alone; programs need a whole pipeline.")
+        return write(folder_path, out, **options)
 
 
 def parse_bytes(text: str | None) -> int | None:

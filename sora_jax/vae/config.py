@@ -187,6 +187,7 @@ class VAEConfig:
         """
         values = {key: value for key, value in config.items() if not key.startswith("_")}
         values.pop("dropout", None)  # acts in training only, and Wan's is 0
+        values.pop("clip_output", None)  # of the published 5B; diffusers, and we, clip anyway
         if "temperal_downsample" in values:
             values["temporal_downsample"] = values.pop("temperal_downsample")
         scales = {

@@ -45,6 +45,14 @@ def test_run_py_alone_makes_the_same_videos(exported, pipeline_folder, tmp_path)
     assert (tmp_path / "x.ppm").read_bytes().startswith(b"P6 80 16 255\n")
 
 
+def test_a_folder_that_holds_something_is_not_mixed_with_what_is_new(exported, pipeline_folder):
+    before = {path.name: path.read_bytes() for path in exported.iterdir() if path.is_file()}
+    args = ["--checkpoint", str(pipeline_folder), "--to", "stablehlo", "--out", str(exported)]
+    assert cli.main(["convert", "export", *args]) == 2
+    assert before == {path.name: path.read_bytes() for path in exported.iterdir() if path.is_file()}
+    assert [path.name for path in exported.parent.iterdir()] == ["out"]
+
+
 def test_run_py_imports_no_package_but_the_runtimes(exported):
     source = (exported / "run.py").read_text()
     nodes = list(ast.walk(ast.parse(source)))
