@@ -125,12 +125,14 @@ def vae_cases() -> list[Case]:
         return nnx.merge(graphdef, params).encode_moments(video).mean
 
     def decode(params, z):
-        return nnx.merge(graphdef, params).decode_raw(z)
+        return nnx.merge(graphdef, params).decode(z)
 
     def both(params, video):
-        return decode(params, encode(params, video))
+        return decode(params, nnx.merge(graphdef, params).encode(video))
 
-    pixels, latents = first(video), first(z)
+    # Ours takes normalised latents, theirs those that its encoder gives.
+    mean, std = (np.array(model.config[f"latents_{name}"], np.float32) for name in ("mean", "std"))
+    pixels, latents = first(video), first(z * std + mean)
 
     def theirs_encode():
         return model.encode(pixels).latent_dist.mode()
