@@ -133,7 +133,7 @@ def test_what_a_file_lacks_is_told(goldens, tmp_path):
 @pytest.mark.parametrize(
     ("shapes", "words"),
     [
-        ({"a": [1], "b": [2]}, "not a Wan transformer, Wan VAE or T5 encoder .* a, b"),
+        ({"a": [1], "b": [2]}, "not a Wan transformer, Wan VAE, T5 encoder or CLIP .* a, b"),
         (
             {"blocks.0.self_attn.q.weight": [1], "encoder.conv1.weight": [1]},
             "tensors of dit .official names. and vae .official names.",

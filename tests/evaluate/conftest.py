@@ -51,6 +51,7 @@ class FakePipeline:
         defaults = dataclasses.asdict(self.sampling)
         del defaults["text_tokens"]
         defaults["shift"] = self.sampling.shift.shift_lo
+        defaults["guidance_2"] = self.sampling.guidance
         chosen = defaults | {name: value for name, value in given.items() if value is not None}
         return Request(prompt=prompt, negative_prompt="", seed=seed, **chosen)
 
