@@ -78,7 +78,7 @@ def make_vae(family: Family):
         "latents_mean": np.linspace(-0.3, 0.3, 8).tolist(),
         "latents_std": np.linspace(0.8, 1.2, 8).tolist(),
     }
-    return shaken(
+    vae = shaken(
         AutoencoderKLWan(
             base_dim=4,
             z_dim=8 if family.expand else 16,
@@ -88,6 +88,11 @@ def make_vae(family: Family):
             **(wan22 if family.expand else {}),
         )
     )
+    # A random decoder's frames reach far beyond [-1, 1], and differ by 2e-4 from equal latents in
+    # two programs that round differently; a trained one's fill the range.
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(0.1)
+    return vae
 
 
 def make_transformer(family: Family):
@@ -232,7 +237,7 @@ def test_family_renders_the_same_frames_step_by_step(name, tmp_path):
         # Where the first latent frame is given, what the solver makes of it is thrown away.
         moving = slice(1 if family.expand and family.pictures else 0, None)
         for mine, other in zip(steps, their_steps, strict=True):
-            np.testing.assert_allclose(mine[:, moving], other[:, moving], atol=1e-4, rtol=1e-4)
+            np.testing.assert_allclose(mine[:, moving], other[:, moving], atol=3e-5, rtol=0)
         frames = (np.asarray(pipe.decode(ours["latents"])[0]) + 1) / 2
         print(f"{name}, {solver}: frames differ by up to {np.abs(frames - theirs).max():.2e}")
         np.testing.assert_allclose(frames, theirs, atol=1e-4)
