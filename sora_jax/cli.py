@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from sora_jax import DTYPES
+
 EXAMPLES = """examples:
   sora-jax sample --prompt "a red ball rolls left in the meadow" --out ball.mp4
   sora-jax train --config configs/paperworld.py:smoke --workdir runs/smoke
@@ -102,7 +104,7 @@ def _add_sample(commands) -> None:
     sample.add_argument("--schedule", help="of the steps: wan, flow_match_euler or linear")
     sample.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=DTYPES,
         help="of weights and matrix products (default: float32); bfloat16 takes half the memory",
     )
     sample.add_argument("--seed", type=int, help="another seed, another video (default: 0)")
@@ -168,7 +170,6 @@ def _add_convert(commands) -> None:
         actions, "export", _export, "Write a training run or checkpoint for other software."
     )
     bring = _command(actions, "import", _import, "Bring a checkpoint of another layout into ours.")
-    bring.set_defaults(run=_import, weights="ema", size=None, frames=None)
     bring.add_argument(
         "--to",
         default="diffusers",
@@ -261,23 +262,9 @@ def _export(args) -> None:
 
 
 def _import(args) -> None:
-    if args.to == "diffusers":
-        if args.config or args.overrides:
-            raise ValueError("--config is for --to run; leave it out.")
-        args.dtype = args.dtype or "float32"
-        _export(args)
-        return
-    from sora_jax import config_file
-    from sora_jax.train.loop import begin
+    from sora_jax import import_command
 
-    if not args.config:
-        raise ValueError("--to run needs --config FILE: the config that training goes on with.")
-    if args.dtype or args.max_shard_size:
-        raise ValueError("--dtype and --max-shard-size are for --to diffusers; leave them out.")
-    if any(override.startswith("init_from=") for override in args.overrides):
-        raise ValueError("--config.init_from is --checkpoint here; leave it out.")
-    overrides = [*args.overrides, f"init_from={args.checkpoint}"]
-    print(begin(config_file.load(args.config, overrides), args.out))
+    print(import_command.run(args))
 
 
 def _verify(args) -> None:

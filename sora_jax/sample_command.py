@@ -1,6 +1,5 @@
 """What `sora-jax sample` does: requests from its arguments, a report of stages, files."""
 
-import hashlib
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -11,8 +10,7 @@ from rich.console import Console
 import sora_jax
 from sora_jax import video_io
 from sora_jax.convert import folder
-from sora_jax.generate import Pipeline, Request, Video
-from sora_jax.generate.pipeline import picture_hash
+from sora_jax.generate import Pipeline, Request, Video, array_hash
 from sora_jax.progress import Progress
 
 AT_ONCE = 8  # videos denoised together at most
@@ -149,7 +147,7 @@ def _check_again(
         raise ValueError(f"{args.again} was made {how} --noise.")
     for name, picture in zip(_PICTURES, pictures, strict=True):
         made_from = again.get(f"{name}_sha256")
-        if made_from != (None if picture is None else picture_hash(picture)):
+        if made_from != (None if picture is None else array_hash(picture)):
             flag = f"--{name.replace('_', '-')}"
             how = f"from picture {made_from}; give it with" if made_from else "without; leave out"
             raise ValueError(f"{args.again} was made {how} {flag}.")
@@ -158,12 +156,6 @@ def _check_again(
             f"{args.again} is one of {len(noise)} videos made together from one noise file; give "
             "the command that made them once more, without --again."
         )
-
-
-def array_hash(array: np.ndarray) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of an array as float32."""
-    data = np.ascontiguousarray(array, np.float32).tobytes()
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _read_noise(path: Path) -> np.ndarray:

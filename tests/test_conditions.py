@@ -143,6 +143,34 @@ def test_two_experts_share_a_video_at_the_boundary(pipeline_folder, tmp_path):
         alone.request("a ball", guidance=3.0, guidance_2=4.0)
 
 
+def test_lora_files_go_into_the_transformer_they_are_for(pipeline_folder, tmp_path):
+    dit = folder.read_config(pipeline_folder, "dit")
+    index = {"boundary_ratio": 0.5}
+    two = variant(pipeline_folder, tmp_path / "two", index=index, parts=[("dit_2", dit)])
+    halves = {"lora_A": np.ones((2, 24), np.float32), "lora_B": np.ones((24, 2), np.float32)}
+    key = "transformer.blocks.0.attn1.to_q"
+    save_file({f"{key}.{n}.weight": v for n, v in halves.items()}, tmp_path / "l.safetensors")
+    files = [str(tmp_path / "l.safetensors")]
+    plain = sora_jax.load(two)
+    pipes = [sora_jax.load(two, loras=files), sora_jax.load(two, loras_2=files)]
+    changed = [
+        [
+            bool(
+                (
+                    np.asarray(ours.params["blocks"]["self_attention"]["q"]["kernel"][...])
+                    != theirs.params["blocks"]["self_attention"]["q"]["kernel"][...]
+                ).any()
+            )
+            for ours, theirs in zip(pipe.experts.parts, plain.experts.parts, strict=True)
+        ]
+        for pipe in pipes
+    ]
+    assert changed == [[True, False], [False, True]]
+    assert "loras" in pipes[0].info and "loras_2" in pipes[1].info
+    with pytest.raises(ValueError, match="has one transformer; give its LoRA files as --lora"):
+        sora_jax.load(pipeline_folder, loras_2=files)
+
+
 def test_a_boundary_needs_two_experts_and_two_experts_a_boundary(pipeline_folder, tmp_path):
     one = variant(pipeline_folder, tmp_path / "one", index={"boundary_ratio": 0.9})
     with pytest.raises(ValueError, match=r"boundary_ratio 0\.9, and transformer_2 is not there"):

@@ -112,3 +112,17 @@ def test_norms_of_bfloat16_are_computed_in_float32(norm):
     got = norm(256)(x)
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got, norm(256)(x.astype(jnp.float32)))
+
+
+def test_programs_for_every_platform_contract_in_float32(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x, y = normal(2, 3, 4), normal(2, 4, 5)
+
+    def traced():
+        product = lambda x, y: layers.contract("bij,bjk->bik", x, y, "bfloat16")  # noqa: E731
+        return str(jax.make_jaxpr(product)(x, y))
+
+    assert "bf16" in traced()
+    with layers.float32_contractions():
+        assert "bf16" not in traced()
+    assert "bf16" in traced()

@@ -10,6 +10,7 @@ decode          (latents) -> video in [-1, 1]
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import export
 
+from sora_jax import DTYPES
 from sora_jax.convert import folder
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion.times import shift_for_tokens
@@ -73,7 +75,7 @@ def load(
     source = Path(source)
     if extra := [folder.WORDS[name] for name in folder.held(source)[len(folder.REQUIRED) :]]:
         raise ValueError(f"{source}: has a {extra[0]}; only text to video becomes programs so far.")
-    if dtype not in ("float32", "bfloat16"):
+    if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: weights of programs are float32 or bfloat16.")
     sampling = folder.read_sampling(source)
     width, height = size or (sampling.width, sampling.height)
@@ -94,9 +96,7 @@ def load(
         name: folder.load_component(source, name, dtype="float32" if name == "vae" else dtype)
         for name in folder.REQUIRED
     }
-    tokens = 1
-    for n, p in zip(latents, dit.patch_size, strict=False):
-        tokens *= n // p
+    tokens = math.prod(n // p for n, p in zip(latents, dit.patch_size, strict=False))
     length = sampling.text_tokens
     emb, ids, mask = (None, length, text.width), (None, length), (None, length)
     x, video = (None, *latents), (None, frames, height, width, 3)

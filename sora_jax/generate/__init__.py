@@ -2,6 +2,6 @@
 
 from sora_jax.generate.pipeline import Pipeline
 from sora_jax.generate.request import Request
-from sora_jax.generate.video import Video, to_bytes
+from sora_jax.generate.video import Video, array_hash, to_bytes
 
-__all__ = ["Pipeline", "Request", "Video", "to_bytes"]
+__all__ = ["Pipeline", "Request", "Video", "array_hash", "to_bytes"]

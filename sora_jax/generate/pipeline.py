@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from sora_jax.generate import request as requests_of
 from sora_jax.generate.conditions import Conditions, Picture
 from sora_jax.generate.experts import Experts, Part
 from sora_jax.generate.request import Request
-from sora_jax.generate.video import Video, to_bytes
+from sora_jax.generate.video import Video, array_hash, to_bytes
 from sora_jax.image import clip
 from sora_jax.text.tokenizer import load_tokenizer
 
@@ -417,19 +416,13 @@ class Pipeline:
         # A list, as JSON gives back what the files hold.
         interval = {"guidance_interval": list(request.guidance_interval)}
         shown = {
-            f"{name}_sha256": picture_hash(picture)
+            f"{name}_sha256": array_hash(picture)
             for name, picture in zip(("image", "last_image"), pictures, strict=True)
             if picture is not None
         }
         return (
             dataclasses.asdict(request) | interval | shown | self.info | {"sora_jax": __version__}
         )
-
-
-def picture_hash(picture: Picture) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of a picture's pixels and size."""
-    data = f"{picture.shape}".encode() + np.ascontiguousarray(picture).tobytes()
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 class _Clock:

@@ -1,6 +1,7 @@
 """A video that was made: frames, and all that made them."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from sora_jax.convert import folder
 def to_bytes(video: Float[Array, "*b F H W 3"]) -> UInt8[np.ndarray, "*b F H W 3"]:
     """[-1, 1] to 0..255, rounded."""
     return np.asarray(jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5).astype(jnp.uint8))
+
+
+def array_hash(array: np.ndarray) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of an array's values as float32."""
+    data = np.ascontiguousarray(array, np.float32).tobytes()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)

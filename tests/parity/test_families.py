@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import sora_jax
+from tests.parity import reference
 
 PROMPT, NEGATIVE = "a red ball rolls left", "blurry"
 FRAMES, STEPS, GUIDANCE, SHIFT = 9, 4, 3.0, 3.0
@@ -163,17 +164,12 @@ def pictures_of(family: Family) -> list[np.ndarray | None]:
 
 def diffusers_video(pipe, family: Family, noise):
     """(frames in [0, 1], latents after each step, channels last)."""
-    pipe.set_progress_bar_config(disable=True)
-    steps = []
-
-    def keep(pipe, i, t, tensors):
-        steps.append(tensors["latents"].numpy().transpose(0, 2, 3, 4, 1).copy())
-        return tensors
-
     first, last = pictures_of(family)
     shown = {} if first is None else {"image": Image.fromarray(first)}
     shown |= {} if last is None else {"last_image": Image.fromarray(last)}
-    frames = pipe(
+    return reference.denoise(
+        pipe,
+        noise,
         prompt=PROMPT,
         negative_prompt=NEGATIVE,
         height=family.size[0],
@@ -181,13 +177,9 @@ def diffusers_video(pipe, family: Family, noise):
         num_frames=FRAMES,
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
-        latents=torch.from_numpy(noise.transpose(0, 4, 1, 2, 3).copy()),
-        output_type="np",
-        callback_on_step_end=keep,
         **({"guidance_scale_2": GUIDANCE + 1} if family.boundary else {}),
         **shown,
-    ).frames
-    return frames[0], steps
+    )
 
 
 SCHEDULERS = {

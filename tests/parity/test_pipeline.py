@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 import sora_jax
 from sora_jax import cli, video_io
 from sora_jax.train.export import export
+from tests.parity import reference
 
 PROMPT = "a red ball rolls left in the meadow"
 SIZE, FRAMES, STEPS, GUIDANCE = 64, 17, 6, 2.0
@@ -23,19 +24,14 @@ def folder(tmp_path_factory):
     return export(sora_jax.weights_folder(), tmp_path_factory.mktemp("export") / "paperworld")
 
 
-def diffusers_video(folder, noise, scheduler=None, **settings):
+def diffusers_video(folder, noise, scheduler=None):
     """(frames in [0, 1], latents after every step, channels last)."""
     pipe = WanPipeline.from_pretrained(str(folder), torch_dtype=torch.float32)
     if scheduler is not None:
         pipe.scheduler = scheduler
-    pipe.set_progress_bar_config(disable=True)
-    steps = []
-
-    def keep(pipe, i, t, tensors):
-        steps.append(tensors["latents"].numpy().transpose(0, 2, 3, 4, 1))
-        return tensors
-
-    video = pipe(
+    return reference.denoise(
+        pipe,
+        noise,
         prompt=PROMPT,
         negative_prompt="",
         height=SIZE,
@@ -43,12 +39,7 @@ def diffusers_video(folder, noise, scheduler=None, **settings):
         num_frames=FRAMES,
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
-        latents=torch.from_numpy(noise.transpose(0, 4, 1, 2, 3).copy()),
-        output_type="np",
-        callback_on_step_end=keep,
-        **settings,
-    ).frames
-    return video[0], steps
+    )
 
 
 @pytest.mark.parametrize(("schedule", "solver"), [("wan", "unipc"), ("flow_match_euler", "euler")])

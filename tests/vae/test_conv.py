@@ -99,3 +99,18 @@ def test_products_with_neighbourhoods_are_the_convolution(frames, taps, before):
     for ours, theirs in zip(gradients, pullback(dy.astype(jnp.float32)), strict=True):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-4)
+
+
+def test_two_dimensional_traces_the_same_function_without_branches():
+    x, w = operands((3, 3, 3))
+
+    def traced():
+        # A function of its own each time: a cached trace would answer for the other.
+        return jax.make_jaxpr(lambda x, w: conv.conv3d(x, w, **SETTINGS["causal"]))(x, w)
+
+    outside = traced()
+    with conv.two_dimensional():
+        inside = traced()
+    assert "platform_index" in str(outside) and "platform_index" not in str(inside)
+    (y,), (z,) = (jax.core.eval_jaxpr(t.jaxpr, t.consts, x, w) for t in (outside, inside))
+    np.testing.assert_allclose(y, z, atol=1e-5)
