@@ -12,14 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sora_jax import layers, sharding
+from sora_jax.blocked_attention import MASKED, blocked
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "reference")
+IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "splash", "reference")
 
-# The logit of a pair that may not attend: finite, so that a row without keys is not NaN.
-MASKED = -1e30
-
-# Below this many queries or keys, splash's blocks cost more than XLA's whole logits.
-_SPLASH_MIN_TOKENS = 1024
+# From this many queries and keys on, whole logits cost more than blocks, on a TPU or GPU.
+_BLOCKS_MIN_TOKENS = 1024
 _SPLASH_BLOCK = 512
 _SPLASH_LANES = 128
 # Segment of the tokens added to fill a block; no caller's id, not even -1 for padding.
@@ -36,13 +34,14 @@ def select(
     kv_len: int,
     kv_bias: bool,
 ) -> str:
-    """The kernel that will run: "xla", "cudnn", "splash" or "reference".
+    """The kernel that will run: one of IMPLEMENTATIONS, but for "auto".
 
-    - "reference" and "xla" take everything and are what they say.
-    - A `kv_bias` (cross-attention's weight of the padding) needs float32 logits, which only
-      "xla" and "reference" have: "cudnn" and "splash" give way to "xla" there.
+    - "reference", "xla" (whole logits) and "blocked" take everything and are what they say.
+    - A `kv_bias` (cross-attention's weight of the padding) needs float32 logits, which these
+      have: "cudnn" and "splash" give way to "xla" there.
     - "auto": cuDNN on a GPU for 16-bit operands and a head dimension that is a multiple of 8
-      up to 128; splash on a TPU from 1024 queries and keys on; XLA elsewhere.
+      up to 128; splash on a TPU from 1024 queries and keys on; where neither can, "blocked" from
+      as many on, and on CPUs always; "xla" for what is left.
 
     Raises:
       ValueError: for an unknown name, or for cuDNN with operands that it has no kernel for.
@@ -51,10 +50,11 @@ def select(
         raise ValueError(
             f"attention {implementation!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}."
         )
-    if implementation in ("reference", "xla"):
+    if implementation in ("reference", "xla", "blocked"):
         return implementation
+    whole = "blocked" if backend == "cpu" and implementation == "auto" else "xla"
     if kv_bias:
-        return "xla"
+        return whole
     cudnn_fits = dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
     if implementation == "cudnn" and not cudnn_fits:
         raise ValueError(
@@ -65,9 +65,9 @@ def select(
         return implementation
     if backend in ("gpu", "cuda") and cudnn_fits:
         return "cudnn"
-    if backend == "tpu" and min(q_len, kv_len) >= _SPLASH_MIN_TOKENS:
-        return "splash"
-    return "xla"
+    if min(q_len, kv_len) >= _BLOCKS_MIN_TOKENS:
+        return "splash" if backend == "tpu" else "blocked"
+    return whole
 
 
 def attention(
@@ -117,6 +117,8 @@ def attention(
         out = _cudnn(q, k, v, q_segment_ids, kv_segment_ids, dtype=dtype)
     elif kernel == "splash":
         out = _splash(q, k, v, q_segment_ids, kv_segment_ids, dtype=dtype, interpret=interpret)
+    elif kernel == "blocked":
+        out = _blocked(q, k, v, q_segment_ids, kv_segment_ids, kv_bias, dtype=dtype)
     else:
         mask = _mask(q_segment_ids, kv_segment_ids)
         if kernel == "reference":
@@ -179,29 +181,47 @@ def _fill(x, segment_ids, *, multiple):
     return x, jnp.pad(ids, ((0, 0), (0, fill)), constant_values=_FILL_SEGMENT)
 
 
+def _on_shards(local, q, k, v, q_segment_ids, kv_segment_ids, kv_bias=None):
+    """`local` of these arguments on each shard; keys and values are whole along `context`."""
+    mesh = sharding.current_mesh()
+    arguments = (q, k, v, q_segment_ids, kv_segment_ids, kv_bias)
+    if mesh is None or mesh.size == 1:
+        return local(*arguments)
+    queries, keys = ("tokens", "act_heads", None), (None, "act_heads", None)
+    axes = (queries, keys, keys, ("tokens",), (None,), (None,))
+    specs = tuple(
+        None if x is None else sharding._fit(sharding.spec("batch", *names), x.shape, mesh)
+        for x, names in zip(arguments, axes, strict=True)
+    )
+    # The partitioner can neither see into a Pallas call nor cut a loop over blocks: without
+    # shard_map it would gather all.
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(
+        *arguments
+    )
+
+
+def _blocked(q, k, v, q_segment_ids, kv_segment_ids, kv_bias, *, dtype):
+    return _on_shards(
+        lambda *arguments: blocked(*arguments, dtype),
+        q,
+        k,
+        v,
+        q_segment_ids,
+        kv_segment_ids,
+        kv_bias,
+    )
+
+
 def _splash(q, k, v, q_segment_ids, kv_segment_ids, *, dtype, interpret):
-    """jax's own splash attention on each shard; keys and values are whole along `context`."""
+    """jax's own splash attention on each shard."""
     # Splash does not scale: done in float32, before the cast.
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(dtype)
     k, v = k.astype(dtype), v.astype(dtype)
-    arguments = [q, k, v]
-    axes = [("tokens", "act_heads", None), (None, "act_heads", None), (None, "act_heads", None)]
-    if q_segment_ids is not None:
-        arguments += [q_segment_ids, kv_segment_ids]
-        axes += [("tokens",), (None,)]
     local = functools.partial(_splash_shard, interpret=interpret)
-    mesh = sharding.current_mesh()
-    if mesh is not None and mesh.size > 1:
-        specs = tuple(
-            sharding._fit(sharding.spec("batch", *names), x.shape, mesh)
-            for x, names in zip(arguments, axes, strict=True)
-        )
-        # A Pallas call is opaque to the partitioner: without shard_map it would gather all.
-        local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
-    return local(*arguments).astype(jnp.float32)
+    return _on_shards(local, q, k, v, q_segment_ids, kv_segment_ids).astype(jnp.float32)
 
 
-def _splash_shard(q, k, v, q_segment_ids=None, kv_segment_ids=None, *, interpret):
+def _splash_shard(q, k, v, q_segment_ids, kv_segment_ids, _, *, interpret):
     # Imported here: Pallas costs a second that only TPUs need to pay.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

@@ -15,7 +15,7 @@ FLOORS = [
     {"generate", "convert"},
     {"text", "vae", "dit", "image"},
     {"attention", "layers", "checkpoint", "data"},
-    {"diffusion", "sharding", "video_io", "types", "progress"},
+    {"diffusion", "sharding", "video_io", "types", "progress", "blocked_attention"},
 ]
 # On one floor, but strangers to each other; so are all that stand in two of them.
 APART = {"data", "text", "vae", "dit", "image", "diffusion"}

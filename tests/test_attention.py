@@ -8,7 +8,7 @@ import pytest
 from sora_jax import sharding
 from sora_jax.attention import MASKED, attention, select
 
-KERNELS = ["xla", "splash"]
+KERNELS = ["xla", "blocked", "splash"]
 if jax.default_backend() == "gpu":
     KERNELS.append("cudnn")
 
@@ -89,7 +89,7 @@ def test_key_bias_is_a_multiplicity(segmented):
         kv_segment_ids=kv_ids[:, repeat] if segmented else None,
         implementation="reference",
     )
-    for kernel in ("reference", "xla", "splash", "cudnn", "auto"):
+    for kernel in ("reference", "xla", "blocked", "splash", "cudnn", "auto"):
         out = attention(
             q,
             k,
@@ -102,7 +102,7 @@ def test_key_bias_is_a_multiplicity(segmented):
         np.testing.assert_allclose(out, expected, atol=1e-5, err_msg=kernel)
 
 
-@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("kernel", ["xla", "blocked", "splash"])
 def test_mesh_equals_one_device(kernel):
     *qkv, cotangent = inputs(batch=2, n=128, s=128, k=2, e=16)
     ids = segments(2, 128, 2)
@@ -131,11 +131,13 @@ def test_accelerators_multiply_bfloat16_in_both_passes(monkeypatch):
     [
         (("auto", "bfloat16", "cuda", 128, 4096, False), "cudnn"),
         (("auto", "bfloat16", "gpu", 128, 16, True), "xla"),
-        (("auto", "float32", "gpu", 128, 4096, False), "xla"),
-        (("auto", "bfloat16", "gpu", 12, 4096, False), "xla"),
+        (("auto", "float32", "gpu", 128, 4096, False), "blocked"),
+        (("auto", "float32", "gpu", 128, 512, False), "xla"),
+        (("auto", "bfloat16", "gpu", 12, 4096, False), "blocked"),
         (("auto", "bfloat16", "tpu", 128, 4096, False), "splash"),
         (("auto", "bfloat16", "tpu", 128, 512, False), "xla"),
-        (("auto", "bfloat16", "cpu", 128, 4096, False), "xla"),
+        (("auto", "bfloat16", "cpu", 128, 16, False), "blocked"),
+        (("auto", "bfloat16", "cpu", 128, 16, True), "blocked"),
         (("splash", "float32", "cpu", 128, 16, False), "splash"),
         (("splash", "bfloat16", "tpu", 128, 4096, True), "xla"),
         (("reference", "bfloat16", "gpu", 128, 16, True), "reference"),
