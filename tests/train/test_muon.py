@@ -36,7 +36,7 @@ def test_singular_values_end_near_one_and_vectors_stay(shape):
     u, _, vt = np.linalg.svd(np.asarray(x), full_matrices=False)
     core = np.einsum("bmk,bmn,bln->bkl", u, out, vt)
     values = np.diagonal(core, axis1=1, axis2=2)
-    assert 0.65 < values.min() and values.max() < 1.25
+    assert values.min() > 0.65 and values.max() < 1.25
     off_diagonal = core - values[:, :, None] * np.eye(values.shape[1])
     assert np.abs(off_diagonal).max() < 0.03
 
