@@ -9,10 +9,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sora_jax import layers, sharding
-from sora_jax.blocked_attention import MASKED, blocked
+from sora_jax.blocked_attention import MASKED, RESIDUALS, blocked
 
 IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "splash", "reference")
 
@@ -125,6 +126,8 @@ def attention(
             out = _reference(q, k, v, mask, kv_bias)
         else:
             out = _xla(q, k, v, mask, kv_bias, dtype=dtype)
+    if kernel not in ("blocked", "splash"):  # which name their logits' sums too
+        out = checkpoint_name(out, RESIDUALS)
     return sharding.constrain(out, "batch", "tokens", "act_heads", None)
 
 
@@ -248,6 +251,7 @@ def _splash_shard(q, k, v, q_segment_ids, kv_segment_ids, _, *, interpret):
             block_q_dq=q_block,
             block_kv_dq=kv_block,
         ),
+        residual_checkpoint_name=RESIDUALS,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

@@ -13,9 +13,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 # The logit of a pair that may not attend: finite, so that a row without keys is not NaN.
 MASKED = -1e30
+# Name of what the backward pass needs beside q, k and v, for policies of rematerialisation.
+RESIDUALS = "attention_out"
 QUERIES = 576  # a tile at most, and
 TILE_BYTES = 6_000_000  # of float32 logits, if one head has no more
 
@@ -59,7 +62,10 @@ def _forward(q, k, v, q_ids, kv_ids, kv_bias, dtype, queries, tile_bytes):
 
     arguments = (_rows(q, dtype), _rows(k, dtype), _columns(v, dtype), mask)
     out, log_total = _loop(of_heads, jax.tree.map(lambda x: _split(x, heads), arguments))
-    out, log_total = (x.reshape(-1, *x.shape[2:]) for x in (out, log_total))
+    # Named, so that a rematerialised block may keep them and need not attend again.
+    out, log_total = (
+        checkpoint_name(x.reshape(-1, *x.shape[2:]), RESIDUALS) for x in (out, log_total)
+    )
     return _tokens_first(out, q.shape), (q, k, v, q_ids, kv_ids, kv_bias, out, log_total)
 
 
@@ -73,17 +79,18 @@ def _backward(dtype, queries, tile_bytes, residuals, cotangent):
     def of_heads(arguments):
         by_query, by_query_t, k, k_t, v, mask = arguments
 
-        def of_queries(arguments):
+        def of_queries(totals, arguments):
             (q, d_out, pull, log_total, ids), (q_t, d_out_t) = arguments
             p = jnp.exp(_logits(q, k, ids, mask) - log_total)
             d_logits = (p * (_product(d_out, v) - pull) * q.shape[-1] ** -0.5).astype(dtype)
             dk_t = _product(q_t, d_logits, rows=True)
             dv_t = _product(d_out_t, p.astype(dtype), rows=True)
-            return _product(d_logits, k_t), dk_t, dv_t
+            return jax.tree.map(jnp.add, totals, (dk_t, dv_t)), _product(d_logits, k_t)
 
         parts = _cut((*by_query, mask["q_ids"]), size), _cut(by_query_t, size, axis=2)
-        dq, dk_t, dv_t = _loop(of_queries, parts)
-        return _join(dq, by_query[0].shape[1]), jnp.sum(dk_t, axis=0), jnp.sum(dv_t, axis=0)
+        zeros = jnp.zeros(k_t.shape, jnp.float32)
+        (dk_t, dv_t), dq = jax.lax.scan(of_queries, (zeros, zeros), parts)
+        return _join(dq, by_query[0].shape[1]), dk_t, dv_t
 
     arguments = (
         (_rows(q, dtype), _rows(cotangent, dtype), pull, log_total),

@@ -18,7 +18,8 @@ REMAT: dict[str, Any] = {
     "full": _policies.nothing_saveable,  # the block's input
     "dots": _policies.dots_saveable,  # results of all matrix products, attention logits too
     "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,  # of the linear layers
-    "attention_out": _policies.save_only_these_names("attention_out"),  # input, attentions
+    # The input and what attention gave, with what its own backward pass needs of it.
+    "attention_out": _policies.save_only_these_names("attention_out", attention.RESIDUALS),
 }
 
 # Our name -> diffusers' name and the default of its class (the 14B model's).

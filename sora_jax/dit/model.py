@@ -14,7 +14,6 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax import layers, sharding, types
@@ -89,7 +88,6 @@ class Attention(nnx.Module):
                 implementation=self.config.attention,
                 dtype=self.config.dtype,
             )
-        y = checkpoint_name(y, "attention_out")
         return self.out(y.reshape(*x.shape[:2], -1))
 
 

@@ -117,7 +117,7 @@ def assert_trees_close(got, expected, tolerance):
 
 def test_remat_equals_none():
     expected = loss_and_grads()
-    for policy in ("full", "dots_no_batch"):
+    for policy in ("full", "dots_no_batch", "attention_out"):
         assert_trees_close(loss_and_grads(remat=policy), expected, 1e-5)
 
 
@@ -134,8 +134,22 @@ def test_remat_policies_save_what_they_name():
         )
         saved[policy] = sum(leaf.size for leaf in jax.tree.leaves(backward))
     assert saved["none"] > saved["dots"] > saved["dots_no_batch"] > saved["attention_out"]
+    # What both attentions gave, and the log of each softmax's denominator.
     tokens = 2 * 12 * TINY.depth
-    assert saved["attention_out"] - saved["full"] == 2 * tokens * TINY.width
+    assert saved["attention_out"] - saved["full"] == 2 * tokens * (TINY.width + TINY.num_heads)
+
+
+def test_kept_attention_is_not_computed_again():
+    """Products in one block's backward pass: two fewer where attention is kept."""
+    counts = {}
+    for policy in ("full", "attention_out"):
+        model = random_model(dataclasses.replace(TINY, remat=policy))
+        graph, params = nnx.split(model, nnx.Param)
+        step = jax.grad(lambda p, graph=graph: jnp.sum(nnx.merge(graph, p)(*inputs()) ** 2))
+        compiled = jax.jit(step).lower(params).compile().as_text()
+        counts[policy] = compiled.count(" dot(")
+    # Of each of the two attentions: probabilities times values; logits are computed either way.
+    assert counts["full"] - counts["attention_out"] == 2
 
 
 def test_bfloat16_operands_stay_near_float32():
