@@ -19,6 +19,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from sora_jax.vae.plane_conv import plane_conv
+
 # Channels, in and out, from which gathering neighbourhoods pays.
 COLUMNS_CHANNELS = 128
 
@@ -157,14 +159,7 @@ def _taps(x, kernel, *, stride, padding):
         frames = x if taps == s == 1 else x[:, tap : tap + (length - 1) * s + 1 : s]
         if kernel.shape[1:3] == stride[1:] == (1, 1) and padding[1:] == ((0, 0), (0, 0)):
             return frames @ kernel[tap, 0, 0][None, None, None]
-        y = lax.conv_general_dilated(
-            frames.reshape(-1, *frames.shape[2:]),
-            kernel[tap],
-            stride[1:],
-            padding[1:],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return y.reshape(frames.shape[0], length, *y.shape[1:])
+        return plane_conv(frames, kernel[tap], stride[1:], padding[1:])
 
     # A tap that meets nothing but the padding in front (a single image has two) adds nothing.
     return sum(one(tap) for tap in range(taps) if (length - 1) * s + tap >= padding[0][0])

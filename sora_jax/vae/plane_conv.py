@@ -1,0 +1,83 @@
+"""2-D convolution of every frame in float32, with the kernel's gradient as matrix products.
+
+XLA's CPU backend computes that gradient as a convolution whose "channels" are the examples: with
+32 channels at 13 to 16 GFLOP/s on two cores, where the forward pass has 50 and the products 42
+(`tools/bench_conv.py --planes`). Used by `conv`, on CPUs only.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sora_jax import sharding
+
+Pair = tuple[int, int]
+# Rows of a frame are cut into this many parts, if they can be: products of small results run on
+# one core, a batch of them on all.
+PARTS = 8
+# XLA's own kernel gradient is the faster where both channel counts are multiples of this.
+FAST_CHANNELS = 64
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def plane_conv(x, kernel, stride: Pair, padding: tuple[Pair, Pair]):
+    """x (b, t, h, w, i) by kernel (kh, kw, i, o), zeros padded: (b, t, h', w', o)."""
+    return _conv(x, kernel, stride, padding)
+
+
+def _conv(x, kernel, stride, padding):
+    y = lax.conv_general_dilated(
+        x.reshape(-1, *x.shape[2:]),
+        kernel,
+        stride,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def _forward(x, kernel, stride, padding):
+    return _conv(x, kernel, stride, padding), (x, kernel)
+
+
+def _backward(stride, padding, residuals, dy):
+    x, kernel = residuals
+    conv = functools.partial(_conv, stride=stride, padding=padding)
+    (dx,) = jax.vjp(lambda x: conv(x, kernel), x)[1](dy)
+    fast = all(channels % FAST_CHANNELS == 0 for channels in kernel.shape[2:])
+    if stride == (1, 1) and not fast:
+        return dx, _kernel_gradient(x, dy, kernel.shape, padding)
+    return dx, jax.vjp(lambda kernel: conv(x, kernel), kernel)[1](dy)[0]
+
+
+plane_conv.defvjp(_forward, _backward)
+
+
+def _kernel_gradient(x, dy, shape, padding):
+    """Frame by frame, each kernel row's gradient is one product of rows beside rows with dy."""
+    kh, kw, inputs, outputs = shape
+    _, _, h, w, _ = dy.shape
+    x = jnp.pad(x, ((0, 0), (0, 0), *padding, (0, 0)))
+    mesh = sharding.current_mesh()
+    if mesh is not None and mesh.size > 1:  # examples lie on devices: do not walk along them
+        x, dy = x.swapaxes(0, 1), dy.swapaxes(0, 1)
+    else:
+        x, dy = (a.reshape(-1, 1, *a.shape[2:]) for a in (x, dy))
+    parts = max(n for n in range(1, PARTS + 1) if h % n == 0)
+
+    def step(total, frame):
+        x, dy = frame
+        dy = dy.reshape(-1, parts, h // parts * w, outputs)
+        beside = jnp.concatenate([x[:, :, j : j + w] for j in range(kw)], axis=-1)
+
+        def one(i):
+            rows = beside[:, i : i + h].reshape(*dy.shape[:3], kw * inputs)
+            return jnp.einsum("bpni,bpno->bpio", rows, dy)
+
+        return total + jnp.stack([jnp.sum(one(i), axis=1) for i in range(kh)], axis=1), None
+
+    # One total an example, so that devices add theirs up once, at the end.
+    total = jnp.zeros((dy.shape[1], kh, kw * inputs, outputs))
+    return jnp.sum(lax.scan(step, total, (x, dy))[0], axis=0).reshape(shape)
