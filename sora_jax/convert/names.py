@@ -1,6 +1,7 @@
 """Moves tensors between a file's names and our parameter trees, every key used exactly once."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ _PERMUTATIONS = {
     "patch2d": (2, 3, 1, 0),
 }
 _PATCHES = ("patch", "patch2d")
+# Bytes up to which a stack for a single device is put together on the host: a program that writes
+# layers would take longer to compile than such a stack to copy.
+SMALL_STACK = 2**26
 
 
 class Entry(NamedTuple):
@@ -95,8 +99,8 @@ def load(
       source: name of the file, for errors.
       optional: keys that the file may hold and that are not used (tied copies).
       dtype: of our matrices and embeddings; all else is float32, and so is what embeds time.
-      shardings: a tree like the parameters; each tensor then goes straight to its shards, a
-        stack layer by layer, and the host holds one tensor at a time. None: the default device.
+      shardings: a tree like the parameters. Each tensor goes straight to its shards, a large stack
+        layer by layer, and the host holds one at a time. None: the default device.
 
     Raises:
       ValueError: listing all missing, unknown and misshapen keys together.
@@ -159,21 +163,22 @@ def _fill(
     first = group[0]
     if first.index is None:
         return _place(to_ours(read(first.key), first.layout, shape), dtype, sharding)
-    if sharding is None:
+    if sharding is None and math.prod(shape) * np.dtype(dtype).itemsize <= SMALL_STACK:
         stack = np.empty(shape, dtype)
         for entry in group:
             stack[entry.index] = to_ours(read(entry.key), entry.layout, shape[1:])
         return jnp.asarray(stack)
-    layer = shardings_of.without_leading_axis(sharding)
+    layer = None if sharding is None else shardings_of.without_leading_axis(sharding)
     stack = jnp.zeros(shape, dtype, device=sharding)
     for entry in group:
         value = _place(to_ours(read(entry.key), entry.layout, shape[1:]), dtype, layer)
         stack = _set_layer(sharding)(stack, value, entry.index)
+        jax.block_until_ready(stack)  # else the host reads ahead and holds many layers
     return stack
 
 
 @functools.cache
-def _set_layer(sharding: jax.sharding.NamedSharding):
+def _set_layer(sharding: jax.sharding.NamedSharding | None):
     """Writes a layer into a stack where it lies."""
     return jax.jit(
         lambda stack, value, index: jax.lax.dynamic_update_index_in_dim(stack, value, index, 0),

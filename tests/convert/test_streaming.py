@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from sora_jax import sharding
-from sora_jax.convert import folder
+from sora_jax.convert import folder, names
 from sora_jax.convert.weights import Weights
 
 
@@ -42,3 +42,12 @@ def test_parameters_take_the_type_asked_for(pipeline_folder):
         np.testing.assert_array_equal(a[...].astype(b.dtype), b[...])
         cast += matrix
     assert cast > 10
+
+
+def test_a_large_stack_is_put_together_on_the_device(pipeline_folder, monkeypatch):
+    whole = folder.load_component(pipeline_folder, "dit")[2]
+    monkeypatch.setattr(names, "SMALL_STACK", 0)
+    by_layer = folder.load_component(pipeline_folder, "dit")[2]
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(by_layer), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype and one.sharding == other.sharding
