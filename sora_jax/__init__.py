@@ -48,6 +48,8 @@ def load(
     loras: Sequence[str] = (),
     loras_2: Sequence[str] = (),
     dtype: str = "float32",
+    mesh: str = "none",
+    weights: bool = True,
 ):
     """A `sora_jax.generate.Pipeline` from shipped weights by name, or from a folder.
 
@@ -55,6 +57,8 @@ def load(
       loras: LoRA files to merge, each "FILE" or "FILE:SCALE".
       loras_2: the same, into the second of two transformers (Wan 2.2 A14B: that for low noise).
       dtype: "float32", or "bfloat16" for half the memory and the matrix units of TPUs and GPUs.
+      mesh: "none" (one device), "auto" (all accelerators) or sizes such as "tensor=4,context=2".
+      weights: False reads them when the first video is made, or at `load_weights()`.
 
     Raises:
       ValueError: naming what is missing or damaged.
@@ -70,5 +74,10 @@ def load(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use {' or '.join(DTYPES)}.")
     return Pipeline.from_folder(
-        weights_folder(str(checkpoint)), loras=first, loras_2=second, dtype=dtype
+        weights_folder(str(checkpoint)),
+        loras=first,
+        loras_2=second,
+        dtype=dtype,
+        mesh=mesh,
+        weights=weights,
     )

@@ -101,11 +101,19 @@ def _add_sample(commands) -> None:
     )
     sample.add_argument("--shift", type=float, help="moves steps towards noise (larger videos)")
     sample.add_argument("--solver", help="unipc, dpmpp_2m, ab2, heun or euler")
-    sample.add_argument("--schedule", help="of the steps: wan, flow_match_euler or linear")
+    sample.add_argument(
+        "--schedule", help="of the steps: wan, wan_official, flow_match_euler or linear"
+    )
     sample.add_argument(
         "--dtype",
         choices=DTYPES,
         help="of weights and matrix products (default: float32); bfloat16 takes half the memory",
+    )
+    sample.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="devices to share the work: auto (all but CPUs, the default), none, or sizes of data, "
+        "fsdp, tensor and context, such as tensor=4,context=2",
     )
     sample.add_argument("--seed", type=int, help="another seed, another video (default: 0)")
     sample.add_argument(

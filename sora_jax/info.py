@@ -21,7 +21,7 @@ def show(checkpoint: str, *, size: tuple[int, int] | None, frames: int | None) -
     """
     console = Console()
     console.print(_versions())
-    pipe = sora_jax.load(checkpoint)
+    pipe = sora_jax.load(checkpoint, weights=False)
     request = pipe.request("cost", size=size, frames=frames)
     console.print(_parts(pipe))
     console.print(_costs(pipe, request))
@@ -50,9 +50,9 @@ def _parts(pipe) -> Table:
     parts += [("dit_2", part) for part in pipe.experts.parts[1:]]
     parts += [] if pipe.image is None else [("image", pipe.image)]
     for name, part in parts:
-        table.add_row(name, f"{_count(part.params):,}", style="bold")
-        for child in part.params:
-            table.add_row(f"  {name}.{child}", f"{_count(part.params[child]):,}")
+        table.add_row(name, f"{_count(part.abstract):,}", style="bold")
+        for child in part.abstract:
+            table.add_row(f"  {name}.{child}", f"{_count(part.abstract[child]):,}")
     return table
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 import sora_jax
 from sora_jax import video_io
 from sora_jax.convert import folder
-from sora_jax.generate import Pipeline, Request, Video, array_hash
+from sora_jax.generate import Pipeline, Request, Video, array_hash, conditions
 from sora_jax.progress import Progress
 
 AT_ONCE = 8  # videos denoised together at most
@@ -44,7 +44,17 @@ def run(args: Namespace) -> list[Path]:
     prompts = [again["prompt"]] if again else _prompts(args)
     console = Console(stderr=True, highlight=False)
     dtype = args.dtype or again.get("dtype", "float32")
-    pipe = sora_jax.load(args.checkpoint, loras=args.lora, loras_2=args.lora_2, dtype=dtype)
+    # Bit for bit, a video is made again on the mesh that made it.
+    mesh = args.mesh or (again.get("mesh", "none") if again else "auto")
+    pipe = sora_jax.load(
+        args.checkpoint,
+        loras=args.lora,
+        loras_2=args.lora_2,
+        dtype=dtype,
+        mesh=mesh,
+        weights=False,  # first all that was given is checked
+    )
+    conditions.check(pipe.way, pipe.dit.config, pictures)
     if again and again["checkpoint_sha256"] != pipe.info["checkpoint_sha256"]:
         raise ValueError(
             f"{args.again} was made by checkpoint {again['checkpoint_sha256']}, "
@@ -74,12 +84,13 @@ def run(args: Namespace) -> list[Path]:
         for i in range(args.batch)
     ]
     together = again.get("batch_size", min(len(requests), AT_ONCE))
-    _line(console, "load", time.perf_counter() - begun)
     if (arrays or noise is not None) and len(requests) > together:
         raise ValueError(
             f"--noise, --save-latents and --save-text-embeddings are for up to {together} videos "
             f"that are denoised together; these are {len(requests)}."
         )
+    pipe.load_weights()
+    _line(console, "load", time.perf_counter() - begun)
     written = []
     for start in range(0, len(requests), together):
         chunk = requests[start : start + together]
@@ -135,7 +146,7 @@ def _check_again(
     """Raises ValueError for anything that would make another video than the recorded one."""
     given = [name for name in (*_NAMES, "size") if getattr(args, name) is not None]
     given += ["seed"] * (args.seed is not None) + ["batch"] * (args.batch != 1)
-    given += ["dtype"] * (args.dtype is not None)
+    given += [name for name in ("dtype", "mesh") if getattr(args, name) is not None]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"--again takes all settings from {args.again}; leave out {flags}.")

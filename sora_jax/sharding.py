@@ -100,6 +100,45 @@ def make_mesh(
     return array
 
 
+def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:
+    """The mesh that one batch of videos is sampled on, of this process's devices.
+
+    Args:
+      wanted: "none", one device; "auto", all of them, unless they are CPUs; or sizes of mesh axes,
+        such as "tensor=4,context=2", of as many of the devices.
+      heads: of the transformer. "auto" shards heads, and with them weights, as far as they
+        divide, and video tokens over what is left.
+
+    Raises:
+      ValueError: for axes that do not exist, or more devices than there are.
+    """
+    devices = jax.local_devices()
+    if wanted == "auto":
+        if jax.default_backend() == "cpu":
+            return None
+        tensor = math.gcd(heads, len(devices))
+        sizes = {"tensor": tensor, "context": len(devices) // tensor}
+    elif wanted == "none":
+        return None
+    else:
+        sizes = {}
+        for part in wanted.split(","):
+            name, _, size = part.partition("=")
+            if name not in MESH_AXES or name in sizes or not size.isdigit() or int(size) < 1:
+                raise ValueError(
+                    f"mesh {wanted!r}: write auto, none, or sizes of {', '.join(MESH_AXES)}, such "
+                    "as tensor=4,context=2."
+                )
+            sizes[name] = int(size)
+    count = math.prod(sizes.values())
+    if count > len(devices):
+        raise ValueError(
+            f"mesh {wanted!r} takes {count} devices, this process has {len(devices)}; make it "
+            "smaller."
+        )
+    return None if count == 1 else make_mesh(**{"fsdp": 1} | sizes, devices=devices[:count])
+
+
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None):
     """Makes `constrain` act on `mesh` for code traced inside the block."""

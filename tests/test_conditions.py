@@ -175,7 +175,7 @@ def test_a_boundary_needs_two_experts_and_two_experts_a_boundary(pipeline_folder
     one = variant(pipeline_folder, tmp_path / "one", index={"boundary_ratio": 0.9})
     with pytest.raises(ValueError, match=r"boundary_ratio 0\.9, and transformer_2 is not there"):
         sora_jax.load(one)
-    part = lambda width: Part(DiTConfig(width=width), None, None)  # noqa: E731
+    part = lambda width: Part(DiTConfig(width=width), None, None, lambda: None)  # noqa: E731
     with pytest.raises(ValueError, match="have different sizes"):
         Experts([part(1536), part(768)], 0.9)
     experts = Experts([part(1536), part(1536)], 0.9)

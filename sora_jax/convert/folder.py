@@ -189,15 +189,30 @@ def loose_parts(path: Path) -> list[tuple[Naming, Weights]]:
     return [recognize(open_weights(file)) for file in sorted([*indexes, *alone])]
 
 
-def load_component(
+class Opened(NamedTuple):
+    """A component whose names and shapes were checked; `load()` reads its parameters."""
+
+    config: Any
+    graphdef: Any
+    abstract: Any  # the parameters' shapes
+    load: Callable[[], Any]
+
+
+def load_component(folder: str | Path, name: str, **options):
+    """(config, graphdef, params) of a component; arguments and errors are `open_component`'s."""
+    opened = open_component(folder, name, **options)
+    return opened.config, opened.graphdef, opened.load()
+
+
+def open_component(
     folder: str | Path,
     name: str,
     *,
     mesh: Mesh | None = None,
     dtype=jnp.float32,
     loras: Sequence[lora.LoRA] = (),
-):
-    """(config, graphdef, params) of component `name` of an inference checkpoint.
+) -> Opened:
+    """Component `name` of an inference checkpoint, its weights unread.
 
     Args:
       folder: as for `find_component`.
@@ -215,27 +230,15 @@ def load_component(
         config = dataclasses.replace(config, dtype="bfloat16")
     graphdef, abstract = abstract_params(name, config)
     entries, optional = name_table(naming, config, weights.shapes)
-    read = weights.read
-    if loras:
-        names.check_keys(
-            names.flat_params(abstract),
-            entries,
-            keys=weights.shapes,
-            source=weights.source,
-            optional=optional,
-        )
-        read = lora.merged(weights, entries, config, loras)
-    params = names.load(
-        abstract,
-        entries,
-        keys=weights.shapes,
-        read=read,
-        source=weights.source,
-        optional=optional,
-        dtype=dtype,
-        shardings=None if mesh is None else sharding.tree_shardings(abstract, mesh),
-    )
-    return config, graphdef, params
+    stored = {"keys": weights.shapes, "source": weights.source, "optional": optional}
+    names.check_keys(names.flat_params(abstract), entries, **stored)
+    read = lora.merged(weights, entries, config, loras) if loras else weights.read
+    shardings = None if mesh is None else sharding.tree_shardings(abstract, mesh)
+
+    def load():
+        return names.load(abstract, entries, **stored, read=read, dtype=dtype, shardings=shardings)
+
+    return Opened(config, graphdef, abstract, load)
 
 
 def name_table(

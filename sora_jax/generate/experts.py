@@ -1,18 +1,29 @@
 """The transformers of a pipeline: one, or one for much noise and one for little (Wan 2.2 A14B)."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
+
+from sora_jax import sharding
 
 
-class Part(NamedTuple):
-    """A loaded module: its settings, its definition and its parameters."""
+class Part:
+    """A module of a checkpoint: its settings, its definition, the shapes of its parameters.
 
-    config: Any
-    graphdef: Any
-    params: Any
+    The parameters themselves are read when they are first asked for.
+    """
+
+    def __init__(self, config: Any, graphdef: Any, abstract: Any, read: Callable[[], Any]):
+        self.config, self.graphdef, self.abstract = config, graphdef, abstract
+        self._read = read
+
+    @functools.cached_property
+    def params(self):
+        return self._read()
 
     def module(self, params):
         return nnx.merge(self.graphdef, params)
@@ -24,22 +35,22 @@ class Experts:
     Of two, the one that is not in use lies in the host's memory; they change places once a video.
     """
 
-    def __init__(self, parts: Sequence[Part], boundary: float | None):
+    def __init__(self, parts: Sequence[Part], boundary: float | None, *, mesh: Mesh | None = None):
         if len(parts) == 2 and parts[0].config != parts[1].config:
             raise ValueError(
                 "transformer and transformer_2 have different sizes; two experts must agree, since "
                 "one program runs both."
             )
-        self.parts, self.boundary = tuple(parts), boundary
+        self.parts, self.boundary, self._mesh = tuple(parts), boundary, mesh
         self._placed: tuple[int, Any] | None = None
 
-    @classmethod
-    def load(
-        cls, names: Sequence[str], load: Callable[[str], Part], boundary: float | None
-    ) -> "Experts":
-        """Loads one straight to the device, two into the host's memory."""
-        if len(names) == 1:
-            return cls([load(names[0])], None)
+    @staticmethod
+    def in_host_memory(read: Callable[[], Any]) -> Callable[[], Any]:
+        """`read`, whose arrays stay with the host.
+
+        Raises:
+          ValueError: JAX was started without a CPU backend.
+        """
         try:
             host = jax.local_devices(backend="cpu")[0]
         except RuntimeError as error:
@@ -47,8 +58,12 @@ class Experts:
                 "two transformers change places through the CPU's backend, which JAX_PLATFORMS "
                 "leaves out; set it to cuda,cpu or tpu,cpu, or unset it."
             ) from error
-        with jax.default_device(host):
-            return cls([load(name) for name in names], boundary)
+
+        def read_there():
+            with jax.default_device(host):
+                return read()
+
+        return read_there
 
     def at(self, t: float) -> int:
         """The number of the transformer for flow time `t`: 0 from the boundary on, 1 below it."""
@@ -61,10 +76,14 @@ class Experts:
         return len(self.parts) == 1 or (self._placed is not None and self._placed[0] == number)
 
     def params(self, number: int):
-        """Parameters of transformer `number`, on the default device."""
+        """Parameters of transformer `number`, on the mesh or the default device."""
         if len(self.parts) == 1:
             return self.parts[0].params
         if not self.placed(number):
             self._placed = None  # first out, then in: both may not fit
-            self._placed = (number, jax.device_put(self.parts[number].params, jax.devices()[0]))
+            part = self.parts[number]
+            where = jax.local_devices()[0]
+            if self._mesh is not None:
+                where = sharding.tree_shardings(part.abstract, self._mesh)
+            self._placed = (number, jax.device_put(part.params, where))
         return self._placed[1]

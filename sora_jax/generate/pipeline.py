@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from sora_jax import sharding
 from sora_jax.convert import folder
 from sora_jax.convert.folder import SamplingDefaults
 from sora_jax.convert.lora import LoRA
@@ -54,18 +56,31 @@ class Pipeline:
         sampling: SamplingDefaults,
         way: str,
         info: dict,
+        mesh: Mesh | None = None,
     ):
         self.experts, self.vae, self.text, self.image = experts, vae, text, image
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.way = way  # how the transformer takes pictures; see `conditions.takes`
         self.info = info
-        self._encode = jax.jit(lambda params, ids, mask: text.module(params)(ids, mask))
-        self._decode = jax.jit(lambda params, latents: vae.module(params).decode(latents))
-        self._latents = jax.jit(lambda params, video: vae.module(params).encode(video))
+        self.mesh = mesh
+        self._encode = self._jit(lambda params, ids, mask: text.module(params)(ids, mask))
+        self._decode = self._jit(lambda params, latents: vae.module(params).decode(latents))
+        self._latents = self._jit(lambda params, video: vae.module(params).encode(video))
         if image is not None:
-            self._features = jax.jit(lambda params, pixels: image.module(params)(pixels))
+            self._features = self._jit(lambda params, pixels: image.module(params)(pixels))
         self._step = functools.lru_cache(maxsize=8)(self._make_step)
+
+    def _jit(self, function: Callable) -> Callable:
+        """`function` compiled for the pipeline's mesh."""
+        compiled = jax.jit(function)
+
+        @functools.wraps(function)
+        def on_mesh(*arguments):
+            with sharding.use_mesh(self.mesh):
+                return compiled(*arguments)
+
+        return on_mesh
 
     @property
     def dit(self) -> Part:
@@ -80,6 +95,8 @@ class Pipeline:
         loras: Sequence[LoRA] = (),
         loras_2: Sequence[LoRA] = (),
         dtype: str = "float32",
+        mesh: str = "none",
+        weights: bool = True,
     ) -> "Pipeline":
         """Loads an inference checkpoint.
 
@@ -87,6 +104,9 @@ class Pipeline:
           loras: merged into the transformer.
           loras_2: merged into the second of two transformers.
           dtype: of weights and matrix products, "float32" or "bfloat16"; the VAE's stay float32.
+          mesh: the devices that one batch of videos runs on: `sharding.sampling_mesh`.
+          weights: False leaves them unread until `load_weights`, or until a video is made:
+            settings and sizes can be checked and counted before.
 
         Raises:
           ValueError: naming the missing or damaged file and tensor, or what a LoRA does not fit.
@@ -101,15 +121,25 @@ class Pipeline:
                 f"{'there' if 'dit_2' in held else 'not there'}; two experts need both."
             )
 
+        on_mesh = sharding.sampling_mesh(mesh, heads=folder.read_config(path, "dit").num_heads)
         merged = {"dit": loras, "dit_2": loras_2}
         if loras_2 and "dit_2" not in held:
             raise ValueError(f"{path}: has one transformer; give its LoRA files as --lora.")
 
         def load(name: str) -> Part:
-            kind = "float32" if name == "vae" else dtype
-            return Part(*folder.load_component(path, name, loras=merged.get(name, ()), dtype=kind))
+            swapped = boundary is not None and name in merged
+            opened = folder.open_component(
+                path,
+                name,
+                loras=merged.get(name, ()),
+                dtype="float32" if name == "vae" else dtype,
+                mesh=None if swapped else on_mesh,
+            )
+            read = Experts.in_host_memory(opened.load) if swapped else opened.load
+            return Part(opened.config, opened.graphdef, opened.abstract, read)
 
-        experts = Experts.load([n for n in ("dit", "dit_2") if n in held], load, boundary)
+        transformers = [load(name) for name in merged if name in held]
+        experts = Experts(transformers, boundary, mesh=on_mesh)
         vae, dit = load("vae"), experts.parts[0]
         expand = bool(index.get("expand_timesteps"))
         way = conditions.takes(dit.config, vae.config, expand_timesteps=expand)
@@ -125,7 +155,9 @@ class Pipeline:
             info["expand_timesteps"] = True
         if dtype != "float32":
             info["dtype"] = dtype
-        return cls(
+        if on_mesh is not None:  # other sums round otherwise
+            info["mesh"] = ",".join(f"{n}={size}" for n, size in on_mesh.shape.items() if size > 1)
+        pipeline = cls(
             experts=experts,
             vae=vae,
             text=load("text"),
@@ -134,7 +166,20 @@ class Pipeline:
             sampling=folder.read_sampling(path),
             way=way,
             info=info,
+            mesh=on_mesh,
         )
+        if weights:
+            pipeline.load_weights()
+        return pipeline
+
+    def load_weights(self) -> None:
+        """Reads the weights of all parts, if they are not read yet.
+
+        Raises:
+          ValueError: naming a damaged file and tensor.
+        """
+        for part in (*self.experts.parts, self.vae, self.text, self.image):
+            _ = part is None or part.params
 
     def request(self, prompt: str, **settings) -> Request:
         """The checked settings of one video; None means the checkpoint's default.
@@ -213,7 +258,8 @@ class Pipeline:
           guidance_2: guidance of the second of two transformers; by default the same.
           guidance_interval: flow times (lo, hi) between which guidance acts; 1 is noise.
           guidance_rescale: in [0, 1]; against over-saturation at large scales.
-          schedule: "wan" and "flow_match_euler" are diffusers', "linear" is even in t.
+          schedule: "wan" and "flow_match_euler" are diffusers', "wan_official" is the official
+            code's, "linear" is even in t.
           shift: moves steps towards noise; by default it follows from the number of tokens.
           seed: the noise; equal arguments and checkpoint give equal frames on one machine.
 
@@ -398,7 +444,7 @@ class Pipeline:
         """The jitted step of the solver; kept, so that a second video compiles nothing."""
         table, told = times.schedule(schedule, steps, shift=shift)
 
-        @jax.jit
+        @self._jit
         def step(state, i, params, text_emb, text_mask, given):
             velocity = conditions.conditioned(self.dit.module(params), text_emb, text_mask, given)
             guided = guidances.guided_velocity(velocity, config=guide)
