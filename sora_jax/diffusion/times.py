@@ -178,7 +178,16 @@ def flow_match_euler_times(num_steps: int, *, shift: float = 3.0) -> Float[np.nd
     return np.append(shift_time(s, shift), 0.0)
 
 
-SCHEDULES = ("linear", "wan", "flow_match_euler")
+def wan_official_times(num_steps: int, *, shift: float) -> Float[np.ndarray, " s"]:
+    """Times of the official Wan code's UniPC, which begin at 1 - 1/1000, shifted.
+
+    shift_time of linspace(.999, 0, num_steps + 1). The model sees them cut to integers.
+    """
+    _check_steps(num_steps, shift)
+    return shift_time(np.linspace(0.999, 0.0, num_steps + 1), shift)
+
+
+SCHEDULES = ("linear", "wan", "wan_official", "flow_match_euler")
 
 
 def schedule(
@@ -188,7 +197,8 @@ def schedule(
 
     "linear" is `sampling_times`. "wan" is what diffusers' UniPC does with Wan's weights, integer
     timesteps included, and "flow_match_euler" what its FlowMatchEuler does: with them a video
-    equals the one that diffusers makes from the same noise.
+    equals the one that diffusers makes from the same noise. "wan_official" is the official code's,
+    with its UniPC.
 
     Raises:
       ValueError: an unknown name, or steps or shift out of range.
@@ -198,6 +208,9 @@ def schedule(
         return times, times
     if name == "wan":
         times = wan_times(num_steps, shift=shift)
+        return times, truncate_times(times)
+    if name == "wan_official":
+        times = wan_official_times(num_steps, shift=shift)
         return times, truncate_times(times)
     if name == "flow_match_euler":
         times = flow_match_euler_times(num_steps, shift=shift)

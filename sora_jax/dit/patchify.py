@@ -29,6 +29,35 @@ def grid(frames: int, height: int, width: int, *, patch_size: PatchSize) -> tupl
     return tuple(size // p for size, p in zip(sizes, patch_size, strict=True))
 
 
+def check_pixels(frames: int, height: int, width: int, *, cell: tuple[int, int, int]) -> None:
+    """Raises ValueError, naming the nearest that do, unless whole tokens fill a video.
+
+    Args:
+      cell: frames, height and width in pixels that one token stands for; the first frame of a
+        video stands for as many.
+    """
+    for name, value, step in (("width", width, cell[2]), ("height", height, cell[1])):
+        if value < step or value % step:
+            raise ValueError(
+                f"size {width}x{height}: {name} {value} is not a multiple of {step}; use "
+                f"{_nearest(value, step)}."
+            )
+    if frames < 1 or (frames - 1) % cell[0]:
+        raise ValueError(
+            f"frames {frames} is not 1 + a multiple of {cell[0]}; use "
+            f"{_nearest(frames, cell[0], offset=1)}."
+        )
+
+
+def _nearest(value: int, step: int, *, offset: int = 0) -> str:
+    """The allowed values `offset + k * step` next to `value`, as words."""
+    first = offset if offset else step
+    below = offset + (value - offset) // step * step
+    if below < first:
+        return str(first)
+    return f"{below} or {below + step}"
+
+
 def patchify(latents: types.Latents, patch_size: PatchSize) -> Float[Array, "b n p"]:
     """One token per patch, in raster order (time, height, width).
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion import sampler, times
+from sora_jax.dit.patchify import check_pixels
 
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000
@@ -50,20 +51,7 @@ def check(request: Request, *, cell: tuple[int, int, int]) -> None:
     """
     if not request.prompt.strip():
         raise ValueError("the prompt is empty; describe the video in a sentence.")
-    for name, value, step in (
-        ("width", request.width, cell[2]),
-        ("height", request.height, cell[1]),
-    ):
-        if value < step or value % step:
-            raise ValueError(
-                f"size {request.width}x{request.height}: {name} {value} is not a multiple of "
-                f"{step}; use {nearest(value, step)}."
-            )
-    if request.frames < 1 or (request.frames - 1) % cell[0]:
-        raise ValueError(
-            f"frames {request.frames} is not 1 + a multiple of {cell[0]}; use "
-            f"{nearest(request.frames, cell[0], offset=1)}."
-        )
+    check_pixels(request.frames, request.height, request.width, cell=cell)
     if not 1 <= request.steps <= MAX_STEPS:
         raise ValueError(f"steps {request.steps} is out of range; use 1 to {MAX_STEPS}.")
     if not 0 <= request.seed <= MAX_SEED:
@@ -78,12 +66,3 @@ def check(request: Request, *, cell: tuple[int, int, int]) -> None:
     _ = request.guide()  # checks interval and rescale
     sampler.num_evaluations(request.solver, 1)
     times.schedule(request.schedule, request.steps, shift=request.shift)
-
-
-def nearest(value: int, step: int, *, offset: int = 0) -> str:
-    """The allowed values `offset + k * step` next to `value`, as words."""
-    first = offset if offset else step
-    below = offset + (value - offset) // step * step
-    if below < first:
-        return str(first)
-    return f"{below} or {below + step}"
