@@ -1,15 +1,21 @@
-"""A pipeline as four functions of arrays, with fixed sizes: what other runtimes are given.
+"""A pipeline as functions of arrays, with fixed sizes: what other runtimes are given.
 
 text_encoder    (ids, mask) -> embeddings
-denoise         (x, t, t_next, guidance, cond, mask, uncond, mask) -> x at t_next
+denoise         (x, t, t_next, guidance, cond, mask, uncond, mask, pictures) -> x at t_next
+denoise_2       the same with the second of two transformers, for times below the boundary
 encode          (video in [-1, 1]) -> normalised latents
 decode          (latents) -> video in [-1, 1]
+encode_picture  (video of one frame) -> its latents, for models whose first frame is given clean
+image_encoder   (pictures of the video's size, 0 to 255) -> features
 
-`denoise` is one Euler step with guidance, so that a caller needs a loop alone.
+`denoise` is one Euler step with guidance, so that a caller needs a loop alone. Models that take
+pictures take them as `generate.conditions` has it: `channels` and `features`; or `clean`, the
+latents of the first frame, and `given`, 1 if there are any and 0 if not.
 """
 
 import contextlib
 import dataclasses
+import functools
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +31,9 @@ from sora_jax import DTYPES
 from sora_jax.convert import folder
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion.times import shift_for_tokens
+from sora_jax.dit.patchify import check_pixels, grid
+from sora_jax.generate import conditions
+from sora_jax.image import clip
 from sora_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -69,54 +78,66 @@ def load(
       size: (width, height) in pixels; by default the folder's own, as are `frames`.
 
     Raises:
-      ValueError: a damaged or missing part, a family that takes pictures or has two experts, or
-        a size that does not divide.
+      ValueError: a damaged or missing part, or a size that does not divide.
     """
     source = Path(source)
-    if extra := [folder.WORDS[name] for name in folder.held(source)[len(folder.REQUIRED) :]]:
-        raise ValueError(f"{source}: has a {extra[0]}; only text to video becomes programs so far.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: weights of programs are float32 or bfloat16.")
     sampling = folder.read_sampling(source)
     width, height = size or (sampling.width, sampling.height)
     frames = sampling.frames if frames is None else frames
     dit, vae, text = (folder.find_component(source, name)[0] for name in folder.REQUIRED)
-    if dit.in_channels != vae.z_dim:
-        raise ValueError(f"{source}: takes pictures; only text to video becomes programs so far.")
+    index = folder.read_json(source / "model_index.json")
+    expand = bool(index.get("expand_timesteps"))
+    way = conditions.takes(dit, vae, expand_timesteps=expand)
     time, space = vae.scale_factor_temporal, vae.scale_factor_spatial
+    cell = tuple(n * p for n, p in zip((time, space, space), dit.patch_size, strict=True))
+    check_pixels(frames, height, width, cell=cell)
     latents = (1 + (frames - 1) // time, height // space, width // space, vae.z_dim)
-    whole = (1 + (latents[0] - 1) * time, latents[1] * space, latents[2] * space)
-    patched = all(n % p == 0 for n, p in zip(latents, dit.patch_size, strict=False))
-    if whole != (frames, height, width) or not patched or min(frames, height, width) < 1:
-        raise ValueError(
-            f"{width}x{height} with {frames} frames does not divide into this model's tokens; "
-            "change --size or --frames (`sora-jax sample` names the nearest)."
-        )
     parts = {
         name: folder.load_component(source, name, dtype="float32" if name == "vae" else dtype)
-        for name in folder.REQUIRED
+        for name in folder.held(source)
     }
     tokens = math.prod(n // p for n, p in zip(latents, dit.patch_size, strict=False))
     length = sampling.text_tokens
     emb, ids, mask = (None, length, text.width), (None, length), (None, length)
-    x, video = (None, *latents), (None, frames, height, width, 3)
+    x = (None, *latents)
     f, i = jnp.float32, jnp.int32
 
     def program(part: str, run, **arguments) -> Program:
         shapes, dtypes = zip(*arguments.values(), strict=True)
-        return Program(part, _bound(parts[part], run), tuple(arguments), shapes, dtypes)
+        return Program(part, _bound(part, parts[part], run), tuple(arguments), shapes, dtypes)
 
+    pictures = {}
+    if way == "channels":
+        pictures["channels"] = ((None, *latents[:3], dit.in_channels - vae.z_dim), f)
+    elif way == "clean":
+        pictures |= {"clean": ((None, 1, *latents[1:]), f), "given": ((), f)}
+    if dit.image_dim is not None:
+        positions = dit.image_positions or parts["image"][0].num_positions
+        pictures["features"] = ((None, positions, dit.image_dim), f)
+    step = {
+        **{"x": (x, f), "t": ((), f), "t_next": ((), f), "guidance": ((), f)},
+        **{"cond": (emb, f), "cond_mask": (mask, bool)},
+        **{"uncond": (emb, f), "uncond_mask": (mask, bool)},
+        **pictures,
+    }
+    video, picture = (None, frames, height, width, 3), (None, 1, height, width, 3)
+    denoise = functools.partial(_denoise, tuple(pictures))
     programs = {
         "text_encoder": program("text", lambda m, *a: m(*a), ids=(ids, i), mask=(mask, bool)),
-        "denoise": program(
-            *("dit", _denoise),
-            **{"x": (x, f), "t": ((), f), "t_next": ((), f), "guidance": ((), f)},
-            **{"cond": (emb, f), "cond_mask": (mask, bool)},
-            **{"uncond": (emb, f), "uncond_mask": (mask, bool)},
-        ),
+        "denoise": program("dit", denoise, **step),
         "encode": program("vae", lambda m, video: m.encode(video), video=(video, f)),
         "decode": program("vae", lambda m, latents: m.decode(latents), latents=(x, f)),
     }
+    if way == "clean":
+        programs["encode_picture"] = program("vae", lambda m, v: m.encode(v), video=(picture, f))
+    if "dit_2" in parts:
+        programs["denoise_2"] = program("dit_2", denoise, **step)
+    if "image" in parts:
+        programs["image_encoder"] = program(
+            "image", _image_features, picture=((None, height, width, 3), f)
+        )
     tokenizer = load_tokenizer(source / "tokenizer")
     manifest = {
         "latents": latents,
@@ -126,6 +147,11 @@ def load(
         "steps": sampling.steps,
         "guidance": sampling.guidance,
         "shift": shift_for_tokens(tokens, sampling.shift),
+        "pictures": list(pictures),
+        "picture_counts": _picture_counts(dit, way),
+        "frames_a_latent": time,
+        "boundary": index.get("boundary_ratio") if "dit_2" in parts else None,
+        "guidance_2": sampling.guidance_2 or sampling.guidance,
     }
     weights = {
         name: {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(params)}
@@ -154,21 +180,55 @@ def fresh_folder(out: str | Path) -> Iterator[Path]:
         made.rename(out)
 
 
-def _denoise(dit, x, t, t_next, scale, cond, cond_mask, uncond, uncond_mask):
+def _picture_counts(dit, way: str) -> tuple[int, int]:
+    """Fewest and most pictures that a model takes, as `conditions.check` has it."""
+    if way != "channels":
+        return 0, int(way == "clean")
+    if dit.image_dim is None:
+        return 1, 2
+    return (2, 2) if dit.image_positions is not None else (1, 1)
+
+
+def _denoise(
+    pictures, dit, x, t, t_next, scale, cond, cond_mask, uncond, uncond_mask, *given_pictures
+):
     """One Euler step of the guided flow, both halves of guidance in one batch."""
+    shown = dict(zip(pictures, given_pictures, strict=True))
     text, mask = jnp.concatenate([cond, uncond]), jnp.concatenate([cond_mask, uncond_mask])
-    twice = jnp.concatenate([x, x])
-    velocity = dit(twice, jnp.broadcast_to(t, twice.shape[:1]), text, text_mask=mask)
-    with_text, without = velocity.reshape(2, *x.shape)
+    seen, time = x, jnp.broadcast_to(t, x.shape[:1])
+    if "clean" in shown:
+        given = shown["given"]
+        seen = jnp.concatenate([given * shown["clean"] + (1 - given) * x[:, :1], x[:, 1:]], axis=1)
+        size = grid(*x.shape[1:4], patch_size=dit.config.patch_size)
+        by_frame = jnp.where(jnp.arange(size[0]) > 0, t, (1 - given) * t)
+        time = jnp.broadcast_to(by_frame[None, :, None, None], (x.shape[0], *size))
+    if "channels" in shown:
+        seen = jnp.concatenate([x, shown["channels"]], axis=-1)
+    twice = lambda a: None if a is None else jnp.concatenate([a, a])  # noqa: E731
+    features = twice(shown.get("features"))
+    velocity = dit(twice(seen), twice(time), text, text_mask=mask, image_emb=features)
+    with_text, without = jnp.split(velocity, 2)
     return x + (t_next - t) * guidances.combine(with_text, without, scale=scale)
 
 
-def _bound(part, run) -> Callable[..., jax.Array]:
+def _image_features(tower, picture):
+    """CLIP's features of pictures from 0 to 255: `clip.preprocess` in the program itself."""
+    size, (height, width) = tower.config.image_size, picture.shape[1:3]
+    short = min(height, width)
+    target = (int(size * height / short), int(size * width / short))
+    resized = jax.image.resize(picture, (picture.shape[0], *target, 3), "cubic", antialias=True)
+    top, left = ((side - size) // 2 for side in target)
+    square = jnp.round(jnp.clip(resized, 0, 255))[:, top : top + size, left : left + size] / 255
+    mean, std = (jnp.asarray(v, jnp.float32) for v in (clip.MEAN, clip.STD))
+    return tower((square - mean[None, None, None]) / std[None, None, None])
+
+
+def _bound(name: str, part, run) -> Callable[..., jax.Array]:
     """`run` as a function of the weights by path and its own arguments."""
     config, graphdef, params = part
     if hasattr(config, "attention"):
         # One program for all platforms: without a kernel of any one of them.
-        graphdef = folder.abstract_params("dit", dataclasses.replace(config, attention="xla"))[0]
+        graphdef = folder.abstract_params(name, dataclasses.replace(config, attention="xla"))[0]
     leaves = nnx.to_flat_state(params)
 
     def bound(weights, *arguments):

@@ -19,7 +19,6 @@ from sora_jax.convert import folder, programs, run_programs
 from sora_jax.convert.programs import Program, Programs
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-FILES = {"text": "text_encoder", "dit": "transformer", "vae": "vae"}
 
 
 def write(source: str | Path, out: str | Path, *, dtype: str = "float32", **size) -> Path:
@@ -43,7 +42,7 @@ def _write(loaded: Programs, out: Path) -> None:
         (out / f"{name}.jax_export").write_bytes(exported.serialize())
     for name, weights in loaded.weights.items():
         tensors = {key: np.ascontiguousarray(value) for key, value in weights.items()}
-        save_file(tensors, out / f"{FILES[name]}.safetensors")
+        save_file(tensors, out / f"{folder.COMPONENTS[name].folder}.safetensors")
     loaded.tokenizer.save(out / "tokenizer")
     folder.write_json(out / "manifest.json", loaded.manifest | {"platforms": PLATFORMS})
     shutil.copyfile(run_programs.__file__, out / "run.py")

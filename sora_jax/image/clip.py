@@ -45,7 +45,8 @@ class CLIPVisionConfig:
       image_size: pixels on each side of the square it reads.
       patch_size: pixels on each side of one patch.
       activation: "gelu" (exact), or "quick_gelu", x sigmoid(1.702 x), of OpenAI's own towers.
-      dtype: of the operands of matrix products. Not part of the file.
+      dtype: of the operands of matrix products. Not part of the file, nor is `attention`, the
+        kernel: one of `attention.IMPLEMENTATIONS`.
 
     Raises:
       ValueError: for sizes that do not divide, or an unknown activation.
@@ -60,6 +61,7 @@ class CLIPVisionConfig:
     activation: str = "gelu"
     eps: float = 1e-5
     dtype: str = "float32"
+    attention: str = "auto"
 
     def __post_init__(self):
         if self.width % self.num_heads or self.image_size % self.patch_size:
@@ -148,7 +150,12 @@ class Block(nnx.Module):
             rearrange(project(y), "b i (k e) -> b i k e", k=config.num_heads)
             for project in (self.q, self.k, self.v)
         )
-        y = attention(q, k, v, kv_axis="text_tokens", dtype=config.dtype)
+        y = attention(
+            *(q, k, v),
+            kv_axis="text_tokens",
+            implementation=config.attention,
+            dtype=config.dtype,
+        )
         x = x + self.out(rearrange(y, "b i k e -> b i (k e)"))
         y = self.up(self.norm_mlp(x))
         if config.activation == "gelu":

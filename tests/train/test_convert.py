@@ -108,7 +108,10 @@ def test_a_run_is_exported_to_both_and_verified_against_them(dit_config, tmp_pat
         ({"to": "onnx"}, "run `make onnx` once"),
         ({"frames": 9}, "size and frames are for --to stablehlo or onnx"),
         ({"to": "stablehlo", "dtype": "float16"}, "weights of programs are float32 or bfloat16"),
-        ({"to": "stablehlo", "size": (20, 16)}, "20x16 with 5 frames does not divide"),
+        (
+            {"to": "stablehlo", "size": (20, 16)},
+            "size 20x16: width 20 is not a multiple of 8; use 16 or 24",
+        ),
         ({"to": "wan", "max_shard_size": 9}, "others come as one file"),
     ],
 )
