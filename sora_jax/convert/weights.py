@@ -19,8 +19,9 @@ PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 # the input serves eight-bit products alone, and an empty tensor marks the file as such.
 _SCALE = "scale_weight"
 _UNUSED = ("scale_input",)
+_TOKENIZER = "spiece_model"
 # Not weights: ComfyUI's mark of an eight-bit file, and its text encoders' tokenizer.
-_MARKS = ("scaled_fp8", "spiece_model")
+_MARKS = ("scaled_fp8", _TOKENIZER)
 
 
 class Weights:
@@ -72,6 +73,14 @@ class Weights:
             scale = self._home[scale_key].read(scale_key).astype(np.float32)
             return value.astype(np.float32) * scale.reshape(-1, *(1,) * (value.ndim - 1))
         return value.astype(np.float32) if value.dtype.itemsize == 1 else value
+
+    @property
+    def sentencepiece(self) -> bytes | None:
+        """The spiece.model that ComfyUI's text encoders carry among their tensors."""
+        for key in (_TOKENIZER, self._prefix + _TOKENIZER):
+            if key in self._home:
+                return self._home[key].read(key).tobytes()
+        return None
 
     @property
     def paths(self) -> list[Path]:

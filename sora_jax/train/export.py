@@ -24,11 +24,14 @@ from sora_jax.data import sources
 from sora_jax.diffusion import times
 from sora_jax.train.loop import STAGES
 from sora_jax.train.vae_stage import to_float
+from sora_jax.vae.config import WAN22_MEAN
 
 WEIGHTS = ("ema", "raw")
 PROGRAMS = {"stablehlo": stablehlo.write, "onnx": onnx.write}
 TARGETS = (*rewrite.TARGETS, *PROGRAMS)
 _DIFFUSERS_VERSION = "0.35.0"
+# What official files do not tell: the shift that Wan's weights are sampled with at 720p.
+WAN_SHIFT = 5.0
 STATISTICS_CLIPS = 256  # clips that the latents' mean and standard deviation are measured on
 
 
@@ -147,12 +150,35 @@ def _finish_run(out: Path, config, *, weights: str, step: int) -> None:
 
 
 def _finish_folder(source: Path, out: Path) -> None:
-    if not source.is_dir() or "model_index.json" not in rewrite.copy_companions(source, out):
+    if source.is_dir() and "model_index.json" in rewrite.copy_companions(source, out):
+        return
+    if not _complete(source, out):
         print(
             f"{out}: weights and configs alone; a pipeline also needs model_index.json, scheduler/ "
             "and tokenizer/, which the source does not have.",
             file=sys.stderr,
         )
+
+
+def _complete(source: Path, out: Path) -> bool:
+    """Makes a pipeline of official files, if it is all there: text to video, with a tokenizer."""
+    if not all((out / folder.COMPONENTS[name].folder).is_dir() for name in folder.REQUIRED):
+        return False
+    dit, vae = (folder.read_config(out, name) for name in ("dit", "vae"))
+    if dit.in_channels != vae.z_dim:
+        return False
+    if not (out / "tokenizer").is_dir():
+        model = folder.find_component(source, "text")[2].sentencepiece
+        if model is None:
+            return False
+        (out / "tokenizer").mkdir()
+        (out / "tokenizer" / "spiece.model").write_bytes(model)
+        folder.write_json(
+            out / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"}
+        )
+    # Only the 5B model's VAE has these channels, and only it takes a time for every token.
+    write_index(out, shift=WAN_SHIFT, expand_timesteps=vae.z_dim == len(WAN22_MEAN))
+    return True
 
 
 def model_card(out: Path, config, weights: str, step: int) -> str:
@@ -243,7 +269,7 @@ def write_pipeline(out: Path, config, stage) -> None:
     folder.write_json(out / "sampling.json", dataclasses.asdict(defaults))
 
 
-def write_index(out: Path, *, shift: float) -> None:
+def write_index(out: Path, *, shift: float, expand_timesteps: bool = False) -> None:
     """model_index.json and the scheduler's config, from which diffusers builds a WanPipeline.
 
     The tokenizer is already in its folder.
@@ -253,7 +279,7 @@ def write_index(out: Path, *, shift: float) -> None:
         "_class_name": "WanPipeline",
         "_diffusers_version": _DIFFUSERS_VERSION,
         "boundary_ratio": None,
-        "expand_timesteps": False,
+        "expand_timesteps": expand_timesteps,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", tokenizer],

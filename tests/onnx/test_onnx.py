@@ -11,6 +11,11 @@ import sora_jax
 from sora_jax import cli
 from sora_jax.train.export import export
 from sora_jax.train.loop import train
+from tests.convert.test_programs_pictures import (  # noqa: F401
+    FAMILIES,
+    assert_run_py_makes_the_same_video,
+    families,
+)
 
 PROMPT = "a red ball rolls left in the meadow"
 
@@ -56,3 +61,12 @@ def test_a_training_run_is_read_with_the_older_orbax(dit_config, tmp_path):
     train(dit_config, tmp_path / "run")
     out = export(tmp_path / "run", tmp_path / "out", to="onnx", weights="raw")
     assert {"denoise.onnx", "run.py", "manifest.json"} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_with_pictures_or_two_transformers(families, family, tmp_path):  # noqa: F811
+    source, count = families[family]
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", str(source), "--to", "onnx", "--out", str(out)]
+    assert cli.main(["convert", "export", *arguments]) == 0
+    assert_run_py_makes_the_same_video(source, count, out, tmp_path)

@@ -164,3 +164,34 @@ def test_sizes_in_words():
     for text in ("big", "0", "-3MB", "1.5GB"):
         with pytest.raises(ValueError, match="--max-shard-size"):
             parse_bytes(text)
+
+
+def test_official_files_with_a_tokenizer_become_a_whole_pipeline(pipeline_folder, tmp_path, capsys):
+    import io
+
+    import sentencepiece
+    from safetensors.numpy import load_file, save_file
+
+    import sora_jax
+
+    official = tmp_path / "wan"
+    export(pipeline_folder, official, to="wan")
+    export(official, tmp_path / "without")
+    assert "needs model_index.json" in capsys.readouterr().err
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red ball rolls left"] * 20),
+        model_writer=model,
+        **{"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2},
+        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+    )
+    [text] = (official / "text_encoders").glob("*.safetensors")
+    config = open_weights(text).config
+    tensors_ = load_file(text) | {"spiece_model": np.frombuffer(model.getvalue(), np.uint8)}
+    save_file(tensors_, text, {"sora_jax.config": json.dumps(config)})
+    export(official, tmp_path / "whole")
+    assert "needs model_index.json" not in capsys.readouterr().err
+    saved = (tmp_path / "whole" / "tokenizer" / "spiece.model").read_bytes()
+    assert saved == model.getvalue()
+    video = sora_jax.load(tmp_path / "whole")("a red ball", size=(16, 16), frames=5, steps=2)
+    assert video.frames.shape == (5, 16, 16, 3)
