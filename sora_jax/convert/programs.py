@@ -195,19 +195,21 @@ def _denoise(
     """One Euler step of the guided flow, both halves of guidance in one batch."""
     shown = dict(zip(pictures, given_pictures, strict=True))
     text, mask = jnp.concatenate([cond, uncond]), jnp.concatenate([cond_mask, uncond_mask])
-    seen, time = x, jnp.broadcast_to(t, x.shape[:1])
+    # ONNX's converter follows the doubled batch from x alone: all else takes its size from there.
+    twice = jnp.concatenate([x, x])
+    time = jnp.broadcast_to(t, twice.shape[:1])
     if "clean" in shown:
-        given = shown["given"]
-        seen = jnp.concatenate([given * shown["clean"] + (1 - given) * x[:, :1], x[:, 1:]], axis=1)
+        given, clean = shown["given"], jnp.concatenate([shown["clean"]] * 2)
+        first = given * clean + (1 - given) * twice[:, :1]
+        twice = jnp.concatenate([first, twice[:, 1:]], axis=1)
         size = grid(*x.shape[1:4], patch_size=dit.config.patch_size)
         by_frame = jnp.where(jnp.arange(size[0]) > 0, t, (1 - given) * t)
-        time = jnp.broadcast_to(by_frame[None, :, None, None], (x.shape[0], *size))
+        time = jnp.broadcast_to(by_frame[None, :, None, None], (twice.shape[0], *size))
     if "channels" in shown:
-        seen = jnp.concatenate([x, shown["channels"]], axis=-1)
-    twice = lambda a: None if a is None else jnp.concatenate([a, a])  # noqa: E731
-    features = twice(shown.get("features"))
-    velocity = dit(twice(seen), twice(time), text, text_mask=mask, image_emb=features)
-    with_text, without = jnp.split(velocity, 2)
+        twice = jnp.concatenate([twice, jnp.concatenate([shown["channels"]] * 2)], axis=-1)
+    features = jnp.concatenate([shown["features"]] * 2) if "features" in shown else None
+    velocity = dit(twice, time, text, text_mask=mask, image_emb=features)
+    with_text, without = velocity.reshape(2, *x.shape)
     return x + (t_next - t) * guidances.combine(with_text, without, scale=scale)
 
 
@@ -216,7 +218,10 @@ def _image_features(tower, picture):
     size, (height, width) = tower.config.image_size, picture.shape[1:3]
     short = min(height, width)
     target = (int(size * height / short), int(size * width / short))
-    resized = jax.image.resize(picture, (picture.shape[0], *target, 3), "cubic", antialias=True)
+    rows, columns = (
+        jnp.asarray(clip.resize_matrix(n, m)) for n, m in zip((height, width), target, strict=True)
+    )
+    resized = jnp.einsum("yh,bhwc,xw->byxc", rows, picture, columns, precision="highest")
     top, left = ((side - size) // 2 for side in target)
     square = jnp.round(jnp.clip(resized, 0, 255))[:, top : top + size, left : left + size] / 255
     mean, std = (jnp.asarray(v, jnp.float32) for v in (clip.MEAN, clip.STD))

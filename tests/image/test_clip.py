@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from sora_jax.convert import folder, names
 from sora_jax.convert.image import PREFIX, image_entries
-from sora_jax.image.clip import CLIPVision, CLIPVisionConfig, preprocess
+from sora_jax.image.clip import CLIPVision, CLIPVisionConfig, preprocess, resize_matrix
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "image.npz"
 PICTURES = ("wide", "tall", "small")
@@ -98,3 +98,13 @@ def test_another_model_is_refused():
         CLIPVisionConfig.from_dict({"model_type": "siglip"})
     with pytest.raises(ValueError, match="lacks num_hidden_layers"):
         CLIPVisionConfig.from_dict({"model_type": "clip_vision_model", "hidden_size": 8})
+
+
+@pytest.mark.parametrize("size, target", [(16, 8), (30, 14), (10, 16), (64, 64)])
+def test_resize_matrices_are_pillows(size, target):
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (size, 5), np.uint8)
+    theirs = Image.fromarray(pixels).resize((5, target), Image.Resampling.BICUBIC)
+    ours = np.clip(resize_matrix(size, target) @ pixels, 0, 255)
+    assert np.abs(ours - np.asarray(theirs)).max() <= 0.51  # its rounding to bytes
