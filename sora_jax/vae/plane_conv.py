@@ -47,7 +47,9 @@ def _backward(stride, padding, residuals, dy):
     conv = functools.partial(_conv, stride=stride, padding=padding)
     (dx,) = jax.vjp(lambda x: conv(x, kernel), x)[1](dy)
     fast = all(channels % FAST_CHANNELS == 0 for channels in kernel.shape[2:])
-    if stride == (1, 1) and not fast:
+    # On a mesh the loop over frames would hold a collective in every turn.
+    mesh = sharding.current_mesh()
+    if stride == (1, 1) and not fast and (mesh is None or mesh.size == 1):
         return dx, _kernel_gradient(x, dy, kernel.shape, padding)
     return dx, jax.vjp(lambda kernel: conv(x, kernel), kernel)[1](dy)[0]
 
@@ -60,24 +62,19 @@ def _kernel_gradient(x, dy, shape, padding):
     kh, kw, inputs, outputs = shape
     _, _, h, w, _ = dy.shape
     x = jnp.pad(x, ((0, 0), (0, 0), *padding, (0, 0)))
-    mesh = sharding.current_mesh()
-    if mesh is not None and mesh.size > 1:  # examples lie on devices: do not walk along them
-        x, dy = x.swapaxes(0, 1), dy.swapaxes(0, 1)
-    else:
-        x, dy = (a.reshape(-1, 1, *a.shape[2:]) for a in (x, dy))
+    x, dy = (a.reshape(-1, *a.shape[2:]) for a in (x, dy))
     parts = max(n for n in range(1, PARTS + 1) if h % n == 0)
 
     def step(total, frame):
         x, dy = frame
-        dy = dy.reshape(-1, parts, h // parts * w, outputs)
-        beside = jnp.concatenate([x[:, :, j : j + w] for j in range(kw)], axis=-1)
+        dy = dy.reshape(parts, h // parts * w, outputs)
+        beside = jnp.concatenate([x[:, j : j + w] for j in range(kw)], axis=-1)
 
         def one(i):
-            rows = beside[:, i : i + h].reshape(*dy.shape[:3], kw * inputs)
-            return jnp.einsum("bpni,bpno->bpio", rows, dy)
+            rows = beside[i : i + h].reshape(*dy.shape[:2], kw * inputs)
+            return jnp.sum(jnp.einsum("pni,pno->pio", rows, dy), axis=0)
 
-        return total + jnp.stack([jnp.sum(one(i), axis=1) for i in range(kh)], axis=1), None
+        return total + jnp.stack([one(i) for i in range(kh)]), None
 
-    # One total an example, so that devices add theirs up once, at the end.
-    total = jnp.zeros((dy.shape[1], kh, kw * inputs, outputs))
-    return jnp.sum(lax.scan(step, total, (x, dy))[0], axis=0).reshape(shape)
+    total = jnp.zeros((kh, kw * inputs, outputs))
+    return lax.scan(step, total, (x, dy))[0].reshape(shape)
