@@ -66,14 +66,14 @@ def load(
     from flax import nnx
 
     from sora_jax.convert.lora import LoRA
-    from sora_jax.generate import Pipeline
+    from sora_jax.generate import load_pipeline
 
     nnx.set_graph_mode(False)
     nnx.set_graph_updates(False)
     first, second = ([LoRA.parse(text) for text in texts] for texts in (loras, loras_2))
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use {' or '.join(DTYPES)}.")
-    return Pipeline.from_folder(
+    return load_pipeline(
         weights_folder(str(checkpoint)),
         loras=first,
         loras_2=second,
