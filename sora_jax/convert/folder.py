@@ -230,13 +230,18 @@ def open_component(
         config = dataclasses.replace(config, dtype="bfloat16")
     graphdef, abstract = abstract_params(name, config)
     entries, optional = name_table(naming, config, weights.shapes)
-    stored = {"keys": weights.shapes, "source": weights.source, "optional": optional}
-    names.check_keys(names.flat_params(abstract), entries, **stored)
+    names.check_keys(
+        names.flat_params(abstract),
+        entries,
+        keys=weights.shapes,
+        source=weights.source,
+        optional=optional,
+    )
     read = lora.merged(weights, entries, config, loras) if loras else weights.read
     shardings = None if mesh is None else sharding.tree_shardings(abstract, mesh)
 
     def load():
-        return names.load(abstract, entries, **stored, read=read, dtype=dtype, shardings=shardings)
+        return names.fill(abstract, entries, read=read, dtype=dtype, shardings=shardings)
 
     return Opened(config, graphdef, abstract, load)
 

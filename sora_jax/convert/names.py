@@ -107,6 +107,19 @@ def load(
     """
     flat = flat_params(abstract_params)
     check_keys(flat, entries, keys=keys, source=source, optional=optional)
+    return fill(abstract_params, entries, read=read, dtype=dtype, shardings=shardings)
+
+
+def fill(
+    abstract_params,
+    entries: list[Entry],
+    *,
+    read: Callable[[str], np.ndarray],
+    dtype=jnp.float32,
+    shardings=None,
+):
+    """What `load` does once the keys are checked; its arguments."""
+    flat = flat_params(abstract_params)
     placement = None if shardings is None else flat_params(shardings)
     by_path: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
