@@ -53,9 +53,9 @@ def select(
         )
     if implementation in ("reference", "xla", "blocked"):
         return implementation
-    whole = "blocked" if backend == "cpu" and implementation == "auto" else "xla"
+    fallback = "blocked" if backend == "cpu" and implementation == "auto" else "xla"
     if kv_bias:
-        return whole
+        return fallback
     cudnn_fits = dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
     if implementation == "cudnn" and not cudnn_fits:
         raise ValueError(
@@ -68,7 +68,7 @@ def select(
         return "cudnn"
     if min(q_len, kv_len) >= _BLOCKS_MIN_TOKENS:
         return "splash" if backend == "tpu" else "blocked"
-    return whole
+    return fallback
 
 
 def attention(
@@ -204,15 +204,8 @@ def _on_shards(local, q, k, v, q_segment_ids, kv_segment_ids, kv_bias=None):
 
 
 def _blocked(q, k, v, q_segment_ids, kv_segment_ids, kv_bias, *, dtype):
-    return _on_shards(
-        lambda *arguments: blocked(*arguments, dtype),
-        q,
-        k,
-        v,
-        q_segment_ids,
-        kv_segment_ids,
-        kv_bias,
-    )
+    local = lambda *arguments: blocked(*arguments, dtype)  # noqa: E731
+    return _on_shards(local, q, k, v, q_segment_ids, kv_segment_ids, kv_bias)
 
 
 def _splash(q, k, v, q_segment_ids, kv_segment_ids, *, dtype, interpret):

@@ -149,7 +149,8 @@ def main() -> None:
     shown = [path for path in (args.image, args.last_image) if path is not None]
     least, most = manifest["picture_counts"]
     if not least <= len(shown) <= most or (args.last_image and not args.image):
-        parser.error(f"this model takes {least} to {most} pictures, --image first")
+        count = least if least == most else f"{least} to {most}"
+        parser.error(f"this model takes {count} pictures, --image first")
     if (args.ids is None) == (args.prompt_ids is None):
         parser.error("give --ids or --prompt-ids")
     rows = [args.ids] if args.prompt_ids is None else np.load(args.prompt_ids).tolist()

@@ -23,7 +23,8 @@ ITERATIONS = 5
 # both (Liu et al. 2025, arXiv:2502.16982, Eq. 4).
 UPDATE_RMS = 0.2
 # From this ratio of sides on, iterating on the Gram matrix in float32 takes less time than on the
-# matrix in bfloat16 (.55 of it at 4:1, 1.8 times as much at 1:1, on two cores with AVX-512 BF16).
+# matrix in bfloat16: .3 to .8 of it at 4:1, but 1.8 times as much at 1:1, on two cores with AVX-512
+# BF16.
 GRAM_ASPECT = 2
 
 
