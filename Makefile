@@ -35,7 +35,7 @@ format: $(VENV)/.test-installed
 # The lock names packages, versions and hashes for every platform and Python, but no index.
 lock: $(VENV)/.uv
 	$(BIN)/uv pip compile -q --no-header --universal --generate-hashes --extra test \
-		--extra tensorboard pyproject.toml -o requirements.lock
+		--extra tensorboard --extra data pyproject.toml -o requirements.lock
 
 $(VENV)/.uv:
 	$(PYTHON) -c 'import sys; sys.exit("sora_jax needs Python 3.11 or later; set PYTHON=python3.12, say." if sys.version_info < (3, 11) else 0)'
@@ -48,7 +48,7 @@ $(VENV)/.installed: $(VENV)/.uv pyproject.toml requirements.lock
 	touch $@
 
 $(VENV)/.test-installed: $(VENV)/.installed
-	$(BIN)/uv pip install -q --python $(BIN)/python -c requirements.lock -e '.[test,tensorboard]'
+	$(BIN)/uv pip install -q --python $(BIN)/python -c requirements.lock -e '.[test,tensorboard,data]'
 	touch $@
 
 # pip finds a CPU build of torch where a machine offers one; the rest is not worth its slowness.
