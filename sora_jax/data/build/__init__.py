@@ -1,0 +1,1 @@
+"""Raw videos to shards of clips, stage by stage."""
