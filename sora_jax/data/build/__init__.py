@@ -1,1 +1,1 @@
-"""Raw videos to shards of clips, stage by stage."""
+"""From raw videos and images to a training set: probe, cut, filter, caption, resize, write."""
