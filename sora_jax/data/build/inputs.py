@@ -8,12 +8,11 @@ list of texts).
 """
 
 import csv
-import functools
 import glob
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sora_jax import video_io
@@ -58,21 +57,21 @@ def find_inputs(source: str, *, out: str | None = None) -> list[InputFile]:
     """
     source = os.fspath(source)
     suffix = os.path.splitext(source)[1].lower()
-    if suffix == ".txt" and _is_file(source):
+    if suffix == ".txt" and places.is_file(source):
         found = _from_rows(source, _list_rows(source), what="line")
-    elif suffix in MANIFEST_SUFFIXES and _is_file(source):
+    elif suffix in MANIFEST_SUFFIXES and places.is_file(source):
         found = _from_rows(source, _manifest_rows(source, suffix), what="row")
-    elif _is_dir(source):
-        if out is not None and _within(out, source):
+    elif places.is_dir(source):
+        if out is not None and places.within(out, source):
             raise ValueError(
                 f"the input {source} takes in the output folder {out}; choose an --out outside it."
             )
-        found = _with_sidecars(_media_below(source), root=_absolute(source))
-    elif _is_file(source):
-        found = _with_sidecars(_media([source]), root=os.path.dirname(_absolute(source)))
+        found = _with_sidecars(_media_below(source), root=places.absolute(source))
+    elif places.is_file(source):
+        found = _with_sidecars(_media([source]), root=os.path.dirname(places.absolute(source)))
     elif glob.has_magic(source):
         matched = sorted(map(str, _glob(source)))
-        found = _with_sidecars(_media(matched), root=_absolute(_root_of_pattern(source)))
+        found = _with_sidecars(_media(matched), root=places.absolute(_root_of_pattern(source)))
     else:
         raise ValueError(
             f"{source}: no such file or folder; give a folder of videos, a pattern in quotes, a "
@@ -84,7 +83,7 @@ def find_inputs(source: str, *, out: str | None = None) -> list[InputFile]:
         )
     if out is not None:
         for file in found:
-            if _within(file.path, out):
+            if places.within(file.path, out):
                 raise ValueError(
                     f"the input {source} matches {file.path}, which lies in the output folder "
                     f"{out}; choose an --out that it does not match."
@@ -116,48 +115,16 @@ def check_captions(files: Sequence[InputFile], policy: str) -> None:
         )
 
 
-def parse_captions(value: Any, *, kind: str) -> Captions:
-    """Captions of any of the accepted forms, whitespace folded, empty ones left out.
-
-    Args:
-      value: a text, a list of texts, {KIND: TEXT}, or any of them under "caption" or "captions".
-      kind: of texts that do not say theirs.
-
-    Raises:
-      ValueError: anything else; says only what is wrong, not where.
-    """
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        text = " ".join(value.split())
-        return ((kind, text),) if text else ()
-    if isinstance(value, Mapping):
-        named = [value[name] for name in ("captions", "caption") if name in value]
-        if named:
-            return tuple(c for part in named for c in parse_captions(part, kind=kind))
-        pairs = [(str(name), text) for name, text in value.items()]
-    elif isinstance(value, list | tuple):
-        pairs = [(kind, text) for text in value]
-    else:
-        raise ValueError(f"a caption is {type(value).__name__}, not text")
-    found = []
-    for name, text in pairs:
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"a caption is {type(text).__name__}, not text")
-        found += parse_captions(text, kind=name)
-    return tuple(found)
-
-
 def _media(paths: Iterable[str]) -> list[str]:
     return [
-        _absolute(path)
+        places.absolute(path)
         for path in paths
-        if os.path.splitext(path)[1].lower() in MEDIA_SUFFIXES and _is_file(path)
+        if os.path.splitext(path)[1].lower() in MEDIA_SUFFIXES and places.is_file(path)
     ]
 
 
 def _media_below(folder: str) -> list[str]:
-    if _is_remote(folder):
+    if places.is_remote(folder):
         from etils import epath
 
         root = folder.rstrip("/")
@@ -171,51 +138,13 @@ def _media_below(folder: str) -> list[str]:
 
 
 def _with_sidecars(paths: Iterable[str], *, root: str) -> list[InputFile]:
-    return [InputFile(path, _key(path, root), _sidecar(path)) for path in paths]
+    return [InputFile(path, _key(path, root), read_sidecar(path)) for path in paths]
 
 
 def _key(path: str, root: str) -> str:
-    if _is_remote(path):
+    if places.is_remote(path):
         return path.removeprefix(root.rstrip("/") + "/")
     return os.path.relpath(path, root).replace(os.sep, "/")
-
-
-def _sidecar(path: str) -> Captions:
-    place, name = os.path.split(path)
-    stem = os.path.splitext(name)[0]
-    there = _names(place)
-    for suffix in (".json", ".txt"):
-        if stem + suffix not in there:
-            continue
-        file = os.path.join(place, stem + suffix)
-        try:
-            text = _read_text(file)
-            if suffix == ".txt":
-                captions = parse_captions(text, kind="sidecar")
-            else:
-                value = json.loads(text)
-                # Other programs leave .json files beside videos too: without captions, no error.
-                told = isinstance(value, list | str) or "caption" in value or "captions" in value
-                captions = parse_captions(value, kind="sidecar") if told else ()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: the caption is not UTF-8 text; save it as UTF-8.") from error
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f'{file}: {error}; write {{"caption": TEXT}}, {{"captions": {{KIND: TEXT}}}} or a '
-                "list of texts."
-            ) from error
-        if captions:
-            return captions
-    return ()
-
-
-@functools.lru_cache(64)  # files come folder by folder
-def _names(folder: str) -> frozenset[str]:
-    if _is_remote(folder):
-        from etils import epath
-
-        return frozenset(path.name for path in epath.Path(folder).iterdir())
-    return frozenset(os.listdir(folder))
 
 
 def _list_rows(source: str) -> Iterator[tuple[int, dict]]:
@@ -259,14 +188,14 @@ def _manifest_rows(source: str, suffix: str) -> Iterator[tuple[int, dict]]:
 
 def _read_table(source: str) -> str:
     try:
-        return _read_text(source).removeprefix("\ufeff")
+        return places.read_text(source).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 text; save it as UTF-8.") from error
 
 
 def _from_rows(source: str, rows: Iterable[tuple[int, dict]], *, what: str) -> list[InputFile]:
     """One input for each stretch that rows name, with the captions of all rows that name it."""
-    base = os.path.dirname(_absolute(source))
+    base = os.path.dirname(places.absolute(source))
     stretches: dict[tuple, list] = {}
     absent, count = [], 0
     for number, row in rows:
@@ -277,8 +206,8 @@ def _from_rows(source: str, rows: Iterable[tuple[int, dict]], *, what: str) -> l
                 f"{source}: {what} {number} has no path (columns: {columns}); name the column path."
             )
         path = str(row["path"])
-        path = path if _is_remote(path) else os.path.normpath(os.path.join(base, path))
-        if not _is_file(path):
+        path = path if places.is_remote(path) else os.path.normpath(os.path.join(base, path))
+        if not places.is_file(path):
             absent.append(f"{what} {number}: no such file {path}")
             continue
         try:
@@ -312,7 +241,7 @@ def _from_rows(source: str, rows: Iterable[tuple[int, dict]], *, what: str) -> l
         key = _key(path, root)
         if start is not None or end is not None:
             key += f"@{start or 0:g}-{'' if end is None else f'{end:g}'}"
-        captions = tuple(dict.fromkeys(captions)) or _sidecar(path)
+        captions = tuple(dict.fromkeys(captions)) or read_sidecar(path)
         found.append(InputFile(path, key, captions, start, end))
     keys = [file.key for file in found]
     twice = next((key for key in keys if keys.count(key) > 1), None) if _repeats(keys) else None
@@ -349,13 +278,13 @@ def _maybe_json(value: Any) -> Any:
 
 def _common_root(base: str, paths: Sequence[str]) -> str:
     """The list's own folder where all lies below it, else the deepest folder that holds all."""
-    if all(_within(path, base) for path in paths):
+    if all(places.within(path, base) for path in paths):
         return base
-    if all(_is_remote(path) for path in paths):
-        return os.path.commonprefix([os.path.dirname(path) + "/" for path in paths]).rpartition(
-            "/"
-        )[0]
-    if any(_is_remote(path) for path in paths):
+    if all(places.is_remote(path) for path in paths):
+        scheme = paths[0].partition("://")[0] + "://"
+        folders = [os.path.dirname(path).removeprefix(scheme) for path in paths]
+        return scheme + os.path.commonpath(folders)
+    if any(places.is_remote(path) for path in paths):
         raise ValueError("a list names files on this machine and elsewhere; make two sets of them.")
     return os.path.commonpath([os.path.dirname(path) for path in paths])
 
@@ -367,50 +296,9 @@ def _root_of_pattern(pattern: str) -> str:
 
 
 def _glob(pattern: str) -> Iterable[Any]:
-    if not _is_remote(pattern):
+    if not places.is_remote(pattern):
         return glob.iglob(pattern, recursive=True)
     from etils import epath
 
     root = _root_of_pattern(pattern)
     return epath.Path(root).glob(pattern.removeprefix(root + "/"))
-
-
-def _within(path: str, folder: str) -> bool:
-    """`path` is `folder` or lies below it, links followed."""
-    if _is_remote(path) or _is_remote(folder):
-        return (path.rstrip("/") + "/").startswith(folder.rstrip("/") + "/")
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.commonpath([path, folder]) == folder
-
-
-def _is_remote(path: str) -> bool:
-    return "://" in path
-
-
-def _absolute(path: str) -> str:
-    return path if _is_remote(path) else os.path.abspath(path)
-
-
-def _is_dir(path: str) -> bool:
-    if _is_remote(path):
-        from etils import epath
-
-        return epath.Path(path).is_dir()
-    return os.path.isdir(path)
-
-
-def _is_file(path: str) -> bool:
-    if _is_remote(path):
-        from etils import epath
-
-        return epath.Path(path).is_file()
-    return os.path.isfile(path)
-
-
-def _read_text(path: str) -> str:
-    if _is_remote(path):
-        from etils import epath
-
-        return epath.Path(path).read_text("utf-8")
-    with open(path, encoding="utf-8") as file:
-        return file.read()

@@ -1,0 +1,40 @@
+"""Paths on this machine and on gs://, looked at by the same names."""
+
+import os
+
+from etils import epath
+
+
+def within(path: str, folder: str) -> bool:
+    """`path` is `folder` or lies below it, links followed."""
+    if is_remote(path) or is_remote(folder):
+        return (path.rstrip("/") + "/").startswith(folder.rstrip("/") + "/")
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath([path, folder]) == folder
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def absolute(path: str) -> str:
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+def is_dir(path: str) -> bool:
+    if is_remote(path):
+        return epath.Path(path).is_dir()
+    return os.path.isdir(path)
+
+
+def is_file(path: str) -> bool:
+    if is_remote(path):
+        return epath.Path(path).is_file()
+    return os.path.isfile(path)
+
+
+def read_text(path: str) -> str:
+    if is_remote(path):
+        return epath.Path(path).read_text("utf-8")
+    with open(path, encoding="utf-8") as file:
+        return file.read()
