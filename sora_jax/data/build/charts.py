@@ -56,9 +56,10 @@ def histogram(title: str, name: str, data: dict[str, Any]) -> str:
         for x, anchor, label in _ticks(name, edges, log)
     )
     return (
-        f'<figure><figcaption class="top"><h3>{escape(title)}</h3><span>{_told(name, data)}</span>'
-        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}: {_told(name, data)}">'
+        f'<figure><figcaption class="top"><h3>{escape(title)}</h3><span>{_told(data)}</span>'
+        f"<p>{escape(data['unit']) or '&nbsp;'}</p></figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}: {_told(data)}">'
         f'<line class="axis" x1="0" x2="{WIDTH}" y1="{TOP}" y2="{TOP}"/>'
         f'<text x="0" y="{TOP - 4}">{count(highest)}</text>'
         f"{''.join(bars)}"
@@ -86,18 +87,12 @@ def tally(title: str, counts: dict[str, int]) -> str:
 def _bar(kind: str, x: float, y: float, wide: float, high: float) -> str:
     if not high:
         return ""
-    return (
-        f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{high:.1f}"/>'
-    )
+    return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{high:.1f}"/>'
 
 
-def _told(name: str, data: dict[str, Any]) -> str:
-    """The line beside the title: median and unit, and what lies outside of the bars."""
-    parts = []
-    if "median" in data:
-        parts.append(f"median {short(data['median'])}")
-    if data["unit"] and name != "aspect":
-        parts[-1:] = [" ".join([*parts[-1:], data["unit"]])] if parts else [data["unit"]]
+def _told(data: dict[str, Any]) -> str:
+    """The words beside the title: the median, and what lies outside of the bars."""
+    parts = [f"median {short(data['median'])}"] if "median" in data else []
     for words, (kept, dropped) in (("below", data["below"]), ("above", data["above"])):
         if kept + dropped:
             parts.append(f"{count(kept + dropped)} {words}")

@@ -23,19 +23,16 @@ from sora_jax.data.build.histograms import (
     Tally,
     is_number,
 )
+from sora_jax.data.build.settings import SCORE_UNITS, STAGES
 
 FORMAT = 1  # of report.json; raised when a key changes its meaning
-# In the order in which a clip meets them; scores of plug-ins come before "duplicate".
-STAGES = (
-    "cut", "length", "brightness", "freeze", "motion", "blur", "letterbox",
-    "duplicate", "caption", "resize", "write",
-)  # fmt: skip
 MOST_FILES_NAMED = 10_000  # of those left out; beyond, only counted
 SHOWN_CLIPS = 18  # kept ones, with pictures
 DROPPED_SHOWN = 4  # of each stage, by name
-UNITS = {"motion": "pixels a second", "luma": "0 black, 255 white"}
+DROP_NOTHING = ("probe", "letterbox", "resize", "write")  # stages that only leave out whole files
 
 _KEY = re.compile(r"#\d{8}\b")
+_MEASURED = re.compile(r"\s*\([^()]*\d[^()]*\)")
 _NUMBER = re.compile(r"(?<![A-Za-z])[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
 
 Frames = Callable[[str], np.ndarray | None]
@@ -97,6 +94,7 @@ class Report:
         self._stages: dict[str, _Stage] = {}
         self._left_out_by_stage, self._left_out_by_reason = Tally(), Tally(64)
         self._left_out_files = Sample(MOST_FILES_NAMED)
+        self._warned, self._warned_files = 0, Sample(MOST_FILES_NAMED)
         self._shown = Sample(SHOWN_CLIPS)
         self._tallies = {name: Tally() for name in ("codec", "size", "fps", "caption_kind")}
         self._histograms = {
@@ -106,8 +104,8 @@ class Report:
             "caption": Counts(2_000, "words"),
         }
         self._scores: dict[str, Any] = {
-            "motion": Log(-12, 14, UNITS["motion"]),
-            "sharpness": Log(-20, 24),
+            "motion": Log(-12, 14, SCORE_UNITS["motion"]),
+            "sharpness": Log(-20, 24, SCORE_UNITS["sharpness"]),
         }
 
     def add(self, row: dict[str, Any]) -> None:
@@ -120,6 +118,10 @@ class Report:
             self._milliseconds["read"] += round(1000 * row["seconds"])
         if row.get("codec"):
             self._tallies["codec"].add(str(row["codec"]))
+        if row.get("warning"):
+            self._warned += 1
+            warned = {"source": row["source"], "warning": one_line(row["warning"])}
+            self._warned_files.add(row["source"], warned)
         for clip in row.get("clips") or ():
             self._add_clip(clip)
 
@@ -143,7 +145,7 @@ class Report:
             self._histograms["duration"].add(_milliseconds(clip) / 1000, dropped=bool(dropped))
         for name, value in sorted((clip.get("scores") or {}).items()):
             if is_number(value):
-                scores = self._scores.setdefault(name, Score(UNITS.get(name, "")))
+                scores = self._scores.setdefault(name, Score(SCORE_UNITS.get(name, "")))
                 scores.add(value, dropped=bool(dropped))
 
     def _add_kept(self, clip: dict[str, Any]) -> None:
@@ -155,7 +157,7 @@ class Report:
         kept["bytes"] += clip.get("bytes") or 0
         kept["captions"] += len(captions)
         kept["without_caption"] += not captions
-        self._tallies["size"].add(f"{clip['width']}x{clip['height']}")
+        self._tallies["size"].add(f"{clip['width']}×{clip['height']}")
         self._histograms["aspect"].add(clip["width"] / clip["height"])
         self._histograms["frames"].add(clip["num_frames"])
         if clip["num_frames"] > 1 and is_number(clip.get("fps")):
@@ -199,6 +201,11 @@ class Report:
                 "limit": MOST_FILES_NAMED,
                 "files": list(self._left_out_files),
             },
+            "warnings": {
+                "count": self._warned,
+                "limit": MOST_FILES_NAMED,
+                "files": list(self._warned_files),
+            },
             "histograms": {name: h.as_dict() for name, h in histograms.items() if h},
             "tallies": {name: tally.as_dict() for name, tally in self._tallies.items()},
             "clips_shown": list(self._shown),
@@ -229,14 +236,10 @@ class Report:
 def _stages_in_order(dropped: Iterable[str], settings: dict[str, Any]) -> list[str]:
     """Stages that could drop a clip: those that did, and those whose settings are on."""
     plugins = sorted(set(dropped) - set(STAGES))
-    order = [*STAGES[: STAGES.index("duplicate")], *plugins, *STAGES[STAGES.index("duplicate") :]]
-    drops_nothing = {"letterbox", "resize", "write"}
-
-    def could_drop(name: str) -> bool:
-        section = settings.get(name)
-        return isinstance(section, dict) and section.get("enabled", True)
-
-    return [n for n in order if n in dropped or (could_drop(n) and n not in drops_nothing)]
+    first = STAGES.index("letterbox") + 1
+    order = [*STAGES[:first], *plugins, *STAGES[first:]]
+    on = {name for name in STAGES if settings.get(name)} - set(DROP_NOTHING)
+    return [name for name in order if name in dropped or name in on]
 
 
 def _milliseconds(clip: dict[str, Any]) -> int:
@@ -261,6 +264,6 @@ def _without_name(reason: str, source: str) -> str:
 
 
 def without_numbers(reason: str) -> str:
-    """Reasons that differ in numbers or keys alone become one: "(.01 of .3)" is "(… of …)"."""
-    words = one_line(reason).split(" ")
+    """Reasons that differ in numbers or keys alone become one: "too short (.3 s)", "too short"."""
+    words = _MEASURED.sub("", one_line(reason)).split(" ")
     return " ".join("…" if _KEY.search(w) else _NUMBER.sub("…", w) for w in words)

@@ -16,11 +16,14 @@ from sora_jax.data.build.words import count, plural, size, span
 
 THUMBNAIL = 448  # pixels of a picture's longer side, at twice the size shown
 FILES_SHOWN = 200  # of those left out; report.json names more
+# In the order they are shown; scores of plug-ins follow.
 TITLES = {
-    "duration": "Duration", "frames": "Frames", "aspect": "Aspect", "caption": "Caption length",
-    "motion": "Motion", "sharpness": "Sharpness", "luma": "Brightness", "contrast": "Contrast",
+    "duration": "Duration", "aspect": "Aspect", "motion": "Motion", "sharpness": "Sharpness",
+    "luma": "Brightness", "contrast": "Contrast", "frozen": "Longest freeze",
+    "caption": "Caption length", "frames": "Frames",
 }  # fmt: skip
-FIRST = ("duration", "aspect", "motion", "sharpness", "luma", "contrast", "caption", "frames")
+TALLIES = {"size": "Size", "fps": "Frames a second", "caption_kind": "Captions by kind",
+           "codec": "Codecs of the files"}  # fmt: skip
 
 Shown = Sequence[tuple[dict[str, Any], np.ndarray | None]]
 
@@ -39,6 +42,7 @@ def page(result: dict[str, Any], shown: Shown) -> str:
         _sheet(shown, result["totals"]["clips_kept"]),
         _dropped(result["stages"]),
         _left_out(result),
+        _warnings(result),
         _settings(result["settings"]),
     ]
     return string.Template(template.read_text("utf-8")).substitute(
@@ -106,9 +110,11 @@ def _funnel(result: dict[str, Any]) -> str:
     if not totals["clips_cut"]:
         return ""
     whole = totals["clips_cut"]
-    rows = [_funnel_row("cut", 1, 1, whole, f"{span(totals['seconds_cut'])} of video")]
+    rows = [_funnel_row("clips cut", 1, 1, whole, f"{span(totals['seconds_cut'])} of video")]
     for stage in stages:
         why = ""
+        if stage["stage"] == "cut" and not stage["dropped"]:
+            continue
         if stage["dropped"]:
             reasons = list(stage["reasons"])[:2]
             why = f"<b>−{count(stage['dropped'])}</b> {escape('; '.join(reasons))}"
@@ -129,18 +135,17 @@ def _funnel_row(
 ) -> str:
     kind = "end" if end else "" if why else "idle"
     return (
-        f'<li class="{kind}">{charts.narrowing(before, after)}<span class="name">{escape(name)}'
-        f'</span><span class="left">{count(left)}</span><span class="why">{why}</span></li>'
+        f'<li class="{kind}"><div class="shape">{charts.narrowing(before, after)}</div>'
+        f'<span class="name">{escape(name)}</span><span class="left">{count(left)}</span>'
+        f'<span class="why">{why}</span></li>'
     )
 
 
 def _histograms(result: dict[str, Any]) -> str:
     histograms, tallies = result["histograms"], result["tallies"]
-    order = sorted(histograms, key=lambda n: (FIRST.index(n) if n in FIRST else len(FIRST), n))
-    figures = [charts.histogram(TITLES.get(n, n), n, histograms[n]) for n in order]
-    named = {"size": "Size", "fps": "Frames a second", "caption_kind": "Captions by kind",
-             "codec": "Codecs of the files"}  # fmt: skip
-    figures += [charts.tally(title, tallies[n]) for n, title in named.items() if tallies.get(n)]
+    order = [n for n in TITLES if n in histograms] + sorted(set(histograms) - set(TITLES))
+    figures = [charts.histogram(TITLES.get(n, n.capitalize()), n, histograms[n]) for n in order]
+    figures += [charts.tally(title, tallies[n]) for n, title in TALLIES.items() if tallies.get(n)]
     if not figures:
         return ""
     note = '<span class="key">kept</span>&ensp; <span class="key d">dropped</span>'
@@ -193,7 +198,7 @@ def _pictures(frames: np.ndarray | None, clip: dict[str, Any]) -> str:
              for i in range(len(chosen))]  # fmt: skip
     sides = [side * 3 // 2 for side in sides] if tall else sides
     pictures = "".join(
-        f'<img alt="" loading="lazy" src="{_data_uri(frames[i], side)}">'
+        f'<img alt="" src="{_data_uri(frames[i], side)}">'
         for i, side in zip(chosen, sides, strict=True)
     )
     label = escape(f"Frames of {clip['key']}")
@@ -244,10 +249,24 @@ def _left_out(result: dict[str, Any]) -> str:
     each = "each" if few == number else f"{count(few)} of {count(number)}"
     note = ", ".join(f"{count(n)} at {escape(stage)}" for stage, n in left_out["by_stage"].items())
     body = (
-        f"<table>{''.join(rows)}</table><details><summary>{each.capitalize()} by name</summary>"
-        f"<table>{named}</table></details>"
+        f'<table class="counts">{"".join(rows)}</table>'
+        f"<details><summary>{each.capitalize()} by name</summary><table>{named}</table></details>"
     )
     return _section("Files left out", note, body)
+
+
+def _warnings(result: dict[str, Any]) -> str:
+    warnings = result["warnings"]
+    if not warnings["count"]:
+        return ""
+    named = "".join(
+        f'<tr><td class="mono">{escape(file["source"])}</td><td>{escape(file["warning"])}</td></tr>'
+        for file in warnings["files"][:FILES_SHOWN]
+    )
+    few = min(len(warnings["files"]), FILES_SHOWN)
+    summary = "By name" if few == warnings["count"] else f"{count(few)} of them by name"
+    body = f"<details><summary>{summary}</summary><table>{named}</table></details>"
+    return _section("Used, with a warning", plural(warnings["count"], "file"), body)
 
 
 def _settings(settings: dict[str, Any]) -> str:
