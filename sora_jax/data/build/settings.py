@@ -123,7 +123,7 @@ class BrightnessSettings:
 class FreezeSettings:
     """Clips that stand still for longer are dropped."""
 
-    difference: Number = 0.1  # mean change of luma between frames that counts as none, 0 to 255
+    difference: Number = 0.02  # mean change of luma between frames that counts as none, 0 to 255
     max_seconds: Number = 0.6
 
     def __post_init__(self) -> None:
@@ -202,7 +202,6 @@ class DuplicateSettings:
 class CaptionSettings:
     """Where captions come from beside sidecars and manifests."""
 
-    missing: str = "allow"  # clips without any: "allow"; "drop" them; "error" ends the build
     model: str = ""  # folder of a transformers image-text-to-text model; "" runs none
     prompts: Mapping[str, str] = dataclasses.field(  # one caption of each kind
         default_factory=lambda: {
@@ -215,8 +214,6 @@ class CaptionSettings:
     only_missing: bool = False  # caption only clips that have none yet
 
     def __post_init__(self) -> None:
-        if self.missing not in ("allow", "drop", "error"):
-            raise ValueError(f"caption.missing {self.missing!r}; use 'allow', 'drop' or 'error'.")
         _check("caption", frames=(self.frames, 1, 64), max_tokens=(self.max_tokens, 1, 4096))
         if self.model and not self.prompts:
             raise ValueError("caption.prompts is empty; give at least one kind with its prompt.")

@@ -1,0 +1,394 @@
+"""Opens a video or image and streams its frames, upright, with the times at which they show.
+
+What a file is goes by its contents, not its extension: PNG, JPEG, GIF and WebP are read by Pillow
+(transparent pixels on white), everything else by FFmpeg. Square pixels come out of anamorphic
+video, 8 bits out of deeper ones. Only one frame is in memory at a time.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+MAGIC = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF"}
+# Demuxers that read one local file; playlists (HLS, DASH, concat) would open others.
+DEMUXERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf,h264,hevc,mxf,nut"
+SUFFIXES = {"PNG": (".png", ".apng"), "JPEG": (".jpg", ".jpeg"), "GIF": (".gif",)}
+HDR_CURVES = {16: "PQ", 18: "HLG"}  # ITU-T H.273 table 3
+MAX_FPS = 240
+MAX_GAP_SECONDS = 30.0  # from one frame to the next; beyond, the time stamps are damaged
+DEFAULT_FRAME_SECONDS = 0.1  # what browsers give a GIF frame without a delay
+
+
+class MediaInfo(NamedTuple):
+    """What a file says of itself: size upright with square pixels; an image has fps 0."""
+
+    width: int
+    height: int
+    fps: float  # as declared; 0 where nothing is
+    seconds: float  # as declared; 0 where nothing is
+    codec: str
+    is_image: bool
+
+
+class Frame:
+    """One decoded frame; converted only when asked for."""
+
+    def __init__(self, time: float, length: float, source: Any, size: tuple[int, int]) -> None:
+        self.time, self.length = time, length
+        self._source, self._size = source, size
+
+    def rgb(self) -> UInt8[np.ndarray, "H W 3"]:
+        """Upright pixels at the size that the file's info states."""
+        return self.reduced(self._size)
+
+    def reduced(self, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+        """Upright pixels resized to `size` (height, width)."""
+        if isinstance(self._source, np.ndarray):
+            return _resized(self._source, size)
+        turns = self._source.rotation // 90
+        height, width = size[::-1] if turns % 2 else size
+        return np.ascontiguousarray(np.rot90(_converted(self._source, height, width), k=turns))
+
+
+class Media:
+    """An opened file. `frames` may be called again and again; each call starts anew.
+
+    Attributes:
+      info: what the file declares.
+      damage: after `frames` ended, None or one line that says where and why it broke off.
+      warnings: one line for each property that is read but not treated.
+
+    Raises:
+      ValueError: unreadable, no video in it, or declaring more than `max_pixels`; one line that
+        does not name the file.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, max_pixels: int | None = None) -> None:
+        self.path = os.fspath(path)
+        self.damage: str | None = None
+        self.warnings: list[str] = []
+        self._max_pixels = max_pixels
+        kind = _image_kind(self.path)
+        self._reader = _Images(self, kind) if kind else _Video(self)
+        self.info: MediaInfo = self._reader.info
+
+    def frames(self, start: float = 0.0) -> Iterator[Frame]:
+        """Frames in order from the one on show at `start` seconds, at the latest."""
+        self.damage = None
+        return self._reader.frames(start)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def __enter__(self) -> "Media":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_size(self, width: int, height: int) -> None:
+        if width < 1 or height < 1:
+            raise ValueError("declares no size; damaged, or no video.")
+        if self._max_pixels is not None and width * height > self._max_pixels:
+            raise ValueError(
+                f"declares {width}x{height} = {width * height} pixels, more than "
+                f"{self._max_pixels}; raise probe.max_source_pixels, or remove the file."
+            )
+
+
+class _Video:
+    """Frames by FFmpeg, one thread: workers run side by side, and results do not vary."""
+
+    def __init__(self, media: Media) -> None:
+        self._media = media
+        self._container: Any = None
+        self._exact_times = True  # every frame so far had a time stamp
+        try:
+            self._open()
+            first = next(self._frames, None)
+        except _ffmpeg_errors() as error:
+            self.close()
+            raise ValueError(f"cannot be read ({_reason(error)}): damaged, or no video.") from error
+        except ValueError:
+            self.close()
+            raise
+        if first is None:
+            self.close()
+            raise ValueError("holds no video frame; damaged, or no video.")
+        self._pending = first
+        self._first_pts = first.pts
+        self.info = self._describe(first)
+
+    def _open(self) -> None:
+        import av
+
+        self.close()
+        path = self._media.path
+        options = {"format_whitelist": DEMUXERS}
+        if self._media._max_pixels is not None:
+            # While it probes, FFmpeg decodes frames of whatever size a file declares.
+            options["max_pixels"] = str(4 * self._media._max_pixels)
+        if "://" in path:
+            from etils import epath
+
+            self._file = epath.Path(path).open("rb")
+            self._container = av.open(self._file, options=options)
+        else:
+            # "file:", because FFmpeg takes a colon in a name for a protocol.
+            self._container = av.open(f"file:{path}", options=options)
+        streams = [
+            s
+            for s in self._container.streams.video
+            if not s.disposition & av.stream.Disposition.attached_pic and s.codec_context
+        ]
+        if not streams:
+            raise ValueError("holds no video stream; leave it out.")
+        self._stream = streams[0]
+        context = self._stream.codec_context
+        self._media.check_size(context.width or 1, context.height or 1)
+        context.thread_type = "NONE"
+        # A damaged slice is an error, not a guess.
+        context.options = {"err_detect": "bitstream+buffer+explode"}
+        self._frames = self._container.decode(self._stream)
+
+    def _describe(self, frame: Any) -> MediaInfo:
+        media, stream = self._media, self._stream
+        width, height = _square_pixels(frame.width, frame.height, stream.sample_aspect_ratio)
+        if frame.rotation % 180:
+            width, height = height, width
+        media.check_size(width, height)
+        if frame.color_trc in HDR_CURVES:
+            media.warnings.append(f"HDR ({HDR_CURVES[frame.color_trc]}) is not tone-mapped")
+        if frame.interlaced_frame:
+            media.warnings.append("interlaced, and not deinterlaced")
+        base, duration = stream.time_base, stream.duration
+        seconds = float(duration * base) if duration and base else 0.0
+        if not seconds and self._container.duration:
+            seconds = self._container.duration / 1e6
+        return MediaInfo(
+            width=width,
+            height=height,
+            fps=float(stream.average_rate or stream.guessed_rate or 0),
+            seconds=seconds,
+            codec=stream.codec_context.name,
+            is_image=False,
+        )
+
+    def frames(self, start: float) -> Iterator[Frame]:
+        """Streams frames; damage ends them and is noted in the media."""
+        last = 0.0
+        try:
+            if start > 0:
+                self._seek(start)
+            elif self._pending is None:
+                self._open()
+            pending, self._pending = self._pending, None
+            for frame in self._timed(pending):
+                last = frame.time + frame.length
+                yield frame
+        except (*_ffmpeg_errors(), _Damage) as error:
+            self._media.damage = f"breaks off at {last:.2f} s ({_reason(error)})"
+
+    def _seek(self, start: float) -> None:
+        """Leaves the decoder at a frame at or before `start`, pending; at worst at the first."""
+        base = self._stream.time_base
+        self._pending = None
+        # The second try is for containers whose index is vague.
+        for earlier in (0.0, 10.0) if self._exact_times and base else ():
+            seconds = start - earlier
+            if seconds <= 0:
+                break
+            with contextlib.suppress(*_ffmpeg_errors()):
+                offset = self._first_pts + math.floor(seconds / base)
+                self._container.seek(offset, stream=self._stream, backward=True)
+                self._frames = self._container.decode(self._stream)
+                frame = next(self._frames, None)
+                timed = frame is not None and frame.pts is not None
+                if timed and float((frame.pts - self._first_pts) * base) <= start + 1e-6:
+                    self._pending = frame
+                    return
+        self._open()
+
+    def _timed(self, pending: Any) -> Iterator[Frame]:
+        base, info = self._stream.time_base, self.info
+        step = 1 / info.fps if info.fps > 0 else 1 / 25
+        step = max(step, 1 / MAX_FPS)
+        size, at, previous = (info.height, info.width), None, None
+        for frame in _chain(pending, self._frames):
+            if frame.is_corrupt:
+                if at is None:
+                    continue  # a stream cut out of a longer one starts like this
+                raise _Damage("a damaged frame")
+            if frame.pts is None or self._first_pts is None or not base:
+                self._exact_times = False
+                at = 0.0 if previous is None else previous + step
+            else:
+                at = float((frame.pts - self._first_pts) * base)
+            length = float(frame.duration * base) if frame.duration and base else step
+            if previous is not None:
+                if at > previous + MAX_GAP_SECONDS:
+                    raise _Damage(f"the next time stamp is {at:.6g} s")
+                if at <= previous:  # time stamps that stand still or go back
+                    at = previous + min(step, 1e-3)
+            previous = at
+            yield Frame(at, min(length, MAX_GAP_SECONDS), frame, size)
+
+    def close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+        if getattr(self, "_file", None) is not None:
+            self._file.close()
+            self._file = None
+
+
+class _Images:
+    """Frames by Pillow: a still, or an animation."""
+
+    def __init__(self, media: Media, kind: str) -> None:
+        self._media = media
+        suffix = os.path.splitext(media.path)[1].lower()
+        if suffix not in SUFFIXES.get(kind, (".webp",)):
+            media.warnings.append(f"named {suffix or 'without extension'}, but holds {kind}")
+        with self._opened() as image:
+            media.check_size(*image.size)
+            count = getattr(image, "n_frames", 1)
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on a side
+            width, height = image.size[::-1] if turned else image.size
+        self.info = MediaInfo(width, height, 0.0, 0.0, kind.lower(), is_image=count == 1)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        from PIL import Image
+
+        kinds = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+        try:
+            with _open_bytes(self._media.path) as file, Image.open(file) as image:
+                yield image
+        except kinds as error:
+            if type(error) is ValueError and str(error).startswith("declares"):
+                raise
+            raise ValueError(f"cannot be read ({_reason(error)}): damaged, or no image.") from error
+
+    def frames(self, start: float) -> Iterator[Frame]:
+        from PIL import Image, ImageOps, ImageSequence
+
+        del start  # an animation has no key frames but the first
+        at, size = 0.0, (self.info.height, self.info.width)
+        try:
+            with self._opened() as image:
+                for frame in ImageSequence.Iterator(image):
+                    frame.load()  # WebP tells a frame's length only after decoding it
+                    length = frame.info.get("duration", 0) / 1000 or DEFAULT_FRAME_SECONDS
+                    upright = ImageOps.exif_transpose(frame)
+                    if upright.has_transparency_data:
+                        rgba = upright.convert("RGBA")
+                        white = Image.new("RGBA", rgba.size, "white")
+                        upright = Image.alpha_composite(white, rgba)
+                    yield Frame(at, length, np.asarray(upright.convert("RGB")), size)
+                    at += length
+        except ValueError as error:
+            self._media.damage = f"breaks off at {at:.2f} s ({error})"
+
+    def close(self) -> None:
+        pass
+
+
+class _Damage(Exception):
+    """What follows in the stream cannot be used."""
+
+
+def stated_rate(times: np.ndarray, declared: float) -> Fraction:
+    """Frames a second of a stream whose frames start at `times`, the end of the last included.
+
+    The declared rate where the time stamps bear it out; the mean where they are even; else that
+    of the median step, so that a long pause does not thin out what moves.
+    """
+    seconds = float(times[-1] - times[0])
+    mean = (len(times) - 1) / seconds
+    rate = mean
+    if declared > 0 and abs(declared / mean - 1) < 5e-4 + 2e-3 / seconds:
+        rate = declared
+    else:
+        median = 1 / float(np.median(np.diff(times)))
+        if abs(median / mean - 1) > 0.05:
+            rate = median
+    return Fraction(min(rate, MAX_FPS)).limit_denominator(1001) or Fraction(1, 1001)
+
+
+def _image_kind(path: str) -> str | None:
+    try:
+        with _open_bytes(path) as file:
+            head = file.read(16)
+    except OSError as error:
+        raise ValueError(f"cannot be opened ({error.strerror or error}).") from error
+    if not head:
+        raise ValueError("the file is empty.")
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
+
+
+def _open_bytes(path: str) -> Any:
+    if "://" in path:
+        from etils import epath
+
+        return epath.Path(path).open("rb")
+    return open(path, "rb")
+
+
+def _ffmpeg_errors() -> tuple[type[Exception], ...]:
+    import av
+
+    return (av.FFmpegError,)
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    if first is not None:
+        yield first
+    yield from rest
+
+
+def _square_pixels(width: int, height: int, aspect: Fraction | None) -> tuple[int, int]:
+    """The size with square pixels that loses none and invents none: the longer side shrinks."""
+    if not aspect or not Fraction(1, 8) <= aspect <= 8:
+        return width, height
+    if aspect > 1:
+        return width, max(1, round(height / aspect))
+    return max(1, round(width * aspect)), height
+
+
+def _converted(frame: Any, height: int, width: int) -> np.ndarray:
+    """RGB of an FFmpeg frame at a size, not yet upright."""
+    from av.video.reformatter import Interpolation
+
+    smaller = height < frame.height or width < frame.width
+    method = Interpolation.AREA if smaller else Interpolation.BICUBIC
+    # Without these flags swscale truncates, which darkens every pixel by 1/255.
+    method |= Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    layout = "rgba" if has_alpha or frame.format.has_palette else "rgb24"
+    pixels = frame.to_ndarray(width=width, height=height, format=layout, interpolation=method)
+    if layout == "rgb24":
+        return pixels
+    alpha = pixels[..., 3:].astype(np.uint16)
+    return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    import cv2
+
+    if pixels.shape[:2] == size:
+        return pixels
+    return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA)
