@@ -14,8 +14,10 @@ EXAMPLES = """examples:
   sora-jax sample --prompt "a red ball rolls left in the meadow" --out ball.mp4
   sora-jax train --config configs/paperworld.py:smoke --workdir runs/smoke
   sora-jax eval --suite paperworld --out scores.json
+  sora-jax data build --input videos --out sets/videos
   sora-jax info
 """
+CONFIGURED = ("import", "build")  # the actions that take --config.KEY=VALUE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_sample, _add_train, _add_eval, _add_info, _add_convert):
+    for add in (_add_sample, _add_train, _add_eval, _add_data, _add_info, _add_convert):
         add(commands)
     return top
 
@@ -171,6 +173,14 @@ def _add_info(commands) -> None:
     _checkpoint(info)
 
 
+def _add_data(commands) -> None:
+    from sora_jax import data_command
+
+    data = _command(commands, "data", None, "Build training sets from raw videos.")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    data_command.add(actions, _command)
+
+
 def _add_convert(commands) -> None:
     convert = _command(commands, "convert", None, "Move weights between formats.")
     actions = convert.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -301,9 +311,10 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     args = parser().parse_args([a for a in argv if not a.startswith("--config.")])
     args.overrides = overrides
-    if overrides and args.command != "train" and getattr(args, "action", "") != "import":
+    if overrides and args.command != "train" and getattr(args, "action", "") not in CONFIGURED:
         print(
-            f"sora-jax: --config.{overrides[0]} is for `train` and `convert import` alone.",
+            f"sora-jax: --config.{overrides[0]} is for `train`, `data build` and `convert import` "
+            "alone.",
             file=sys.stderr,
         )
         return 2

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sora_jax import video_io
+from sora_jax.data.build import places
+from sora_jax.data.build.sidecars import Captions, parse_captions, read_sidecar
 
 MEDIA_SUFFIXES = (*video_io.READABLE_SUFFIXES, ".mkv", ".m4v")
 MANIFEST_SUFFIXES = (".csv", ".jsonl", ".parquet")
 CAPTION_POLICIES = ("error", "drop", "allow")
-
-Captions = tuple[tuple[str, str], ...]  # (kind, text)
 
 
 class InputFile(NamedTuple):

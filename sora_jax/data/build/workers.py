@@ -108,6 +108,28 @@ def run_tasks(
             worker.end()
 
 
+def finish(
+    worker: "Worker | None", function: Callable[[Any], str], task: Any, limits: Limits
+) -> "tuple[Outcome, Worker | None]":
+    """Does one task in `worker` or a new one; returns the worker too if it can go on.
+
+    Raises: as `run_tasks`.
+    """
+    for attempt in range(1, TRIES + 1):
+        if worker is None or not worker.alive:
+            worker = Worker(function, limits)
+        try:
+            worker.begin(0, task, attempt)
+            while (outcome := worker.look()) is None:
+                connection.wait(worker.handles, POLL_SECONDS)
+        except BaseException:
+            worker.end()
+            raise
+        if outcome.status != "crash":
+            break
+    return outcome, worker if worker.alive else None
+
+
 class Worker:
     """One process, started at once; its first task waits until it is ready."""
 
