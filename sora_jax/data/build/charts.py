@@ -16,7 +16,7 @@ TALLIED = 8
 RATIOS = {"9:16": 9 / 16, "3:4": 3 / 4, "1:1": 1, "4:3": 4 / 3, "16:9": 16 / 9, "21:9": 21 / 9}
 
 
-def narrowing(before: float, after: float) -> str:
+def narrowing(before: float | int, after: float | int) -> str:
     """The silhouette of one stage: from share `before` to `after` of all, what left beside it."""
     before, after = 100 * before, 100 * after
     curve = f"C{before:.2f},55 {after:.2f},45 {after:.2f},100"
@@ -84,7 +84,7 @@ def tally(title: str, counts: dict[str, int]) -> str:
     )
 
 
-def _bar(kind: str, x: float, y: float, wide: float, high: float) -> str:
+def _bar(kind: str, x: float | int, y: float | int, wide: float | int, high: float | int) -> str:
     if not high:
         return ""
     return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{high:.1f}"/>'
@@ -99,7 +99,7 @@ def _told(data: dict[str, Any]) -> str:
     return escape(", ".join(parts))
 
 
-def _padded(data: dict[str, Any]) -> tuple[list[float], list[int], list[int]]:
+def _padded(data: dict[str, Any]) -> tuple[list[float | int], list[int], list[int]]:
     """Edges and counts with empty bars around few ones."""
     edges, kept, dropped = list(data["edges"]), list(data["kept"]), list(data["dropped"])
     linear = data["scale"] == "linear"
@@ -116,7 +116,7 @@ def _padded(data: dict[str, Any]) -> tuple[list[float], list[int], list[int]]:
     return edges, kept, dropped
 
 
-def _ticks(name: str, edges: list[float], log: bool) -> list[tuple[float, str, str]]:
+def _ticks(name: str, edges: list[float | int], log: bool) -> list[tuple[float | int, str, str]]:
     """(position from 0 to 1, anchor, label), no two of them on top of each other."""
     low, high = edges[0], edges[-1]
     if name == "aspect":
@@ -128,7 +128,7 @@ def _ticks(name: str, edges: list[float], log: bool) -> list[tuple[float, str, s
         step = _nice((high - low) / 5)
         first = math.ceil(low / step - 1e-9)
         wanted = [(i * step, short(i * step)) for i in range(first, int(high / step + 1e-9) + 1)]
-    placed: list[tuple[float, str, str]] = []
+    placed: list[tuple[float | int, str, str]] = []
     for value, label in wanted:
         if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
             continue
@@ -139,7 +139,7 @@ def _ticks(name: str, edges: list[float], log: bool) -> list[tuple[float, str, s
     return sorted(placed)
 
 
-def _nice(step: float) -> float:
+def _nice(step: float | int) -> float | int:
     """The next of 1, 2 and 5 times a power of ten that is not below `step`."""
     ten = 10.0 ** math.floor(math.log10(step))
     return next(m * ten for m in (1, 2, 5, 10) if m * ten >= step * (1 - 1e-9))

@@ -91,20 +91,20 @@ class _Histogram:
         padded = np.pad(part, (0, bars * joined - len(part)))
         return padded.reshape(bars, joined).sum(1).tolist()
 
-    def _median(self) -> float:
+    def _median(self) -> float | int:
         total = np.cumsum(self._fine[0])
         middle = int(np.searchsorted(total, (total[-1] + 1) // 2)) - 1
         value = self._middle(middle) if 0 <= middle < self._fine.shape[1] - 2 else math.inf
         # Exact where all values are alike.
         return _short(min(max(value, self._min), self._max))
 
-    def _bin(self, value: float) -> int:
+    def _bin(self, value: float | int) -> int:
         raise NotImplementedError
 
-    def _edge(self, fine: int) -> float:
+    def _edge(self, fine: int) -> float | int:
         raise NotImplementedError
 
-    def _middle(self, fine: int) -> float:
+    def _middle(self, fine: int) -> float | int:
         raise NotImplementedError
 
     def _joined(self, first: int, last: int) -> int:
@@ -115,7 +115,9 @@ class _Histogram:
 class Linear(_Histogram):
     """Bins of equal width from `low`; bars are 1, 2 or 5 times a power of ten of them wide."""
 
-    def __init__(self, width: float, bins: int, unit: str = "", *, low: float = 0.0) -> None:
+    def __init__(
+        self, width: float | int, bins: int, unit: str = "", *, low: float | int = 0
+    ) -> None:
         super().__init__(bins, unit)
         self._width, self._low = width, low
 
@@ -159,13 +161,13 @@ class Log(_Histogram):
         super().__init__((high - low) * per_octave, unit)
         self._low, self._per_octave, self._centred = low, per_octave, centred
 
-    def _at(self, value: float) -> float:
+    def _at(self, value: float | int) -> float | int:
         return (math.log2(value) - self._low) * self._per_octave + 0.5 * self._centred
 
     def _bin(self, value):
         return math.floor(self._at(value) + 1e-9) if value > 0 else -1
 
-    def _value(self, fine: float) -> float:
+    def _value(self, fine: float | int) -> float | int:
         return 2.0 ** ((fine - 0.5 * self._centred) / self._per_octave + self._low)
 
     def _edge(self, fine):
@@ -241,7 +243,7 @@ class Sample:
         return (entry[3] for entry in sorted(self._heap, key=lambda e: e[1]))
 
 
-def _short(value: float) -> float | int:
+def _short(value: float | int) -> float | int:
     """Six digits are enough for a reader, and the same wherever the last bit differs."""
     rounded = float(f"{value:.6g}")
     return int(rounded) if rounded.is_integer() else rounded

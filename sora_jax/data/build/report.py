@@ -33,7 +33,7 @@ DROP_NOTHING = ("probe", "letterbox", "resize", "write")  # stages that only lea
 
 _KEY = re.compile(r"#\d{8}\b")
 _MEASURED = re.compile(r"\s*\([^()]*\d[^()]*\)")
-_NUMBER = re.compile(r"(?<![A-Za-z])[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
+_NUMBER = re.compile(r"(?<![A-Za-z\d.])[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
 
 Frames = Callable[[str], np.ndarray | None]
 
@@ -55,7 +55,7 @@ def write_report(
     report = Report()
     for row in rows:
         report.add(row)
-    result = report.as_dict(settings)
+    result = report.as_dict(json.loads(json.dumps(settings)))  # tuples become lists, as in the file
     shown = [(clip, frames(clip["key"])) for clip in result["clips_shown"]]
     page = report_page.page(result, shown)
     with video_io.atomic_path(Path(out) / "report.json") as temporary:
@@ -235,10 +235,11 @@ class Report:
 
 def _stages_in_order(dropped: Iterable[str], settings: dict[str, Any]) -> list[str]:
     """Stages that could drop a clip: those that did, and those whose settings are on."""
-    plugins = sorted(set(dropped) - set(STAGES))
+    scores = [score["name"] for score in settings.get("scores") or ()]
+    plugins = [*scores, *sorted(set(dropped) - set(STAGES) - set(scores))]
     first = STAGES.index("letterbox") + 1
     order = [*STAGES[:first], *plugins, *STAGES[first:]]
-    on = {name for name in STAGES if settings.get(name)} - set(DROP_NOTHING)
+    on = {name for name in STAGES if settings.get(name)} - set(DROP_NOTHING) | set(scores)
     return [name for name in order if name in dropped or name in on]
 
 

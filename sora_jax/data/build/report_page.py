@@ -94,7 +94,7 @@ def _facts(totals: dict[str, Any]) -> str:
     )
 
 
-def _percent(part: float, whole: float, of: str) -> str:
+def _percent(part: float | int, whole: float | int, of: str) -> str:
     return f"{100 * part / whole:.3g} % {of}" if whole else ""
 
 
@@ -131,7 +131,7 @@ def _funnel(result: dict[str, Any]) -> str:
 
 
 def _funnel_row(
-    name: str, before: float, after: float, left: int, why: str, *, end: bool = False
+    name: str, before: float | int, after: float | int, left: int, why: str, *, end: bool = False
 ) -> str:
     kind = "end" if end else "" if why else "idle"
     return (

@@ -9,7 +9,7 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def span(seconds: float) -> str:
+def span(seconds: float | int) -> str:
     """Seconds as at most two units: "9.4 s", "3 min 20 s", "2 h 5 min", "1,204 h"."""
     if seconds < 60:
         return f"{seconds:.3g} s" if seconds < 59.95 else "1 min"
@@ -20,7 +20,7 @@ def span(seconds: float) -> str:
     return f"{hours:,} h {minutes} min" if hours < 100 else f"{round(seconds / 3600):,} h"
 
 
-def size(number: float) -> str:
+def size(number: float | int) -> str:
     """Bytes in decimal units: "812 B", "3.4 MB"."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 999.5 or unit == "TB":
@@ -29,7 +29,7 @@ def size(number: float) -> str:
     return f"{number:.3g} {unit}" if number < 1000 else f"{number:,.0f} {unit}"
 
 
-def short(value: float) -> str:
+def short(value: float | int) -> str:
     """Three digits, with no exponent for what people read: "0.033", "12,400"."""
     if value == 0:
         return "0"
