@@ -9,6 +9,7 @@ list of texts).
 
 import csv
 import glob
+import io
 import json
 import math
 import os
@@ -155,7 +156,7 @@ def _list_rows(source: str) -> Iterator[tuple[int, dict]]:
 
 def _manifest_rows(source: str, suffix: str) -> Iterator[tuple[int, dict]]:
     if suffix == ".csv":
-        reader = csv.DictReader(_read_table(source).splitlines())
+        reader = csv.DictReader(io.StringIO(_read_table(source), newline=""))
         yield from enumerate(reader, 1)
     elif suffix == ".jsonl":
         for number, line in enumerate(_read_table(source).splitlines(), 1):

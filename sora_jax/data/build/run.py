@@ -23,7 +23,7 @@ from sora_jax.data.build import places, shards
 from sora_jax.data.build.inputs import InputFile, check_captions, find_inputs, without_caption
 from sora_jax.data.build.report import write_report
 from sora_jax.data.build.settings import BuildSettings
-from sora_jax.data.build.stages import process_file
+from sora_jax.data.build.stages import check_packages, process_file
 from sora_jax.data.build.staging import (
     Staging,
     Stamps,
@@ -74,6 +74,7 @@ def build(
     settings = BuildSettings() if settings is None else settings
     if workers is not None and workers < 1:
         raise ValueError(f"{workers} workers; give 1 or more.")
+    check_packages(settings)
     out = places.absolute(os.fspath(out))
     files = find_inputs(os.fspath(source), out=out)
     if not (settings.caption and settings.caption.model):

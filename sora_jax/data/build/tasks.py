@@ -71,16 +71,20 @@ def _row(task: FileTask, clips: Path) -> dict[str, Any]:
         raise
     except Exception as error:
         # Files come from anywhere: whatever a library does not foresee is that file's reason.
-        if is_disk_full(error):
-            raise OSError(
-                f"{os.strerror(28)}, while clips of {task.file.path} were kept"
-            ) from error
+        if is_disk_full(error) or _is_below(error, clips):
+            raise OSError(f"{error}, while clips of {task.file.path} were kept") from error
         shutil.rmtree(clips)
         clips.mkdir()
         last = traceback.extract_tb(error.__traceback__)[-1]
         what = " ".join(f"{type(error).__name__}: {error}".split())
         place = f"{os.path.basename(last.filename)}:{last.lineno}"
         return failed_row(task.file.key, "crash", f"cannot be processed ({what}, {place})")
+
+
+def _is_below(error: Exception, folder: Path) -> bool:
+    """A file of ours could not be written."""
+    name = getattr(error, "filename", None)
+    return isinstance(name, str | os.PathLike) and places.within(os.fspath(name), str(folder))
 
 
 def _at_hand(file: InputFile, folder: Path) -> InputFile:
