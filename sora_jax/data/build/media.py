@@ -318,7 +318,8 @@ def stated_rate(times: np.ndarray, declared: float) -> Fraction:
     else:
         median = 1 / float(np.median(np.diff(times)))
         if abs(median / mean - 1) > 0.05:
-            rate = median
+            # Steps in whole milliseconds: the declared rate, where it fits, is the exact one.
+            rate = declared if abs(declared / median - 1) < 0.02 else median
     return Fraction(min(rate, MAX_FPS)).limit_denominator(1001) or Fraction(1, 1001)
 
 

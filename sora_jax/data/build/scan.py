@@ -15,7 +15,8 @@ from jaxtyping import Float, Int, UInt8
 from sora_jax.data.build.media import Frame, Media, stated_rate
 from sora_jax.data.build.settings import BuildSettings
 
-MIN_FLOW_SIDE = 16  # pixels; OpenCV's DIS flow needs a few blocks each way
+# OpenCV's DIS flow reads outside its images where they are smaller or longer than this.
+MIN_FLOW_SIDE, MAX_FLOW_ASPECT = 16, 4
 HASH_SIDE = 32
 
 
@@ -166,8 +167,9 @@ class _FlowMeter:
         import cv2
 
         self._apart = 1 / settings.scan.flow_fps
-        height, width = reduced_size(*size, settings.scan.flow_size)
-        self._size = max(height, MIN_FLOW_SIDE), max(width, MIN_FLOW_SIDE)
+        self._size = height, width = reduced_size(*size, settings.scan.flow_size)
+        least = max(MIN_FLOW_SIDE, -(-max(height, width) // MAX_FLOW_ASPECT))
+        self._padding = max(0, least - height), max(0, least - width)
         self._scale = np.array(self._size, np.float64) / size
         self._dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         self._reference: tuple[int, float, np.ndarray] | None = None
@@ -185,9 +187,12 @@ class _FlowMeter:
         if self._reference is not None and time < self._reference[1] + self._apart - 0.01:
             return
         small = cv2.resize(gray, self._size[::-1], interpolation=cv2.INTER_AREA)
+        below, beside = self._padding
+        small = cv2.copyMakeBorder(small, 0, below, 0, beside, cv2.BORDER_REPLICATE)
         if self._reference is not None:
             first, since, before = self._reference
-            flow = self._dis.calc(before, small, None)
+            height, width = self._size
+            flow = self._dis.calc(before, small, None)[:height, :width]
             scaled = np.rint(bars * self._scale.repeat(2)).astype(np.int64)
             speed = np.linalg.norm(flow[_inside(self._size, scaled)], axis=-1).mean()
             self._first.append(first)

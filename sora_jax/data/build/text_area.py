@@ -18,6 +18,7 @@ LINE_HEIGHTS = (5, 48)
 MIN_ASPECT = 2.0  # width by height of a line
 MIN_FILL = 0.5  # share of a line's box that is covered by strokes run together
 MIN_EDGE = 60  # of 255: strength of an edge of a letter
+MIN_TWO_TONES = 0.70  # share of variance between ink and paper; 0.75 where all tones are as common
 STROKES_PER_HEIGHT = 1.2  # changes from light to dark along a line, for every height of width
 
 
@@ -44,9 +45,20 @@ def _share(frame: np.ndarray) -> float:
         if box_width < MIN_ASPECT * box_height or pixels < MIN_FILL * box_width * box_height:
             continue
         box = gray[top : top + box_height, left : left + box_width]
-        if _strokes(box) >= STROKES_PER_HEIGHT * box_width / box_height:
+        enough = STROKES_PER_HEIGHT * box_width / box_height
+        if _two_tones(box) >= MIN_TWO_TONES and _strokes(box) >= enough:
             covered += int(box_width) * int(box_height)
     return covered / gray.size
+
+
+def _two_tones(box: np.ndarray) -> float:
+    """Share of the variance that the best split into light and dark explains (Otsu)."""
+    tones = np.sort(box.ravel()).astype(np.float64)
+    below = np.arange(1, len(tones))
+    sums = np.cumsum(tones)
+    low, high = sums[:-1] / below, (sums[-1] - sums[:-1]) / (len(tones) - below)
+    between = below * (len(tones) - below) * (high - low) ** 2 / len(tones) ** 2
+    return float(between.max() / max(tones.var(), 1e-9))
 
 
 def _strokes(box: np.ndarray) -> float:

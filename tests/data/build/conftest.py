@@ -1,0 +1,91 @@
+"""Small videos of every kind, made on the spot."""
+
+import struct
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+VideoMaker = Callable[..., Path]
+
+
+@pytest.fixture
+def make_video(tmp_path) -> VideoMaker:
+    """make_video(name, frames, ...): writes a file under tmp_path and returns its path."""
+
+    def make(name: str, frames: Iterable[np.ndarray], **options: Any) -> Path:
+        return write_video(tmp_path / name, frames, **options)
+
+    return make
+
+
+@pytest.fixture
+def moving() -> Callable[..., np.ndarray]:
+    return moving_frames
+
+
+def moving_frames(
+    count: int, height: int = 48, width: int = 64, *, seed: int = 0, speed: float = 1.0
+) -> np.ndarray:
+    """Frames of a random texture that slides `speed` pixels a frame to the left."""
+    import cv2
+
+    rng = np.random.default_rng(seed)
+    length = width + int(abs(speed) * count) + 2
+    coarse = rng.integers(0, 256, (height // 4 + 1, length // 4 + 1, 3), dtype=np.uint8)
+    scene = cv2.resize(coarse, (length, height), interpolation=cv2.INTER_CUBIC)
+    starts = [int(speed * i) for i in range(count)]
+    return np.stack([scene[:, s : s + width] for s in starts])
+
+
+def write_video(
+    path: Path,
+    frames: Iterable[np.ndarray],
+    *,
+    fps: float | Fraction = 10,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    gop: int = 5,
+    times: list[float] | None = None,
+    format: str | None = None,
+    aspect: Fraction | None = None,
+    **options: str,
+) -> Path:
+    """`times` gives each frame's start in seconds instead of a constant rate."""
+    import av
+
+    rate = Fraction(fps).limit_denominator(1001)
+    source = "rgb24"
+    with av.open(str(path), "w", format=format) as container:
+        stream = None
+        for i, frame in enumerate(frames):
+            if stream is None:
+                source = {3: "rgb24", 4: "rgba"}[frame.shape[2]]
+                stream = container.add_stream(codec, rate=rate, options=options)
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = pix_fmt
+                stream.codec_context.gop_size = gop
+                if aspect is not None:
+                    stream.codec_context.sample_aspect_ratio = aspect
+                if times is not None:
+                    stream.codec_context.time_base = Fraction(1, 1000)
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format=source)
+            picture = picture.reformat(format=pix_fmt)
+            picture.pts = i
+            if times is not None:
+                picture.pts, picture.time_base = round(times[i] * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def turn_clockwise(path: Path) -> None:
+    """Writes into an MP4 that players turn it by 90 degrees, as telephones do."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40
+    one, whole = 1 << 16, 1 << 30
+    data[at : at + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, whole)
+    path.write_bytes(data)
