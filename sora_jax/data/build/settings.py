@@ -212,9 +212,12 @@ class CaptionSettings:
     frames: int = 4  # shown to the model, spread evenly over the clip
     max_tokens: int = 128  # of one caption
     only_missing: bool = False  # caption only clips that have none yet
+    batch_size: int = 8  # clips of one file that the model sees at once
+    device: str = ""  # of torch, such as "cuda:1"; "" takes an accelerator if there is one
 
     def __post_init__(self) -> None:
         _check("caption", frames=(self.frames, 1, 64), max_tokens=(self.max_tokens, 1, 4096))
+        _check("caption", batch_size=(self.batch_size, 1, 4096))
         if self.model and not self.prompts:
             raise ValueError("caption.prompts is empty; give at least one kind with its prompt.")
 

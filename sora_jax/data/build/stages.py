@@ -13,6 +13,7 @@ import numpy as np
 
 from sora_jax import video_io
 from sora_jax.data.build import filters
+from sora_jax.data.build.captioner import CaptionQueue, check_captioner
 from sora_jax.data.build.cut import Span, chosen_spans, cut_shots, frame_count, output_rate
 from sora_jax.data.build.encode import (
     ClipEncoder,
@@ -61,10 +62,12 @@ def process_file(input: InputFile, settings: BuildSettings, staging: Path) -> di
             row["fps"] = round(float(seen.rate), 6)
             row["seconds"] = 0.0 if info.is_image else round(float(seen.times[-1]), 6)
             row["warning"] = _warning(media, seen)
+            captions = CaptionQueue(settings.caption)
             row["clips"] = [
-                _finished(media, seen, clip, settings, staging)
+                _finished(media, seen, clip, settings, staging, captions)
                 for clip in _planned(input, info, seen, settings)
             ]
+            captions.flush()
     except ValueError as error:
         row |= {"error": " ".join(str(error).split()), "stage": stage, "clips": []}
     return row
@@ -138,14 +141,23 @@ def _plan(
 
 
 def _finished(
-    media: Media, seen: Scan, clip: _Clip, settings: BuildSettings, staging: Path
+    media: Media,
+    seen: Scan,
+    clip: _Clip,
+    settings: BuildSettings,
+    staging: Path,
+    captions: CaptionQueue,
 ) -> dict[str, Any]:
-    """The clip's row, once it is read again, scored, and staged if it stays."""
+    """The clip's row, once it is read again, scored, and staged if it stays.
+
+    Captions of a model are in it by the time that `captions` is flushed.
+    """
     row = clip.row
     if row["dropped"]:
         return row
     try:
-        data, shown = _encoded(media, clip, settings)
+        looks = [score.frames for score in settings.scores] + [captions.wants(row)]
+        data, shown = _encoded(media, clip, settings, looks)
     except ValueError as error:  # the second pass met damage that the first did not
         row["dropped"] = {"stage": "resize", "reason": f"cannot be read again ({error})"}
         return row
@@ -161,13 +173,16 @@ def _finished(
         with video_io.atomic_path(staged_path(staging, row["key"])) as path:
             path.write_bytes(data)
         row["bytes"] = len(data)
+        if captions.wants(row):
+            frames = _evenly(row["num_frames"], captions.wants(row))
+            captions.add(row, np.stack([shown[k] for k in frames]))
     return row
 
 
 def _encoded(
-    media: Media, clip: _Clip, settings: BuildSettings
+    media: Media, clip: _Clip, settings: BuildSettings, looks: list[int]
 ) -> tuple[bytes, dict[int, np.ndarray]]:
-    """The clip's bytes, and by index the few frames that scores look at."""
+    """The clip's bytes, and by index the few frames of each look at it: of scores, of captions."""
     row = clip.row
     size = row["height"], row["width"]
     frames = clip_frames(
@@ -178,7 +193,7 @@ def _encoded(
         size=size,
         crop=clip.crop,
     )
-    wanted = {k for score in settings.scores for k in _evenly(row["num_frames"], score.frames)}
+    wanted = {k for look in looks for k in _evenly(row["num_frames"], look)}
     shown: dict[int, np.ndarray] = {}
     encoder = None if media.info.is_image else ClipEncoder(size, clip.rate, settings.write)
     data = b""
@@ -226,5 +241,7 @@ def check_packages(settings: BuildSettings) -> None:
             load_detector()
         for score in settings.scores:
             load_score(score)
+        if settings.caption and settings.caption.model:
+            check_captioner(settings.caption)
     except ImportError as error:
         raise ValueError(str(error)) from error
