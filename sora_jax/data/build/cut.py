@@ -71,21 +71,20 @@ def _frame_at(times: np.ndarray, seconds: float) -> int:
 def _part_edges(
     times: np.ndarray, first: int, last: int, *, longest: float, shortest: float
 ) -> list[int]:
-    seconds = times[last] - times[first]
-    parts = int(np.ceil(seconds / longest - 1e-6))
-    if parts <= 1:
-        return [first, last]
-    part = seconds / parts
-    if part < shortest:
-        part, parts = longest, int(seconds / longest + 1e-6)
     edges = [first]
-    for k in range(1, parts + 1):
-        # Rounded down, so that no part is longer than allowed.
-        edge = int(np.searchsorted(times, times[first] + k * part + 1e-3, side="right")) - 1
-        edges.append(max(edges[-1] + 1, min(edge, last)))
-    if edges[-1] < last:
-        edges.append(last)
-    return [e for e in edges if e <= last]
+    while edges[-1] < last:
+        begin = times[edges[-1]]
+        rest = float(times[last] - begin)
+        parts = int(np.ceil(rest / longest - 1e-6))
+        if parts <= 1:
+            edges.append(last)
+            break
+        part = rest / parts if rest / parts >= shortest else longest
+        edge = _frame_at(times, begin + part)
+        if times[edge] - begin > longest + 1e-3:
+            edge -= 1
+        edges.append(max(edge, edges[-1] + 1))
+    return edges
 
 
 def chosen_spans(count: int, max_clips: int) -> set[int]:

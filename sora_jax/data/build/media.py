@@ -134,14 +134,8 @@ class _Video:
         if self._media._max_pixels is not None:
             # While it probes, FFmpeg decodes frames of whatever size a file declares.
             options["max_pixels"] = str(4 * self._media._max_pixels)
-        if "://" in path:
-            from etils import epath
-
-            self._file = epath.Path(path).open("rb")
-            self._container = av.open(self._file, options=options)
-        else:
-            # "file:", because FFmpeg takes a colon in a name for a protocol.
-            self._container = av.open(f"file:{path}", options=options)
+        # "file:", because FFmpeg takes a colon in a name for a protocol.
+        self._container = av.open(f"file:{path}", options=options, metadata_errors="replace")
         streams = [
             s
             for s in self._container.streams.video
@@ -243,9 +237,6 @@ class _Video:
         if self._container is not None:
             self._container.close()
             self._container = None
-        if getattr(self, "_file", None) is not None:
-            self._file.close()
-            self._file = None
 
 
 class _Images:
@@ -269,7 +260,7 @@ class _Images:
 
         kinds = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
         try:
-            with _open_bytes(self._media.path) as file, Image.open(file) as image:
+            with Image.open(self._media.path) as image:
                 yield image
         except kinds as error:
             if type(error) is ValueError and str(error).startswith("declares"):
@@ -325,7 +316,7 @@ def stated_rate(times: np.ndarray, declared: float) -> Fraction:
 
 def _image_kind(path: str) -> str | None:
     try:
-        with _open_bytes(path) as file:
+        with open(path, "rb") as file:
             head = file.read(16)
     except OSError as error:
         raise ValueError(f"cannot be opened ({error.strerror or error}).") from error
@@ -334,14 +325,6 @@ def _image_kind(path: str) -> str | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WebP"
     return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
-
-
-def _open_bytes(path: str) -> Any:
-    if "://" in path:
-        from etils import epath
-
-        return epath.Path(path).open("rb")
-    return open(path, "rb")
 
 
 def _ffmpeg_errors() -> tuple[type[Exception], ...]:
