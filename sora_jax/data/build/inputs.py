@@ -16,8 +16,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from sora_jax import video_io
-from sora_jax.data.build import places
+from sora_jax.data.build import places, sidecars
 from sora_jax.data.build.sidecars import Captions, parse_captions, read_sidecar
 
 MEDIA_SUFFIXES = (*video_io.READABLE_SUFFIXES, ".mkv", ".m4v")
@@ -57,6 +59,7 @@ def find_inputs(source: str, *, out: str | None = None) -> list[InputFile]:
         that cannot be read, or a source that takes in `out`; one line.
     """
     source = os.fspath(source)
+    sidecars.names.cache_clear()
     suffix = os.path.splitext(source)[1].lower()
     if suffix == ".txt" and places.is_file(source):
         found = _from_rows(source, _list_rows(source), what="line")
@@ -120,19 +123,15 @@ def _media(paths: Iterable[str]) -> list[str]:
     return [
         places.absolute(path)
         for path in paths
-        if os.path.splitext(path)[1].lower() in MEDIA_SUFFIXES and places.is_file(path)
+        if os.path.splitext(path)[1].lower() in MEDIA_SUFFIXES
+        # Elsewhere each question is a request, and a folder is hardly called so.
+        and (places.is_remote(path) or places.is_file(path))
     ]
 
 
 def _media_below(folder: str) -> list[str]:
-    if places.is_remote(folder):
-        from etils import epath
-
-        root = folder.rstrip("/")
-        below = (str(path) for path in epath.Path(folder).rglob("*"))
-        return _media(p for p in below if "/." not in p.removeprefix(root))
     found = []
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in places.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(place, name) for name in names if not name.startswith(".")]
     return _media(found)
@@ -177,8 +176,6 @@ def _manifest_rows(source: str, suffix: str) -> Iterator[tuple[int, dict]]:
             raise ValueError(
                 f"{source}: Parquet needs pyarrow; pip install 'sora_jax[data]', or give .csv."
             ) from error
-        from etils import epath
-
         try:
             with epath.Path(source).open("rb") as file:
                 rows = pyarrow.parquet.read_table(file).to_pylist()
@@ -299,7 +296,7 @@ def _root_of_pattern(pattern: str) -> str:
 def _glob(pattern: str) -> Iterable[Any]:
     if not places.is_remote(pattern):
         return glob.iglob(pattern, recursive=True)
-    from etils import epath
-
+    if "**" in pattern:
+        raise ValueError(f"{pattern}: no ** on gs://; give the folder, which is read whole.")
     root = _root_of_pattern(pattern)
     return epath.Path(root).glob(pattern.removeprefix(root + "/"))

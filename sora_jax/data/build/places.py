@@ -1,6 +1,7 @@
 """Paths on this machine and on gs://, looked at by the same names."""
 
 import os
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -31,6 +32,19 @@ def is_file(path: str) -> bool:
     if is_remote(path):
         return epath.Path(path).is_file()
     return os.path.isfile(path)
+
+
+def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk: (folder, names of folders in it, names of files in it), from the top."""
+    if not is_remote(folder):
+        yield from os.walk(folder)
+        return
+    folders, files = [], []
+    for path in epath.Path(folder).iterdir():
+        (folders if path.is_dir() else files).append(path.name)
+    yield folder, folders, files
+    for name in folders:
+        yield from walk(f"{folder.rstrip('/')}/{name}")
 
 
 def read_text(path: str) -> str:

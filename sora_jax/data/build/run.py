@@ -79,8 +79,6 @@ def build(
     files = find_inputs(os.fspath(source), out=out)
     if not (settings.caption and settings.caption.model):
         check_captions(files, captions)
-    else:
-        captions = "allow"  # the model writes them
     with _locked(out) as staging:
         identity = _identity(files, settings, captions)
         if _is_built(staging, identity):
@@ -106,7 +104,10 @@ class _Build:
     ) -> None:
         self.staging, self.settings, self.step, self.process = staging, settings, step, process
         self.files = files
-        self.dropped = {f.key for f in without_caption(files)} if captions == "drop" else set()
+        self.drop_clips = captions == "drop"
+        modelled = bool(settings.caption and settings.caption.model)
+        files_dropped = self.drop_clips and not modelled
+        self.dropped = {f.key for f in without_caption(files)} if files_dropped else set()
         self.finished = 0
 
     def run(self, identity: dict[str, Any]) -> dict[str, Any]:
@@ -127,6 +128,8 @@ class _Build:
         for file in self.files:
             if file.key in self.dropped:
                 yield failed_row(file.key, "caption", NO_CAPTION)
+            elif self.drop_clips:  # a model may have had nothing to say of some clip
+                yield shards.with_captions_alone(self.staging.row(file.key))
             else:
                 yield self.staging.row(file.key)
 
@@ -229,10 +232,8 @@ class _Build:
                 f"{self.staging.out}: cannot be written ({reason}); {self._state()}: {fix} and run "
                 "the same command again."
             ) from error
-        except RuntimeError as error:
-            if "ModuleNotFoundError" not in str(error):
-                raise
-            raise ValueError(f"{error}; pip install 'sora_jax[data]'.") from error
+        except ImportError as error:
+            raise ValueError(str(error)) from error
 
 
 class _Local:
@@ -345,7 +346,9 @@ def _is_built(staging: Staging, identity: dict[str, Any]) -> bool:
         ours = {staging.root.name, "report.json", "report.html", "index.npz", "features.json"}
         ours |= {"dataset_info.json"}
         others = [
-            p.name for p in out.iterdir() if p.name not in ours and shards.PATTERN not in p.name
+            path.name
+            for path in (out.iterdir() if out.exists() else ())
+            if path.name not in ours and shards.PATTERN not in path.name
         ]
         if others:
             raise ValueError(

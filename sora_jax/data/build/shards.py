@@ -88,6 +88,15 @@ def _fill(sizes: Sequence[int], kept: list[Kept], settings: BuildSettings) -> li
     return shards
 
 
+def with_captions_alone(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`row` with its clips that have no caption dropped."""
+    dropped = {"dropped": {"stage": "caption", "reason": "no caption"}}
+    clips = [
+        clip if clip["dropped"] or clip["captions"] else clip | dropped for clip in row["clips"]
+    ]
+    return {**row, "clips": clips}
+
+
 def final_rows(
     rows: Iterable[Mapping[str, Any]], duplicates: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:

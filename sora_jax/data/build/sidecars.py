@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
 from sora_jax.data.build import places
 
 Captions = tuple[tuple[str, str], ...]  # (kind, text)
@@ -19,7 +21,7 @@ def read_sidecar(path: str) -> Captions:
     """
     place, name = os.path.split(path)
     stem = os.path.splitext(name)[0]
-    there = _names(place)
+    there = names(place)
     for suffix in (".json", ".txt"):
         if stem + suffix not in there:
             continue
@@ -46,10 +48,8 @@ def read_sidecar(path: str) -> Captions:
 
 
 @functools.lru_cache(64)  # files come folder by folder
-def _names(folder: str) -> frozenset[str]:
+def names(folder: str) -> frozenset[str]:
     if places.is_remote(folder):
-        from etils import epath
-
         return frozenset(path.name for path in epath.Path(folder).iterdir())
     return frozenset(os.listdir(folder))
 

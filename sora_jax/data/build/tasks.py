@@ -17,6 +17,7 @@ from sora_jax.data.build.stages import process_file
 from sora_jax.data.build.staging import Staging, Stamps, failed_row
 from sora_jax.data.build.workers import Limits, Outcome, is_disk_full
 
+CAPTIONER_MEBIBYTES = 2048  # torch and its libraries, without weights
 Process = Callable[[InputFile, BuildSettings, Path], dict[str, Any]]
 
 
@@ -31,7 +32,14 @@ class FileTask:
 
 
 def limits_of(settings: BuildSettings) -> Limits:
-    return Limits(seconds=settings.limits.seconds, mebibytes=settings.limits.mebibytes)
+    """What a file may cost, beside what the captioner costs for all files."""
+    limits = settings.limits
+    if not (settings.caption and settings.caption.model):
+        return Limits(seconds=limits.seconds, mebibytes=limits.mebibytes)
+    weights = sum(path.stat().st_size for path in Path(settings.caption.model).glob("*.*"))
+    # In float32 they may be twice as large, and a part is there twice while they are loaded.
+    extra = CAPTIONER_MEBIBYTES + 3 * weights / 2**20
+    return Limits(limits.seconds, limits.mebibytes + extra, address_space=False)
 
 
 def process_one(task: FileTask) -> str:

@@ -38,12 +38,14 @@ class Limits:
 
     Attributes:
       seconds: wall clock.
-      mebibytes: resident memory of the worker; looked at several times a second, and a tenth of
-        a terabyte asked for at once fails in the worker itself where the system can limit that.
+      mebibytes: resident memory of the worker, looked at several times a second.
+      address_space: have the system refuse requests of several times that much, as a damaged file
+        may lead to; not for libraries that reserve what they never use, as CUDA's do.
     """
 
     seconds: float | int = float("inf")
     mebibytes: float | int = float("inf")
+    address_space: bool = True
 
 
 class Outcome(NamedTuple):
@@ -79,6 +81,7 @@ def run_tasks(
 
     Raises:
       CannotStore: `function` raised an OSError.
+      ImportError: `function` raised one.
       RuntimeError: workers cannot start, or `function` raised anything else: a fault of the
         program, not of a file.
     """
@@ -141,9 +144,7 @@ class Worker:
         self._deadline = time.monotonic() + START_SECONDS
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, function, limits.mebibytes), daemon=True
-        )
+        self._process = context.Process(target=_serve, args=(theirs, function, limits), daemon=True)
         with _one_thread():
             self._process.start()
         theirs.close()  # so that the pipe ends when the worker does
@@ -211,17 +212,19 @@ class Worker:
         index, self._index = self._index, None
         if kind == "store":
             raise CannotStore(text)
+        if kind == "missing":
+            raise ImportError(text)
         if kind == "fault":
             raise RuntimeError(text)
-        if resident_mebibytes(self._process.pid) > self.limits.mebibytes / 2:
+        if resident_mebibytes(self._process.pid) > 0.75 * self.limits.mebibytes:
             self.end()  # what libraries keep is not the next file's fault
         self._deadline = float("inf")
         return Outcome(index, "memory" if kind == "memory" else "done", text)
 
-    def _ended(self, status: Status, text: str) -> Outcome:
+    def _ended(self, status: Status, text: str) -> Outcome | None:
         index, self._index = self._index, None
         self.end()
-        return Outcome(index, status, text)
+        return None if index is None else Outcome(index, status, text)
 
     def _died(self) -> Outcome | None:
         self._process.join()
@@ -273,13 +276,12 @@ def _exit_name(code: int | None) -> str:
     return f"exit {code}"
 
 
-def _serve(
-    pipe: connection.Connection, function: Callable[[Any], str], mebibytes: float | int
-) -> None:
+def _serve(pipe: connection.Connection, function: Callable[[Any], str], limits: Limits) -> None:
     """A worker's life: an answer for each task, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _limit_address_space(mebibytes)
+    if limits.address_space:
+        _limit_address_space(limits.mebibytes)
     try:
         pipe.send_bytes(b"ready ")
         while True:
@@ -297,6 +299,8 @@ def _answer(function: Callable[[Any], str], task: Any) -> bytes:
     except Exception as error:
         if isinstance(error, OSError):
             kind, text = "store", str(error)
+        elif isinstance(error, ImportError):
+            kind, text = "missing", str(error)
         else:
             last = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{os.path.basename(last.filename)}:{last.lineno}"
