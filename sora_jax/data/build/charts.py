@@ -4,6 +4,7 @@ Colours come from the page's classes, so that one picture serves light and dark.
 """
 
 import math
+from collections.abc import Iterable
 from html import escape
 from typing import Any
 
@@ -13,7 +14,22 @@ WIDTH, HEIGHT = 320, 128  # of a histogram, in the page's pixels
 TOP, BOTTOM = 16, 18  # room for the highest count and for the axis
 FEWEST_BARS = 10  # so that a single value is not a wall
 TALLIED = 8
+# In the order they are shown; scores of plug-ins follow.
+TITLES = {
+    "duration": "Duration", "aspect": "Aspect", "motion": "Motion", "sharpness": "Sharpness",
+    "luma": "Brightness", "contrast": "Contrast", "frozen": "Longest freeze",
+    "caption": "Caption length", "frames": "Frames",
+}  # fmt: skip
+TALLIES = {"size": "Size", "fps": "Frames a second", "caption_kind": "Captions by kind",
+           "codec": "Codecs of the files"}  # fmt: skip
 RATIOS = {"9:16": 9 / 16, "3:4": 3 / 4, "1:1": 1, "4:3": 4 / 3, "16:9": 16 / 9, "21:9": 21 / 9}
+
+
+def titled(histograms: Iterable[str]) -> list[tuple[str, str]]:
+    """(name, title) of histograms in the order they are shown."""
+    names = set(histograms)
+    order = [name for name in TITLES if name in names] + sorted(names - set(TITLES))
+    return [(name, TITLES.get(name, name.capitalize())) for name in order]
 
 
 def narrowing(before: float | int, after: float | int) -> str:

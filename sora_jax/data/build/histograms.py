@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-MOST_BARS = 24
+FEWEST_BARS, MOST_BARS = 8, 24  # as many as values fill: about twice their root
 TAIL = 0.002  # share of all values that the bars may leave out on either side
 OTHER = "other"
 
@@ -54,7 +54,8 @@ class _Histogram:
         both = self._fine.sum(0)
         inside = both[1:-1]
         first, last = self._shown(inside)
-        joined = self._joined(first, last)
+        most = min(max(FEWEST_BARS, round(2 * math.sqrt(both.sum()))), MOST_BARS)
+        joined = self._joined(first, last, most)
         first, outside = first // joined * joined, self._fine.shape[1] - 1
         bars = max(1, -(-(last + 1 - first) // joined))
         kept, dropped = (self._bars(row, first, joined, bars) for row in self._fine)
@@ -107,8 +108,8 @@ class _Histogram:
     def _middle(self, fine: int) -> float | int:
         raise NotImplementedError
 
-    def _joined(self, first: int, last: int) -> int:
-        """How many fine bins make one bar."""
+    def _joined(self, first: int, last: int, most: int) -> int:
+        """How many fine bins make one bar, so that there are about `most` at most."""
         raise NotImplementedError
 
 
@@ -131,9 +132,9 @@ class Linear(_Histogram):
     def _middle(self, fine):
         return self._low + (fine + 0.5) * self._width
 
-    def _joined(self, first, last):
+    def _joined(self, first, last, most):
         steps = (m * 10**p for p in range(9) for m in (1, 2, 5))
-        return next(step for step in steps if (last + 1 - first // step * step) <= MOST_BARS * step)
+        return next(step for step in steps if (last + 1 - first // step * step) <= most * step)
 
 
 class Counts(Linear):
@@ -176,11 +177,11 @@ class Log(_Histogram):
     def _middle(self, fine):
         return self._value(fine + 0.5)
 
-    def _joined(self, first, last):
+    def _joined(self, first, last, most):
         if self._centred:
             return 1
         steps = [step for step in (1, 2, 4, 8) if self._per_octave % step == 0]
-        fits = (s for s in steps if last + 1 - first // s * s <= MOST_BARS * s)
+        fits = (s for s in steps if last + 1 - first // s * s <= most * s)
         return next(fits, steps[-1])
 
 

@@ -16,15 +16,6 @@ from sora_jax.data.build.words import count, plural, size, span
 
 THUMBNAIL = 448  # pixels of a picture's longer side, at twice the size shown
 FILES_SHOWN = 200  # of those left out; report.json names more
-# In the order they are shown; scores of plug-ins follow.
-TITLES = {
-    "duration": "Duration", "aspect": "Aspect", "motion": "Motion", "sharpness": "Sharpness",
-    "luma": "Brightness", "contrast": "Contrast", "frozen": "Longest freeze",
-    "caption": "Caption length", "frames": "Frames",
-}  # fmt: skip
-TALLIES = {"size": "Size", "fps": "Frames a second", "caption_kind": "Captions by kind",
-           "codec": "Codecs of the files"}  # fmt: skip
-
 Shown = Sequence[tuple[dict[str, Any], np.ndarray | None]]
 
 
@@ -85,7 +76,7 @@ def _facts(totals: dict[str, Any]) -> str:
          _percent(totals["seconds_kept"], totals["seconds_read"], "of what was read")),
         ("Frames", count(totals["frames_kept"]), ""),
         ("Stored", size(totals["bytes_kept"]), f"{size(each)} a clip" if clips else ""),
-        ("With caption", count(captioned), f"{count(totals['captions'])} captions in all"),
+        ("With caption", count(captioned), f"{plural(totals['captions'], 'caption')} in all"),
         ("Files left out", count(totals["files_left_out"]), f"of {count(totals['files'])}"),
     ]  # fmt: skip
     return "".join(
@@ -143,9 +134,9 @@ def _funnel_row(
 
 def _histograms(result: dict[str, Any]) -> str:
     histograms, tallies = result["histograms"], result["tallies"]
-    order = [n for n in TITLES if n in histograms] + sorted(set(histograms) - set(TITLES))
-    figures = [charts.histogram(TITLES.get(n, n.capitalize()), n, histograms[n]) for n in order]
-    figures += [charts.tally(title, tallies[n]) for n, title in TALLIES.items() if tallies.get(n)]
+    figures = [charts.histogram(title, n, histograms[n]) for n, title in charts.titled(histograms)]
+    named = charts.TALLIES.items()
+    figures += [charts.tally(title, tallies[n]) for n, title in named if tallies.get(n)]
     if not figures:
         return ""
     note = '<span class="key">kept</span>&ensp; <span class="key d">dropped</span>'

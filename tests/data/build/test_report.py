@@ -207,7 +207,7 @@ def test_numbers_that_json_cannot_hold_are_left_out(tmp_path):
 def test_reasons_differ_in_words_alone():
     assert without_numbers("too short (.3 s of 1 s)") == "too short"
     assert without_numbers("no result after 60 s") == "no result after … s"
-    assert without_numbers("duplicate of a b/c.mp4#00000012") == "duplicate of a …"
+    assert without_numbers("looks like a/c.mp4#00000012") == "looks like another clip"
     assert without_numbers("H264 stream") == "H264 stream"
 
 
