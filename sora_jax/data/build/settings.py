@@ -32,11 +32,9 @@ def _check(section: str, **limits: tuple[Any, Number | None, Number | None]) -> 
         low = least is not None and not value >= least
         high = most is not None and not value <= most
         if low or high:
-            allowed = " and ".join(
-                [f"at least {least:g}"] * (least is not None)
-                + [f"at most {most:g}"] * (most is not None)
-            )
-            raise ValueError(f"{section}.{name} {value}; it must be {allowed}.")
+            limits = [(least, "at least"), (most, "at most")]
+            allowed = [f"{words} {limit:g}" for limit, words in limits if limit is not None]
+            raise ValueError(f"{section}.{name} {value}; it must be {' and '.join(allowed)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +297,7 @@ class BuildSettings:
             raise ValueError(f"scores {', '.join(names)}: two have the same name; rename one.")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "BuildSettings":
+    def from_config(cls, config: Any) -> "BuildSettings":
         """Settings from the sections of a ConfigDict or of nested dicts.
 
         Raises:

@@ -27,6 +27,11 @@ def moving() -> Callable[..., np.ndarray]:
     return moving_frames
 
 
+@pytest.fixture
+def turn_clockwise() -> Callable[[Path], None]:
+    return write_turn
+
+
 def moving_frames(
     count: int, height: int = 48, width: int = 64, *, seed: int = 0, speed: float = 1.0
 ) -> np.ndarray:
@@ -82,7 +87,7 @@ def write_video(
     return path
 
 
-def turn_clockwise(path: Path) -> None:
+def write_turn(path: Path) -> None:
     """Writes into an MP4 that players turn it by 90 degrees, as telephones do."""
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 4 + 40
