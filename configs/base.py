@@ -16,8 +16,10 @@ def get_config() -> ConfigDict:
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
 
     c.data = ConfigDict()
-    c.data.kind = "paperworld"  # "paperworld", "folder" or "tfds"
-    c.data.path = ""  # directory of a "folder", data_dir of a "tfds" set
+    c.data.kind = "paperworld"  # "paperworld", "folder", "tfds", "clips" or "latents"
+    # Directory of a "folder", data_dir of a "tfds" set, output of `sora-jax data build` ("clips")
+    # or of `sora-jax data cache` ("latents").
+    c.data.path = ""
     c.data.width = 64  # pixels
     c.data.height = 64  # pixels
     c.data.frames = 17  # 1 + a multiple of the VAE's temporal factor
@@ -26,8 +28,24 @@ def get_config() -> ConfigDict:
     c.data.threads = 2  # reader threads of each process
     c.data.workers = 0  # reader processes of each process; 0 reads in threads
     c.data.cache = ""  # directory of encoded latents; "" encodes on the fly
-    c.data.cache_clips = 0  # clips to encode into the cache
+    c.data.cache_clips = 0  # clips to encode into the cache; 0 is all
+    c.data.sample_posterior = False  # draw cached latents from their posterior, not its mean
+    c.data.first_frames = 0  # latent frames kept of longer cached clips; 0 is all
+    c.data.caption_fps = False  # add the frames a second to captions
     c.data.flip = False  # mirror clips whose caption names no direction
+    # Several sources in one: name -> {"weight": share of the records, keys of data that differ}.
+    c.data.parts = ConfigDict()
+
+    # "fixed": batch_size clips of one size. "pack": batch_size rows, each a budget of tokens filled
+    # with clips and images of any sizes. "bucket": as many clips of one size as bucket_tokens hold.
+    c.data.batching = "fixed"
+    c.data.bucket_tokens = 16384  # video tokens a batch, over all devices and processes
+    c.data.pack = ConfigDict()
+    c.data.pack.tokens = 4096  # video tokens a row
+    c.data.pack.text_tokens = 1024  # text tokens a row
+    c.data.pack.max_segments = 16  # clips and images a row
+    c.data.pack.look_ahead = 64  # rows open at a time while packing
+    c.data.pack_weight = "clip"  # what counts alike in the loss: every "clip", or every "token"
 
     c.vae = ConfigDict()  # read when stage is "vae"; the fields of vae.model.VAEConfig
     c.vae.base_dim = 96  # channels of the encoder's first level

@@ -16,8 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sora_jax import sharding
+from sora_jax.data.packing import Pick, Plan
 from sora_jax.data.sources import Source
 from sora_jax.data.transforms import RandomTransform
+
+_WITHOUT_END = 1 << 40  # batches: a plan goes on for ever, grain wants a length
 
 Transform = RandomTransform | Callable[[Any], Any]
 
@@ -27,7 +30,8 @@ class Loader(Iterator[dict[str, np.ndarray]]):
 
     Args:
       batches: batch n of this host, as a random-access dataset.
-      identity: what the order depends on: "seed" and "num_records".
+      batch_size: records a batch, or 1 where a plan decides: the position counts in it.
+      identity: what the order depends on: "seed", "num_records" and, with a plan, "plan".
     """
 
     def __init__(
@@ -35,7 +39,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         batches: grain.MapDataset,
         *,
         batch_size: int,
-        identity: Mapping[str, int],
+        identity: Mapping[str, int | str],
         read_options: grain.ReadOptions,
         num_workers: int,
     ) -> None:
@@ -71,20 +75,26 @@ class Loader(Iterator[dict[str, np.ndarray]]):
             dataset = dataset.mp_prefetch(options)
         return iter(dataset)
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, int | str]:
         """The position as JSON; read-ahead does not count as read."""
         return {"records_read": self._next * self._batch_size} | self._identity
 
-    def set_state(self, state: Mapping[str, int]) -> None:
+    def set_state(self, state: Mapping[str, int | str]) -> None:
         """Continues from a position that `get_state` gave, on this or any other machine.
 
         Raises:
-          ValueError: the seed differs, or the position is not between two batches.
+          ValueError: the seed or the plan differs, or the position is not between two batches.
         """
         if state["seed"] != self._identity["seed"]:
             raise ValueError(
                 f"the checkpoint read its data in the order of seed {state['seed']}, not "
                 f"{self._identity['seed']}; set config.seed = {state['seed']} to resume."
+            )
+        if state.get("plan") != self._identity.get("plan"):
+            raise ValueError(
+                f"the checkpoint's batches were made by {state.get('plan', 'a fixed size')}, the "
+                f"config asks for {self._identity.get('plan', 'a fixed size')}; set config.data as "
+                "it was to resume, or start from its export in another workdir."
             )
         if state["num_records"] != self._identity["num_records"]:
             logging.warning(
@@ -185,6 +195,84 @@ def make_loader(
         read_options=grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch),
         num_workers=num_workers,
     )
+
+
+class _HostBatches:
+    """Batch n of a plan: what `collate` makes of this host's rows of records; for grain."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        *,
+        transforms: Sequence[Transform],
+        seed: int,
+        collate: Callable[[list[list[Any]]], Any],
+        own: Callable[[int], Sequence[int]],
+    ) -> None:
+        self._plan, self._source, self._transforms = plan, source, transforms
+        self._seed, self._collate, self._own = seed, collate, own
+
+    def __len__(self) -> int:
+        return _WITHOUT_END
+
+    def __getitem__(self, n: int) -> Any:
+        rows = self._plan.batch(n)
+        mine = [rows[i] for i in self._own(len(rows))]
+        return self._collate([[self._record(pick) for pick in row] for row in mine])
+
+    def _record(self, pick: Pick) -> Any:
+        record = self._source[pick.index]
+        for k, transform in enumerate(self._transforms):
+            if isinstance(transform, RandomTransform):
+                key = [self._seed, pick.epoch, pick.index, k]
+                record = transform(record, np.random.default_rng(key))
+            else:
+                record = transform(record)
+        return record
+
+
+def make_planned_loader(
+    source: Source,
+    plan: Plan,
+    *,
+    collate: Callable[[list[list[Any]]], Any],
+    seed: int,
+    transforms: Sequence[Transform] = (),
+    num_threads: int = 2,
+    num_workers: int = 0,
+    prefetch: int = 4,
+    mesh: Mesh | None = None,
+) -> Loader:
+    """Iterates over this host's share of the batches of a plan (packing.py), without end.
+
+    Args:
+      collate: rows of records, as the transforms left them, to a batch; runs in the readers.
+      seed: of the random transforms; the plan has its own.
+      mesh, num_threads, num_workers, prefetch: as in `make_loader`; without a mesh, one run of
+        rows per process of jax.
+    """
+    own = _MeshRows(mesh)
+    batches = _HostBatches(plan, source, transforms=transforms, seed=seed, collate=collate, own=own)
+    return Loader(
+        grain.MapDataset.source(batches),
+        batch_size=1,
+        identity={"seed": seed, "num_records": plan.num_records, "plan": repr(plan)},
+        read_options=grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch),
+        num_workers=num_workers,
+    )
+
+
+class _MeshRows:
+    """This host's rows of a batch, found once for each number of rows; pickles without devices."""
+
+    def __init__(self, mesh: Mesh | None) -> None:
+        self._mesh, self._known = mesh, {}
+
+    def __call__(self, batch_size: int) -> Sequence[int]:
+        if batch_size not in self._known:
+            self._known[batch_size] = _host_rows(batch_size, mesh=self._mesh, shard=None)
+        return self._known[batch_size]
 
 
 def _host_rows(

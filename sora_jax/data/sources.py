@@ -1,11 +1,10 @@
-"""Random-access sources of records: Paperworld, folders of real videos, TFDS sets, mixtures.
+"""Random-access sources of records: Paperworld, folders of real videos, TFDS sets.
 
 A record is a dictionary `video` (uint8 F H W 3), `caption` (str) and `fps` (float); record i of
 a source is a pure function of i. Sources only look up and decode: what is done to records is in
 `transforms`, their order in `loader`.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
 import difflib
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from sora_jax import video_io
 
@@ -34,11 +33,20 @@ class Record(TypedDict):
 
 @runtime_checkable
 class Source(Protocol):
-    """What the loader reads from."""
+    """What the loader reads from.
+
+    Packing and buckets also need `sizes`, an array (records, 3) of frames, height and width of
+    every record, known without reading any; all sources here have it.
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record: ...
+
+
+def equal_sizes(frames: int, height: int, width: int, *, length: int) -> Int[np.ndarray, "r 3"]:
+    """The `sizes` of a source whose records are all alike; takes no memory."""
+    return np.broadcast_to(np.array([frames, height, width], np.int32), (length, 3))
 
 
 class FolderReport(NamedTuple):
@@ -148,6 +156,11 @@ class FolderSource:
             )
         self._file_of_clip = np.array([file for file, _ in clips], np.int32)
         self._start_of_clip = np.array([start for _, start in clips], np.float64)
+
+    @property
+    def sizes(self) -> Int[np.ndarray, "r 3"]:
+        s = self.settings
+        return equal_sizes(s.num_frames, s.height, s.width, length=len(self))
 
     def __len__(self) -> int:
         return len(self._file_of_clip)
@@ -277,6 +290,10 @@ class TfdsSource:
         self.path, self.split = Path(path), split
         self._records = builder.as_data_source(split)
 
+    @property
+    def sizes(self) -> Int[np.ndarray, "r 3"]:
+        return equal_sizes(*self[0]["video"].shape[:3], length=len(self))
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -290,61 +307,6 @@ class TfdsSource:
 
     def __repr__(self) -> str:
         return f"TfdsSource({str(self.path)!r}, {self.split!r})"
-
-
-class MixtureSource:
-    """Several sources in given shares, shuffled together; deterministic in (seed, index).
-
-    Of `length` records, part p gives exactly its share, going round all of its own records
-    before it repeats one.
-
-    Args:
-      weights: shares of the parts in the mixture, in any unit.
-      length: records in one epoch; by default what it takes to show every part whole, at most
-        2**22.
-
-    Raises:
-      ValueError: no parts, other than one weight a part, or a weight that is not above 0.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[Source],
-        weights: Sequence[float | int],
-        *,
-        seed: int = 0,
-        length: int | None = None,
-    ) -> None:
-        if not parts or len(parts) != len(weights) or not all(w > 0 for w in weights):
-            raise ValueError(
-                f"mixture of {len(parts)} sources with weights {list(weights)}; give one weight "
-                "above 0 for each source."
-            )
-        self.parts = list(parts)
-        shares = np.asarray(weights, np.float64) / sum(weights)
-        if length is None:
-            whole = max(len(part) / share for part, share in zip(parts, shares, strict=True))
-            length = min(round(whole), 2**22)
-        edges = np.rint(np.concatenate([[0], np.cumsum(shares)]) * length).astype(np.int64)
-        part = np.repeat(np.arange(len(parts), dtype=np.int16), np.diff(edges))
-        within = np.arange(length) - edges[part]
-        order = np.random.default_rng(seed).permutation(length)
-        self._part, self._within = part[order], within[order]
-
-    def __len__(self) -> int:
-        return len(self._part)
-
-    def __getitem__(self, index: int) -> Record:
-        part = self.parts[self._part[index]]
-        return part[int(self._within[index]) % len(part)]
-
-    def counts(self) -> list[int]:
-        """How many records of an epoch come from each part."""
-        counted = collections.Counter(self._part.tolist())
-        return [counted[p] for p in range(len(self.parts))]
-
-    def __repr__(self) -> str:
-        return f"MixtureSource({self.parts}, counts={self.counts()})"
 
 
 def make_source(config: Any, *, split: str = "train") -> Source:

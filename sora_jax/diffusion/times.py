@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +95,21 @@ def unshift_time(t, shift):
     return shift_time(t, 1 / shift)
 
 
-def shift_for_tokens(num_tokens: int, config: TokenShift = TokenShift()) -> float:
-    """The shift of `TokenShift`'s line for an example of `num_tokens` video tokens."""
-    if num_tokens < 1:
+def shift_for_tokens(
+    num_tokens: int | Int[Array, "*s"], config: TokenShift = TokenShift()
+) -> float | Float[Array, "*s"]:
+    """The shift of `TokenShift`'s line for examples of `num_tokens` video tokens, at least 1.
+
+    Raises:
+      ValueError: for a number below 1; an array is not checked.
+    """
+    xp = jnp if isinstance(num_tokens, jax.Array) else np
+    if xp is np and num_tokens < 1:
         raise ValueError(f"num_tokens {num_tokens} must be at least 1.")
     lo, hi = np.sqrt(config.tokens_lo), np.sqrt(config.tokens_hi)
-    fraction = max(0.0, (np.sqrt(num_tokens) - lo) / (hi - lo))
-    return float(config.shift_lo + fraction * (config.shift_hi - config.shift_lo))
+    fraction = xp.maximum(0.0, (xp.sqrt(num_tokens) - lo) / (hi - lo))
+    shift = config.shift_lo + fraction * (config.shift_hi - config.shift_lo)
+    return float(shift) if xp is np else shift
 
 
 def _uniform(key: PRNGKeyArray, shape: tuple[int, ...], stratified: bool) -> Array:

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sora_jax.convert import folder
+from sora_jax.data import packing
 from sora_jax.diffusion import objective, times
 from sora_jax.dit.flops import flops as dit_flops
 from sora_jax.dit.model import DiT, DiTConfig
 from sora_jax.text.t5 import T5Config, T5Encoder
 from sora_jax.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from sora_jax.train import packed
 from sora_jax.train.vae_stage import to_float
 
 # Edges of the buckets of t that the loss is logged by: shape and motion are decided in the middle.
@@ -78,6 +80,9 @@ class DiTStage:
         self.token_shift = times.TokenShift(**config.diffusion.shift)
         self.text_dropout = float(config.diffusion.text_dropout)
         self.text_tokens = int(config.text_tokens)
+        if config.data.get("batching", "fixed") == "pack":
+            self.max_segments = int(config.data.pack.max_segments)
+            self.pack_weight = config.data.pack_weight
         # `get`: the configs of earlier runs lack the key.
         path = config.get("tokenizer")
         self.tokenizer = load_tokenizer(path) if path else ByteTokenizer()
@@ -92,6 +97,7 @@ class DiTStage:
         self.text_graphdef = self._graphdef(T5Encoder, self.text_config)
         empty, mask = self.tokenizer.batch([""], length=self.text_tokens)
         self.empty_ids, self.empty_mask = jnp.asarray(empty), jnp.asarray(mask)
+        self.empty_caption = jnp.asarray(empty[mask])
 
     @staticmethod
     def _graphdef(module, config):
@@ -118,6 +124,8 @@ class DiTStage:
 
     def loss(self, params, frozen, batch, key):
         """Rectified-flow loss with text dropout, and the loss by bucket of t."""
+        if "segment_ids" in batch:
+            return self._packed_loss(params, batch, key)
         t_key, noise_key, drop_key = jax.random.split(key, 3)
         x0 = self.latents(frozen, batch)
         b = x0.shape[0]
@@ -132,33 +140,96 @@ class DiTStage:
         loss = objective.flow_matching_loss(
             self.velocity(params, text_emb, mask), x0, noise=noise, t=t
         )
-        metrics = {}
-        for lo, hi in itertools.pairwise(T_BUCKETS):
-            inside = (t >= lo) & (t < hi)
-            # NaN where the batch has no t in this bucket; the writer averages what there is.
-            metrics[f"loss_by_t/{lo:.2f}"] = jnp.sum(loss * inside) / jnp.sum(inside)
-        return jnp.mean(loss), metrics
+        return jnp.mean(loss), by_bucket(loss, t)
+
+    def _packed_loss(self, params, batch, key):
+        """`loss` of a batch of packed rows; each segment is an example."""
+        t_key, noise_key, drop_key = jax.random.split(key, 3)
+        x0 = batch["tokens"].astype(jnp.float32)
+        rows = (x0.shape[0], self.max_segments)
+        sizes = packed.segment_sizes(batch["segment_ids"], self.max_segments)
+        text = packed.drop_captions(
+            packed.PackedText(batch["ids"], batch["text_segment_ids"]),
+            batch["text_positions"],
+            jax.random.bernoulli(drop_key, self.text_dropout, rows),
+            empty=self.empty_caption,
+        )
+        shift = times.shift_for_tokens(jnp.maximum(sizes, 1), self.token_shift).reshape(-1)
+        t = times.sample_t(t_key, shift.shape, config=self.time_config, shift=shift).reshape(rows)
+        losses = packed.segment_losses(
+            self.packed_velocity(params, text, batch),
+            x0,
+            noise=jax.random.normal(noise_key, x0.shape),
+            t=t,
+            segment_ids=batch["segment_ids"],
+        )
+        metrics = by_bucket(losses, t, counted=sizes > 0)
+        metrics["packing/fill"] = jnp.mean(batch["segment_ids"] != packing.PADDING_SEGMENT)
+        return packed.mean_over_segments(losses, sizes, weight=self.pack_weight), metrics
+
+    def packed_velocity(self, params, text: packed.PackedText, batch):
+        """Velocity function of (tokens, t of each token) for a batch of packed rows."""
+        encoder = nnx.merge(self.text_graphdef, params["text"])
+        dit = nnx.merge(self.dit_graphdef, params["dit"])
+        text_emb = encoder(text.ids, text.mask, segment_ids=text.segment_ids)
+        return lambda x_t, t: dit.tokens(
+            x_t,
+            t,
+            text_emb,
+            positions=batch["positions"],
+            text_mask=text.mask,
+            segment_ids=batch["segment_ids"],
+            text_segment_ids=text.segment_ids,
+            num_segments=self.max_segments,
+        )
 
     def tokens(self, batch) -> int:
-        """Video tokens of one step on `batch`."""
-        return self._clips(batch) * self.tokens_per_clip(batch)
+        """Places for video tokens in one step on `batch`."""
+        return self._rows(batch) * self.tokens_per_clip(batch)
 
     def flops(self, batch) -> float:
         """Floating-point operations of the DiT in one training step on `batch`."""
         forward = dit_flops(
-            self.dit_config, tokens=self.tokens_per_clip(batch), text_tokens=self.text_tokens
+            self.dit_config,
+            tokens=self.tokens_per_clip(batch),
+            text_tokens=batch["ids"].shape[1],
         )
-        return self._clips(batch) * forward.training
+        return self._rows(batch) * forward.training
 
-    def _clips(self, batch) -> int:
+    def _rows(self, batch) -> int:
         return batch["ids"].shape[0]
 
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Latents (f, h, w, c) of a video of that size in pixels."""
+        time, space = self.vae_config.scale_factor_temporal, self.vae_config.scale_factor_spatial
+        return (frames - 1) // time + 1, height // space, width // space, self.vae_config.z_dim
+
     def tokens_per_clip(self, batch) -> int:
+        """Video tokens of a clip, or of a packed row."""
+        if "tokens" in batch:
+            return batch["tokens"].shape[1]
         if "latents" in batch:
             size = batch["latents"].shape[1:4]
         else:
-            _, F, H, W, _ = batch["video"].shape
-            space = self.vae_config.scale_factor_spatial
-            time = self.vae_config.scale_factor_temporal
-            size = ((F - 1) // time + 1, H // space, W // space)
+            size = self.latent_shape(*batch["video"].shape[1:4])[:3]
+        return self.tokens_of(size)
+
+    def tokens_of(self, size: tuple[int, int, int]) -> int:
+        """Video tokens of latents of that many frames, rows and columns."""
         return math.prod(n // p for n, p in zip(size, self.dit_config.patch_size, strict=True))
+
+
+def by_bucket(
+    loss: jax.Array, t: jax.Array, *, counted: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """Mean loss of the examples in each bucket of t, of those that are counted.
+
+    NaN where a batch has no t in a bucket; the writer averages what there is.
+    """
+    metrics = {}
+    for lo, hi in itertools.pairwise(T_BUCKETS):
+        inside = (t >= lo) & (t < hi)
+        if counted is not None:
+            inside = inside & counted
+        metrics[f"loss_by_t/{lo:.2f}"] = jnp.sum(loss * inside) / jnp.sum(inside)
+    return metrics

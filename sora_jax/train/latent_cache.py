@@ -3,188 +3,229 @@
 import concurrent.futures
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 
 from sora_jax.convert import folder
+from sora_jax.data import latents
+from sora_jax.data.latents import Encoded, LatentSource
 from sora_jax.data.transforms import RandomTransform
 from sora_jax.progress import Progress
 from sora_jax.text.tokenizer import Tokenizer
-from sora_jax.train.vae_stage import to_float
+from sora_jax.train.encode import CaptionEncoder, ClipEncoder, text_hash, vae_hash
+from sora_jax.video_io import atomic_path
 
 READERS = 4  # threads that draw or decode clips
-
-
-class LatentCache:
-    """Random-access records of a cache directory: latents (float32) and captions.
-
-    Holds `latents.npy` (clips, f, h, w, c) in float16, `meta.json` (what was encoded, and the
-    hash of the VAE that did it) and, once it is complete, `captions.jsonl` (one list of captions
-    a line).
-    """
-
-    def __init__(self, path: str | Path):
-        self._path = Path(path)
-        self._captions = [
-            json.loads(line) for line in (self._path / "captions.jsonl").read_text().splitlines()
-        ]
-        self._latents = None
-
-    def __len__(self) -> int:
-        return len(self._captions)
-
-    def __getitem__(self, index: int) -> dict:
-        if self._latents is None:  # opened late, so that the source pickles
-            self._latents = np.load(self._path / "latents.npy", mmap_mode="r")
-        latents = np.asarray(self._latents[index], np.float32)
-        return {"latents": latents, "captions": self._captions[index]}
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_latents": None}
+SHARD_CLIPS = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class PickCaption(RandomTransform):
-    """One of a record's captions, another one in every epoch.
+    """One of a record's captions, another one in every epoch; its embedding too, if it has one.
 
     Those of at most `max_tokens` are preferred: one that is cut leaves out what is seen.
+
+    Args:
+      fps: adds the frames a second to the caption ("..., 8 fps"), for a model that is to follow
+        them; prompts then say them too.
     """
 
     tokenizer: Tokenizer
     max_tokens: int
+    fps: bool = False
+
+    def _choices(self, captions: list[str], fps: float) -> tuple[list[str], list[int]]:
+        words = [f"{c}, {fps:g} fps" for c in captions] if self.fps else captions
+        whole = [
+            i for i, c in enumerate(words) if not self.tokenizer.truncate(c, self.max_tokens)[1]
+        ]
+        return words, whole or list(range(len(words)))
+
+    def longest(self, captions: list[str], fps: float) -> int:
+        """Most tokens that the caption chosen from these has."""
+        words, choices = self._choices(captions, fps)
+        _, mask = self.tokenizer.batch(
+            [words[i] for i in choices], length=self.max_tokens, max_length=self.max_tokens
+        )
+        return int(mask.sum(axis=1).max())
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict:
-        captions = record["captions"]
-        whole = [c for c in captions if not self.tokenizer.truncate(c, self.max_tokens)[1]]
-        captions = whole or captions
-        return record | {"caption": captions[int(rng.integers(len(captions)))]}
+        captions, choices = self._choices(record["captions"], record.get("fps", 0.0))
+        chosen = choices[int(rng.integers(len(choices)))]
+        picked = record | {"caption": captions[chosen]}
+        if "text_emb" in record:
+            picked["text_emb"] = record["text_emb"][chosen]
+        return picked
 
 
 def build(
-    source, vae_folder: str | Path, path: str | Path, *, clips: int, batch_size: int = 16
-) -> LatentCache:
+    source,
+    vae_folder: str | Path,
+    path: str | Path,
+    *,
+    clips: int = 0,
+    text_folder: str | Path = "",
+    text_tokens: int = 512,
+    shard_clips: int = SHARD_CLIPS,
+) -> LatentSource:
     """Encodes the first `clips` records of `source` into `path`, or finishes doing so.
 
-    Every process encodes its share into one file on a shared file system. An interrupted build
-    goes on where it stopped.
+    Every process encodes its share of the shards, on a shared file system. A shard appears whole
+    or not at all, so an interrupted build goes on where it stopped.
+
+    Args:
+      clips: 0 takes all.
+      text_folder: inference folder whose text encoder encodes the captions; "" keeps them as text.
+      text_tokens: captions are cut to so many, where they are encoded.
+      shard_clips: records of one file.
 
     Raises:
-      ValueError: no clips are asked for, or the cache, complete or not, was made by another VAE
-        or of another number or size of clips.
+      ValueError: a count out of range, or the cache, complete or not, was made by another
+        encoder or of another number or size of clips.
     """
     path = Path(path)
-    if clips < 1:
-        raise ValueError(f"cache_clips {clips} must be 1 or more; set config.data.cache_clips.")
+    if clips < 0 or shard_clips < 1:
+        raise ValueError(
+            f"cache_clips {clips} must be 0 (all) or more, and shard_clips {shard_clips} 1 or "
+            "more; change config.data.cache_clips."
+        )
+    count = min(clips, len(source)) if clips else len(source)
     wanted = {
-        "vae_hash": _vae_hash(Path(vae_folder)),
-        "clips": min(clips, len(source)),
+        "vae_hash": vae_hash(Path(vae_folder)),
+        "text_hash": text_hash(Path(text_folder)) if text_folder else None,
+        "clips": count,
         "clip_shape": list(source[0]["video"].shape),
+        "shard_clips": shard_clips,
     }
-    if (path / "meta.json").is_file():
-        found = folder.read_json(path / "meta.json")
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                raise ValueError(
-                    f"the latents in {path} have {name} {found.get(name)}, the config asks for "
-                    f"{value}; delete the cache or change config.data.cache."
-                )
-    if not (path / "captions.jsonl").is_file():
-        _encode(source, vae_folder, path, meta=wanted, batch_size=batch_size)
-    return LatentCache(path)
+    check_meta(path, wanted)
+    if not latents.is_complete(path):
+        encode_captions = None
+        if text_folder:
+            encode_captions = CaptionEncoder(text_folder, max_tokens=text_tokens)
+        _encode(source, ClipEncoder(vae_folder), encode_captions, path, meta=wanted)
+    return LatentSource(path)
 
 
-def _encode(source, vae_folder, path: Path, *, meta: dict, batch_size: int) -> None:
-    clips = meta["clips"]
+def check_meta(path: Path, wanted: dict[str, Any]) -> None:
+    """Raises ValueError where a cache at `path`, complete or not, was made otherwise."""
+    if not (path / latents.META).is_file():
+        return
+    found = folder.read_json(path / latents.META)
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"the latents in {path} have {name} {found.get(name)}, the config asks for "
+                f"{value}; delete the cache or change config.data.cache."
+            )
+
+
+def _encode(
+    source,
+    encode: ClipEncoder,
+    encode_captions: CaptionEncoder | None,
+    path: Path,
+    *,
+    meta: dict[str, Any],
+) -> None:
+    clips, size = meta["clips"], meta["shard_clips"]
     path.mkdir(parents=True, exist_ok=True)
-    _, graphdef, params = folder.load_component(Path(vae_folder), "vae")
-
-    @jax.jit
-    def encode(params, video):
-        return nnx.merge(graphdef, params).encode(to_float(video)).astype(jnp.float16)
-
-    rank, count = jax.process_index(), jax.process_count()
-    shape = jax.eval_shape(encode, params, _batch(source, [0] * batch_size)).shape[1:]
-    file = path / "latents.npy"
-    if rank == 0 and not (path / "meta.json").is_file():
-        np.lib.format.open_memmap(file, "w+", np.float16, (clips, *shape)).flush()
-        folder.write_json(path / "meta.json", meta)
-    if count > 1:
-        multihost_utils.sync_global_devices("latent cache created")
-    latents = np.lib.format.open_memmap(file, "r+")
-    captions_file = path / f"captions-{rank}.jsonl"
-    done = _whole_lines(captions_file)
-    share = range(rank, clips, count)
-    with Progress("encoding", total=len(share), unit="clips", start=done) as progress:
-        starts = range(done - done % batch_size, len(share), batch_size)
-        batches = [list(share[start : start + batch_size]) for start in starts]
-        videos = _read_ahead(source, batches, batch_size)
-        for start, indices, video in zip(starts, batches, videos, strict=True):
-            encoded = np.asarray(encode(params, video))
-            latents[indices] = encoded[: len(indices)]
-            latents.flush()
-            fresh = indices[max(0, done - start) :]
-            with captions_file.open("a") as lines:
-                lines.writelines(json.dumps(_captions(source, i)) + "\n" for i in fresh)
-            progress.update(start + len(indices))
-    if count > 1:
+    rank, processes = jax.process_index(), jax.process_count()
+    if rank == 0 and not (path / latents.META).is_file():
+        folder.write_json(path / latents.META, meta)
+    shards = -(-clips // size)
+    names = [path / f"latents-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
+    mine = list(range(rank, shards, processes))
+    done = [i for i in mine if names[i].is_file() and _sidecar(names[i]).is_file()]
+    step = encode.config.scale_factor_temporal
+    finished = min(len(done) * size, clips)
+    with Progress("encoding", total=clips // processes, unit="clips", start=finished) as bar:
+        for i in (i for i in mine if i not in done):
+            indices = range(i * size, min((i + 1) * size, clips))
+            rows, sizes, rates, captions = [], [], [], []
+            for batch in _read_ahead(source, indices, step):
+                texts = [_captions(source, j, record) for j, record in batch]
+                posteriors = encode([record["video"] for _, record in batch])
+                for (_, record), words, posterior in zip(batch, texts, posteriors, strict=True):
+                    emb = encode_captions(words) if encode_captions is not None else None
+                    fps = float(record["fps"])
+                    clip = Encoded(*posterior, captions=words, fps=fps, text_emb=emb)
+                    rows.append(latents.to_bytes(clip))
+                    sizes.append(posterior.mean.shape[:3])
+                    rates.append(fps)
+                    captions.append(words)
+                bar.update(finished + len(rows))
+            finished += len(rows)
+            _write_shard(names[i], rows)
+            folder.write_json(
+                _sidecar(names[i]), {"sizes": sizes, "fps": rates, "captions": captions}
+            )
+    if processes > 1:
         multihost_utils.sync_global_devices("latent cache encoded")
     if rank == 0:
-        parts = [
-            (path / f"captions-{r}.jsonl").read_text().splitlines(keepends=True)
-            for r in range(count)
-        ]
-        part = path / "captions.jsonl.part"
-        part.write_text("".join(parts[i % count][i // count] for i in range(clips)))
-        part.replace(path / "captions.jsonl")  # at once: its presence says that all is there
-    if count > 1:
+        _complete(path, [_sidecar(name) for name in names])
+    if processes > 1:
         multihost_utils.sync_global_devices("latent cache complete")
 
 
-def _vae_hash(vae_folder: Path) -> str:
-    """Of the weights and of the config, which holds the latents' mean and deviation."""
-    tensors = folder.tensor_path(vae_folder, "vae")
-    return folder.hash_files([tensors, tensors.with_name("config.json")])[:16]
+def _sidecar(shard: Path) -> Path:
+    return shard.with_name(f".{shard.stem}.json")
 
 
-def _whole_lines(file: Path) -> int:
-    """Lines of `file`, after cutting off one that was interrupted."""
-    if not file.is_file():
-        return 0
-    text = file.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole)
-    return whole.count("\n")
+def _write_shard(path: Path, rows: Sequence[bytes]) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    with atomic_path(path) as part:
+        # One record a group: they are read one by one, in any order.
+        writer = ArrayRecordWriter(str(part), "group_size:1")
+        for row in rows:
+            writer.write(row)
+        writer.close()
 
 
-def _captions(source, index: int) -> list[str]:
+def _complete(path: Path, sidecars: Sequence[Path]) -> None:
+    """Joins what the shards say of their records; the index comes last."""
+    parts = [folder.read_json(file) for file in sidecars]
+    with atomic_path(path / latents.CAPTIONS) as part:
+        lines = (json.dumps(words) + "\n" for piece in parts for words in piece["captions"])
+        part.write_text("".join(lines), "utf-8")
+    with atomic_path(path / latents.INDEX) as part, part.open("wb") as file:
+        sizes = np.array([size for piece in parts for size in piece["sizes"]], np.int32)
+        fps = np.array([rate for piece in parts for rate in piece["fps"]], np.float32)
+        np.savez(file, sizes=sizes, fps=fps)
+    for file in sidecars:
+        file.unlink()
+
+
+def _captions(source, index: int, record: dict) -> list[str]:
     """All wordings of a clip, where the source has several."""
-    several = getattr(source, "captions", None)
-    return several(index) if several is not None else [source[index]["caption"]]
+    several: Callable | None = getattr(source, "captions", None)
+    if several is not None:
+        return several(index)
+    return list(record.get("captions") or [record["caption"]])
 
 
-def _read_ahead(source, batches: list[list[int]], size: int) -> Iterator[np.ndarray]:
-    """Videos of each batch, the next one being read while this one is used.
+def whole_chunks(video: np.ndarray, step: int) -> np.ndarray:
+    """The first 1 + k * `step` frames of a clip: what a causal VAE encodes."""
+    return video[: 1 + (len(video) - 1) // step * step]
 
-    A short batch is filled up with its last record, so that one compiled shape serves all.
-    """
+
+def _read_ahead(
+    source, indices: Sequence[int], step: int, batch: int = 32
+) -> Iterator[list[tuple[int, dict]]]:
+    """Records in batches, the next one being read while this one is used."""
+
+    def read(index: int) -> tuple[int, dict]:
+        record = source[index]
+        return index, {**record, "video": whole_chunks(record["video"], step)}
+
+    parts = [indices[start : start + batch] for start in range(0, len(indices), batch)]
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-
-        def submit(indices):
-            full = indices + indices[-1:] * (size - len(indices))
-            return [pool.submit(lambda i: source[i]["video"], i) for i in full]
-
-        ahead = [submit(indices) for indices in batches[:1]]
-        for following in [*batches[1:], []]:
-            ahead.append(submit(following) if following else [])
-            yield np.stack([future.result() for future in ahead.pop(0)])
-
-
-def _batch(source, indices: list[int]) -> np.ndarray:
-    return np.stack([source[i]["video"] for i in indices])
+        ahead = [pool.submit(read, i) for i in parts[0]] if parts else []
+        for following in [*parts[1:], []]:
+            ahead, now = [pool.submit(read, i) for i in following], ahead
+            yield [future.result() for future in now]

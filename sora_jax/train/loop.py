@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from sora_jax import checkpoint_path, sharding
 from sora_jax.checkpoint import Checkpointer
 from sora_jax.data import loader as loaders
-from sora_jax.data import sources, transforms
 from sora_jax.progress import Progress
-from sora_jax.train import latent_cache, preview
+from sora_jax.train import preview
+from sora_jax.train.batches import make_loader
 from sora_jax.train.dit_stage import DiTStage
 from sora_jax.train.metrics import MetricWriter, Rates, plot_losses
 from sora_jax.train.optimizer import OptimConfig, make_optimizer
@@ -178,26 +178,6 @@ def check_batch(config, mesh) -> None:
             f"batch_size {config.batch_size} is not divisible by accumulate * data * fsdp = "
             f"{parts}; change config.batch_size to {near}, or config.mesh."
         )
-
-
-def make_loader(config, stage, mesh):
-    """The grain loader of `config`'s source, or of its latent cache."""
-    source = sources.make_source(config.data)
-    steps = [transforms.HorizontalFlip()] if config.data.flip else []
-    if config.data.cache and config.stage == "dit":
-        source = latent_cache.build(
-            source, config.vae_checkpoint, config.data.cache, clips=config.data.cache_clips
-        )
-        steps = [latent_cache.PickCaption(stage.tokenizer, config.text_tokens)]
-    return loaders.make_loader(
-        source,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        transforms=[*steps, stage.prepare],
-        num_threads=config.data.threads,
-        num_workers=config.data.workers,
-        mesh=mesh,
-    )
 
 
 def start_from(config, stage, state, placement, *, mesh):

@@ -20,7 +20,7 @@ def write(stage, config, params, frozen, batch, workdir: Path, *, step: int) -> 
         clips, labels = reconstructions(stage, params, batch)
     else:
         labels = list(config.sample.prompts)
-        clips = generations(stage, config, params, frozen, batch, labels)
+        clips = generations(stage, config, params, frozen, labels)
     if jax.process_index() != 0:
         return
     folder = Path(workdir) / "samples"
@@ -42,13 +42,13 @@ def reconstructions(stage, params, batch) -> tuple[list[np.ndarray], list[str]]:
     return clips, labels
 
 
-def generations(stage, config, params, frozen, batch, prompts: list[str]) -> list[np.ndarray]:
+def generations(stage, config, params, frozen, prompts: list[str]) -> list[np.ndarray]:
     """One clip a prompt, with the sampling settings of the config and a fixed seed."""
     ids, mask = stage.tokenizer.batch(
         [*prompts, *[""] * len(prompts)], length=stage.text_tokens, max_length=stage.text_tokens
     )
-    shape = jax.eval_shape(lambda b: stage.latents(frozen, b), batch).shape[1:]
-    shift = times.shift_for_tokens(stage.tokens_per_clip(batch), stage.token_shift)
+    shape = stage.latent_shape(config.data.frames, config.data.height, config.data.width)
+    shift = times.shift_for_tokens(stage.tokens_of(shape[:3]), stage.token_shift)
     table, told = times.schedule(config.sample.schedule, config.sample.steps, shift=shift)
     guide = guidance.GuidanceConfig(
         scale=config.sample.guidance,

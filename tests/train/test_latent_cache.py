@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from sora_jax.convert import folder
+from sora_jax.data import latents
 from sora_jax.data.loader import make_loader
 from sora_jax.text.tokenizer import ByteTokenizer
 from sora_jax.train import latent_cache
@@ -42,7 +43,7 @@ class SourceOfManyCaptions(Source):
 
 
 def build(source, vae_folder, path, **changes):
-    settings = {"clips": CLIPS, "batch_size": 4} | changes
+    settings = {"clips": CLIPS, "shard_clips": 4} | changes
     return latent_cache.build(source, vae_folder, path, **settings)
 
 
@@ -52,15 +53,56 @@ def cache(vae_folder, tmp_path_factory):
     return path, build(SourceOfManyCaptions(), vae_folder, path)
 
 
-def test_cached_latents_are_those_of_the_vae_to_half_precision(cache, vae_folder):
-    _, graphdef, params = folder.load_component(vae_folder, "vae")
+def moments(vae_folder, video):
+    config, graphdef, params = folder.load_component(vae_folder, "vae")
+    run = jax.jit(lambda p, v: nnx.merge(graphdef, p).encode_moments(to_float(v)))
+    found = run(params, video)
+    mean, std = np.asarray(config.latents_mean), np.asarray(config.latents_std)
+    return (np.asarray(found.mean) - mean) / std, np.asarray(found.logvar) - 2 * np.log(std)
+
+
+def test_cached_posteriors_are_those_of_the_vae_in_bfloat16(cache, vae_folder):
     video = np.stack([Source()[i]["video"] for i in range(CLIPS)])
-    expected = jax.jit(lambda p, v: nnx.merge(graphdef, p).encode(to_float(v)))(params, video)
+    mean, logvar = moments(vae_folder, video)
     assert len(cache[1]) == CLIPS
-    got = np.stack([cache[1][i]["latents"] for i in range(CLIPS)])
-    assert got.dtype == np.float32 and got.shape == (CLIPS, 2, 2, 2, 4)
-    assert np.std(expected) > 0.1
-    np.testing.assert_allclose(got, expected, rtol=2**-10, atol=1e-4)
+    assert np.std(mean) > 0.1
+    for name, expected in (("latents", mean), ("logvar", logvar)):
+        got = np.stack([cache[1][i][name] for i in range(CLIPS)])
+        assert got.dtype == np.float32 and got.shape == (CLIPS, 2, 2, 2, 4)
+        np.testing.assert_allclose(got, expected, rtol=2**-7, atol=1e-3)
+
+
+class MixedSource(Source):
+    """Clips of three sizes, two of whose frames fill no latent frame."""
+
+    SHAPES = ((7, 32, 16), (1, 16, 16), (9, 16, 48))
+
+    def __getitem__(self, index):
+        frames, height, width = self.SHAPES[index % 3]
+        rng = np.random.default_rng(index)
+        video = rng.integers(0, 256, (frames, height, width, 3), np.uint8)
+        return {"video": video, "caption": f"clip {index}", "fps": 8.0 + index}
+
+
+def test_clips_of_mixed_sizes_are_each_what_they_are_alone(vae_folder, tmp_path):
+    got = build(MixedSource(), vae_folder, tmp_path)
+    assert got.sizes.tolist()[:3] == [[2, 2, 1], [1, 1, 1], [3, 1, 3]]
+    assert got.fps.tolist() == [8.0 + i for i in range(CLIPS)]
+    for i in range(CLIPS):
+        video = latent_cache.whole_chunks(MixedSource()[i]["video"], 4)[None]
+        mean, _ = moments(vae_folder, video)
+        np.testing.assert_allclose(got[i]["latents"], mean[0], rtol=2**-7, atol=1e-3)
+
+
+def test_latents_can_be_drawn_from_their_posterior_and_cut_to_their_first_frames(cache):
+    record = cache[1][0]
+    draws = [
+        latents.SampleLatents()(record, np.random.default_rng(i))["latents"] for i in range(2000)
+    ]
+    np.testing.assert_allclose(np.mean(draws, 0), record["latents"], atol=0.02)
+    deviation = np.exp(record["logvar"] / 2)
+    np.testing.assert_allclose(np.std(draws, 0) / deviation, 1, atol=0.1)
+    assert latents.FirstFrames(1)(record)["latents"].shape == (1, 2, 2, 4)
 
 
 def test_all_captions_of_a_clip_are_kept(cache, vae_folder, tmp_path):
@@ -71,15 +113,21 @@ def test_all_captions_of_a_clip_are_kept(cache, vae_folder, tmp_path):
 def test_interrupted_build_goes_on_where_it_stopped(cache, vae_folder, tmp_path):
     with pytest.raises(InterruptedError):
         build(SourceOfManyCaptions(fail_at=9), vae_folder, tmp_path)
-    with (tmp_path / "captions-0.jsonl").open("a") as file:
-        file.write('["half a li')  # what a killed process may leave
+    with pytest.raises(ValueError, match="no complete cache of latents; make it with"):
+        latents.LatentSource(tmp_path)
     source = SourceOfManyCaptions()
     got = build(source, vae_folder, tmp_path)
-    assert set(source.read) == {0, 8, 9}, "0 tells the shape; clips 1 to 7 are done"
+    assert set(source.read) == {0, 8, 9}, "0 tells the shape; shards of 1 to 7 are done"
+    for name in sorted(path.name for path in cache[0].iterdir()):
+        assert (tmp_path / name).read_bytes() == (cache[0] / name).read_bytes()
     assert len(got) == CLIPS
-    for i in range(CLIPS):
-        np.testing.assert_array_equal(got[i]["latents"], cache[1][i]["latents"])
-        assert got[i]["captions"] == cache[1][i]["captions"]
+
+
+def test_a_missing_shard_is_told(cache, tmp_path):
+    copy = shutil.copytree(cache[0], tmp_path / "copy")
+    next(copy.glob("latents-00001*")).unlink()
+    with pytest.raises(ValueError, match="2 shards of the cache are there and some are missing"):
+        latents.LatentSource(copy)
 
 
 def test_complete_cache_is_not_encoded_again(cache, vae_folder):
@@ -104,7 +152,7 @@ def test_cache_of_another_vae_is_refused_whether_complete_or_not(vae_folder, tmp
 @pytest.mark.parametrize(
     ("source", "clips", "message"),
     [
-        (Source(), 0, "cache_clips 0 must be 1 or more"),
+        (Source(), -1, r"cache_clips -1 must be 0 \(all\) or more"),
         (Source(), 6, "have clips 10, the config asks for 6"),
         (Source(frames=9), CLIPS, r"have clip_shape \[5, 32, 32, 3\], the config asks for \[9,"),
     ],
@@ -162,6 +210,6 @@ def test_loader_reads_cached_latents_for_the_dit_in_worker_processes(cache, dit_
     assert batches[0].keys() == {"latents", "ids", "mask"}
     for name, value in batches[0].items():
         np.testing.assert_array_equal(value, batches[1][name])
-    latents = stage.latents(stage.frozen, batches[0])
-    np.testing.assert_array_equal(latents, batches[0]["latents"])
+    x0 = stage.latents(stage.frozen, batches[0])
+    np.testing.assert_array_equal(x0, batches[0]["latents"])
     assert stage.tokens(batches[0]) == 4 * 8

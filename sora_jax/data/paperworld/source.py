@@ -4,7 +4,7 @@ import dataclasses
 from typing import NamedTuple, TypedDict
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from sora_jax.data.paperworld.captions import caption, describe
 from sora_jax.data.paperworld.render import render
@@ -58,6 +58,11 @@ class PaperworldSource:
         self.settings = settings
         self.split = split
         self.length = length
+
+    @property
+    def sizes(self) -> Int[np.ndarray, "r 3"]:
+        s = self.settings
+        return np.broadcast_to(np.array([s.frames, s.height, s.width], np.int32), (len(self), 3))
 
     def __len__(self) -> int:
         return self.length

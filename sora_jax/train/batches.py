@@ -1,0 +1,258 @@
+"""From a config to batches: fixed sizes, packed rows or buckets, of pixels or of cached latents."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import einops
+import numpy as np
+from jaxtyping import Int
+
+from sora_jax import sharding
+from sora_jax.data import latents, mixture, packing, sources, transforms
+from sora_jax.data import loader as loaders
+from sora_jax.data.packing import Lengths, PackSettings, Segment
+from sora_jax.text.tokenizer import Tokenizer
+from sora_jax.train import latent_cache
+from sora_jax.train.encode import ClipEncoder, vae_hash
+
+BATCHING = ("fixed", "pack", "bucket")
+
+
+def make_loader(config, stage, mesh):
+    """The batches of `config`'s source, or of its latent cache, for `stage`.
+
+    Raises:
+      ValueError: an unknown way of batching, sizes that do not fit the model or the budget, or
+        whatever the source refuses.
+    """
+    # `get`: the configs of earlier runs lack these keys.
+    batching = config.data.get("batching", "fixed")
+    if batching not in BATCHING:
+        raise ValueError(f"config.data.batching {batching!r}: use one of {', '.join(BATCHING)}.")
+    if batching != "fixed" and config.stage != "dit":
+        raise ValueError(
+            f"config.data.batching {batching!r} is for stage 'dit'; the VAE trains on crops of one "
+            "size (config.vae_loss.crop)."
+        )
+    source, steps = make_source(config, stage)
+    options = {
+        "seed": config.seed,
+        "num_threads": config.data.threads,
+        "num_workers": config.data.workers,
+        "mesh": mesh,
+    }
+    if batching == "fixed":
+        return loaders.make_loader(
+            source,
+            batch_size=config.batch_size,
+            transforms=[*steps, stage.prepare],
+            **options,
+        )
+    return _planned(config, stage, source, steps, options)
+
+
+def make_source(config, stage) -> tuple[Any, list]:
+    """A source of records and the transforms that choose and change what a record shows."""
+    data = config.data
+    steps: list = [transforms.HorizontalFlip()] if data.flip else []
+    if config.stage != "dit":
+        return mixture.make_mixture(data, sources.make_source), steps
+    caption_fps = data.get("caption_fps", False)
+    pick = latent_cache.PickCaption(stage.tokenizer, config.text_tokens, fps=caption_fps)
+
+    def part(settings) -> Any:
+        if settings["kind"] == "latents":
+            return open_cache(settings["path"], config.vae_checkpoint)
+        found = sources.make_source(settings)
+        if settings["cache"]:
+            return latent_cache.build(
+                found, config.vae_checkpoint, settings["cache"], clips=settings["cache_clips"]
+            )
+        return found
+
+    source = mixture.make_mixture(data, part)
+    cached = [is_cached(p) for p in mixture.parts_of(source)]
+    if any(cached) != all(cached):
+        raise ValueError(
+            "config.data.parts mixes cached latents and pixels; give every part a cache, or none."
+        )
+    if not any(cached):
+        return source, steps
+    chosen = [latents.SampleLatents()] if data.get("sample_posterior", False) else []
+    first = data.get("first_frames", 0)
+    if first:
+        chosen.append(latents.FirstFrames(first))
+    return source, [*chosen, pick]
+
+
+def open_cache(path: str, vae_folder: str) -> latents.LatentSource:
+    """The cache at `path`, made by `sora-jax data cache`.
+
+    Raises:
+      ValueError: it is not complete, or another encoder made it.
+    """
+    source = latents.LatentSource(path)
+    wanted = vae_hash(Path(vae_folder))
+    if source.meta["vae_hash"] != wanted:
+        raise ValueError(
+            f"the latents in {path} were made by the VAE {source.meta['vae_hash']}, "
+            f"config.vae_checkpoint {vae_folder} is {wanted}; encode them again with `sora-jax "
+            "data cache`, or set config.vae_checkpoint to the folder that made them."
+        )
+    return source
+
+
+def is_cached(source) -> bool:
+    return isinstance(source, latents.LatentSource)
+
+
+def latent_sizes(source, vae_config, *, first_frames: int = 0) -> Int[np.ndarray, "r 3"]:
+    """Latent frames, rows and columns of every record, cached or not."""
+    if is_cached(mixture.parts_of(source)[0]):
+        sizes = np.asarray(source.sizes)
+    else:
+        pixels = np.asarray(source.sizes)
+        time, space = vae_config.scale_factor_temporal, vae_config.scale_factor_spatial
+        sizes = np.stack(
+            [1 + (pixels[:, 0] - 1) // time, pixels[:, 1] // space, pixels[:, 2] // space], axis=1
+        )
+    if first_frames:
+        sizes = np.minimum(sizes, [[first_frames, *[np.iinfo(np.int32).max] * 2]])
+    return sizes.astype(np.int32)
+
+
+def text_lengths(source, pick: latent_cache.PickCaption) -> Int[np.ndarray, " r"]:
+    """Most tokens that the caption of each record may have."""
+    if not all(is_cached(part) for part in mixture.parts_of(source)):
+        return np.full(len(source), pick.max_tokens)  # unknown until they are read
+    known = {
+        id(part): np.array(
+            [
+                pick.longest(words, fps)
+                for words, fps in zip(part.captions, part.fps.tolist(), strict=True)
+            ]
+        )
+        for part in mixture.parts_of(source)
+    }
+    if not isinstance(source, mixture.MixtureSource):
+        return known[id(source)]
+    located = (source.locate(i) for i in range(len(source)))
+    return np.array([known[id(part)][within] for part, within in located])
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmenter:
+    """A record of latents and a caption as tokens of a packed row."""
+
+    tokenizer: Tokenizer
+    text_tokens: int
+    patch_size: tuple[int, int, int]
+
+    def __call__(self, record: Mapping[str, Any]) -> Segment:
+        pt, ph, pw = self.patch_size
+        x = np.asarray(record["latents"], np.float32)
+        # As dit.patchify does it on devices.
+        tokens = einops.rearrange(x, "(f i) (h j) (w k) c -> (f h w) (i j k c)", i=pt, j=ph, k=pw)
+        grid = [n // p for n, p in zip(x.shape[:3], self.patch_size, strict=True)]
+        positions = np.indices(grid, np.int32).reshape(3, -1).T
+        ids, mask = self.tokenizer.batch(
+            [record["caption"]], length=self.text_tokens, max_length=self.text_tokens
+        )
+        return Segment(tokens, positions, np.asarray(ids[0][mask[0]], np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class PackRows:
+    """Rows of records to one batch of packed rows."""
+
+    segment: Segmenter
+    settings: PackSettings
+
+    def __call__(self, rows: list[list[dict]]) -> dict[str, np.ndarray]:
+        packed = [packing.pack([self.segment(r) for r in row], self.settings) for row in rows]
+        return {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class StackRows:
+    """Rows of one record each, all of one size, to a batch."""
+
+    prepare: Callable[[dict], dict]
+
+    def __call__(self, rows: list[list[dict]]) -> dict[str, np.ndarray]:
+        records = [self.prepare(record) for (record,) in rows]
+        return {name: np.stack([r[name] for r in records]) for name in records[0]}
+
+
+def _as_they_are(rows: list) -> list:
+    return rows
+
+
+class EncodingLoader(Iterator[dict[str, np.ndarray]]):
+    """A loader of pixels of mixed sizes, encoded in groups of equal size, then collated."""
+
+    def __init__(self, loader: loaders.Loader, encode: ClipEncoder, collate: Callable) -> None:
+        self._loader, self._encode, self._collate = loader, encode, collate
+        self.get_state, self.set_state = loader.get_state, loader.set_state
+        self.close = loader.close
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rows = next(self._loader)
+        step = self._encode.config.scale_factor_temporal
+        flat = [latent_cache.whole_chunks(r["video"], step) for row in rows for r in row]
+        encoded = iter(self._encode(flat))
+        rows = [
+            [{**record, "latents": next(encoded).mean.astype(np.float32)} for record in row]
+            for row in rows
+        ]
+        for record in (record for row in rows for record in row):
+            del record["video"]
+        return self._collate(rows)
+
+
+def pack_settings(config) -> PackSettings:
+    return PackSettings(**config.data.pack.to_dict(), rows=config.batch_size)
+
+
+def _planned(config, stage, source, steps, options):
+    """Packed rows or buckets; see packing.py."""
+    sizes = latent_sizes(source, stage.vae_config, first_frames=config.data.get("first_frames", 0))
+    patch = np.array(stage.dit_config.patch_size)
+    bad = np.flatnonzero((sizes % patch).any(axis=1) | (sizes < patch).any(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"record {bad[0]} has latents of {tuple(sizes[bad[0]].tolist())} (frames, rows, "
+            f"columns), which patches of {tuple(patch.tolist())} do not tile ({len(bad)} records "
+            "like it); build the set with sides that are multiples of "
+            f"{patch[1:].max() * stage.vae_config.scale_factor_spatial} pixels."
+        )
+    tokens = np.prod(sizes // patch, axis=1)
+    pick = latent_cache.PickCaption(
+        stage.tokenizer, config.text_tokens, fps=config.data.get("caption_fps", False)
+    )
+    lengths = Lengths(tokens, text_lengths(source, pick))
+    if config.data.batching == "pack":
+        settings = pack_settings(config)
+        plan = packing.PackPlan(lengths, settings, seed=config.seed)
+        segment = Segmenter(stage.tokenizer, config.text_tokens, stage.dit_config.patch_size)
+        collate = PackRows(segment, settings)
+    else:
+        plan = packing.BucketPlan(
+            lengths,
+            [tuple(size) for size in sizes.tolist()],
+            tokens=config.data.bucket_tokens,
+            seed=config.seed,
+            multiple=sharding.axis_size(options["mesh"], "batch"),
+        )
+        collate = StackRows(stage.prepare)
+    if is_cached(mixture.parts_of(source)[0]):
+        return loaders.make_planned_loader(
+            source, plan, collate=collate, transforms=steps, **options
+        )
+    encode = ClipEncoder(config.vae_checkpoint)
+    pixels = loaders.make_planned_loader(
+        source, plan, collate=_as_they_are, transforms=steps, **options
+    )
+    return EncodingLoader(pixels, encode, collate)

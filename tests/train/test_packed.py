@@ -1,0 +1,196 @@
+"""A packed row is its members run alone: loss, gradients, and nothing seen across segments."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sora_jax.data.packing import PADDING_SEGMENT, PackSettings, pack
+from sora_jax.diffusion import objective
+from sora_jax.dit import patchify
+from sora_jax.text.tokenizer import ByteTokenizer
+from sora_jax.train import packed
+from sora_jax.train.batches import Segmenter
+from sora_jax.train.dit_stage import DiTStage
+
+SIZES = [(2, 3, 2), (1, 2, 2), (3, 1, 2), (1, 4, 1)]  # latent frames, rows, columns
+CAPTIONS = ["a ball", "", "two words more", "x"]
+SETTINGS = PackSettings(tokens=40, text_tokens=48, max_segments=5)
+TIMES = jnp.array([[0.3, 0.9, 0.5, 1.0, 0.7]])
+
+
+@pytest.fixture
+def stage(dit_config):
+    dit_config.data.batching = "pack"
+    dit_config.data.pack.max_segments = SETTINGS.max_segments
+    return DiTStage(dit_config)
+
+
+@pytest.fixture
+def params(stage):
+    """No parameter is zero, so that no gate hides a path."""
+    leaves, tree = jax.tree.flatten(stage.init(jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    draw = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, draw)
+
+
+def records():
+    rng = np.random.default_rng(0)
+    return [
+        {"latents": rng.standard_normal((*size, 4), np.float32), "caption": caption}
+        for size, caption in zip(SIZES, CAPTIONS, strict=True)
+    ]
+
+
+@pytest.fixture
+def batch(stage):
+    segment = Segmenter(ByteTokenizer(), stage.text_tokens, stage.dit_config.patch_size)
+    row = pack([segment(record) for record in records()], SETTINGS)
+    return {name: jnp.asarray(value)[None] for name, value in row.items()}
+
+
+def noise():
+    return jax.random.normal(jax.random.key(3), (1, SETTINGS.tokens, 4))
+
+
+def text_of(batch):
+    return packed.PackedText(batch["ids"], batch["text_segment_ids"])
+
+
+def packed_losses(params, stage, batch):
+    return packed.segment_losses(
+        stage.packed_velocity(params, text_of(batch), batch),
+        batch["tokens"],
+        noise=noise(),
+        t=TIMES,
+        segment_ids=batch["segment_ids"],
+    )
+
+
+def alone_losses(params, stage):
+    """Each clip by the path that a batch of one size takes, with the noise of its place."""
+    losses, start = [], 0
+    text = nnx.merge(stage.text_graphdef, params["text"])
+    for i, record in enumerate(records()):
+        count = int(np.prod(SIZES[i]))
+        own = noise()[:, start : start + count]
+        start += count
+        texts = ByteTokenizer().batch([record["caption"]], length=stage.text_tokens)
+        ids, mask = map(jnp.asarray, texts)
+        losses.append(
+            objective.flow_matching_loss(
+                stage.velocity(params, text(ids, mask), mask),
+                jnp.asarray(record["latents"])[None],
+                noise=patchify.unpatchify(own, (1, 1, 1), grid=SIZES[i]),
+                t=TIMES[:, i],
+            )[0]
+        )
+    return jnp.stack(losses)
+
+
+def test_losses_and_gradients_of_a_row_are_those_of_its_members_alone(stage, params, batch):
+    def mean_packed(params):
+        losses = packed_losses(params, stage, batch)
+        sizes = packed.segment_sizes(batch["segment_ids"], SETTINGS.max_segments)
+        return packed.mean_over_segments(losses, sizes, weight="clip"), losses
+
+    def mean_alone(params):
+        losses = alone_losses(params, stage)
+        return jnp.mean(losses), losses
+
+    grad = functools.partial(jax.value_and_grad, has_aux=True)
+    (loss, losses), gradients = jax.jit(grad(mean_packed))(params)
+    (expected, alone), expected_gradients = jax.jit(grad(mean_alone))(params)
+    np.testing.assert_allclose(losses[0, :4], alone, rtol=1e-5)
+    assert losses[0, 4] == 0, "a segment that is not there"
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for got, want in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()) + 1e-7)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "xla", "blocked"])
+def test_no_segment_sees_anything_of_another(dit_config, params, batch, kernel):
+    dit_config.data.batching = "pack"
+    dit_config.data.pack.max_segments = SETTINGS.max_segments
+    dit_config.dit.attention = kernel
+    stage = DiTStage(dit_config)
+    table = nnx.merge(stage.text_graphdef, params["text"]).embed
+
+    def losses(x0, embedded):
+        """As `packed_losses`, from the text's token embeddings on."""
+        encoder = nnx.merge(stage.text_graphdef, params["text"])
+        encoder.embed = lambda _: embedded
+        merged = nnx.merge(stage.dit_graphdef, params["dit"])
+        text = text_of(batch)
+        emb = encoder(text.ids, text.mask, segment_ids=text.segment_ids)
+        velocity = lambda x_t, t: merged.tokens(  # noqa: E731
+            x_t,
+            t,
+            emb,
+            positions=batch["positions"],
+            text_mask=text.mask,
+            segment_ids=batch["segment_ids"],
+            text_segment_ids=text.segment_ids,
+            num_segments=SETTINGS.max_segments,
+        )
+        return packed.segment_losses(
+            velocity, x0, noise=noise(), t=TIMES, segment_ids=batch["segment_ids"]
+        )[0]
+
+    embedded = table(batch["ids"]).astype(jnp.float32)
+    by_video, by_text = jax.jit(jax.jacrev(losses, argnums=(0, 1)))(batch["tokens"], embedded)
+    for of, ids in ((by_video, batch["segment_ids"]), (by_text, batch["text_segment_ids"])):
+        reach = np.abs(of).max(axis=(1, 3))  # (segment, place)
+        for segment in range(4):
+            own = np.asarray(ids[0]) == segment
+            assert (reach[segment, own] > 0).all()
+            assert (reach[segment, ~own] == 0).all()
+
+
+def test_dropped_captions_become_the_empty_one(batch):
+    drop = jnp.array([[True, False, False, True, False]])
+    empty = jnp.asarray(ByteTokenizer().batch([""], length=1)[0][0])
+    text = packed.drop_captions(text_of(batch), batch["text_positions"], drop, empty=empty)
+    for i, caption in enumerate(CAPTIONS):
+        shown = "" if drop[0, i] else caption
+        ids, mask = ByteTokenizer().batch([shown], length=24)
+        got = text.ids[0][text.segment_ids[0] == i]
+        np.testing.assert_array_equal(got, ids[0][mask[0]])
+
+
+def test_time_is_that_of_the_own_segment_and_padding_has_none(batch):
+    t = packed.spread(TIMES, batch["segment_ids"])[0]
+    ids = np.asarray(batch["segment_ids"][0])
+    for segment in range(4):
+        np.testing.assert_array_equal(t[ids == segment], TIMES[0, segment])
+    np.testing.assert_array_equal(t[ids == PADDING_SEGMENT], 0)
+
+
+@pytest.mark.parametrize(("weight", "expected"), [("clip", 2.0), ("token", 1.5)])
+def test_means_count_every_clip_or_every_token_alike(weight, expected):
+    losses, sizes = jnp.array([[1.0, 3.0, 9.0]]), jnp.array([[9, 3, 0]])
+    assert packed.mean_over_segments(losses, sizes, weight=weight) == expected
+    with pytest.raises(ValueError, match="pack_weight 'row': use one of clip, token"):
+        packed.mean_over_segments(losses, sizes, weight="row")
+
+
+def test_padding_may_hold_anything(stage, params, batch):
+    wild = batch["tokens"].at[:, -5:].set(1e3)
+    np.testing.assert_allclose(
+        packed_losses(params, stage, batch | {"tokens": wild}),
+        packed_losses(params, stage, batch),
+        rtol=1e-6,
+    )
+
+
+def test_loss_of_the_stage_on_a_row_is_finite_and_counts_its_fill(stage, params, batch):
+    loss, metrics = jax.jit(stage.loss)(params, stage.frozen, batch, jax.random.key(5))
+    assert np.isfinite(loss)
+    assert metrics["packing/fill"] == pytest.approx(sum(np.prod(s) for s in SIZES) / 40)
+    assert stage.tokens(batch) == 40
