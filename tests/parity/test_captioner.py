@@ -21,6 +21,7 @@ from sora_jax import video_io
 from sora_jax.data.build import captioner
 from sora_jax.data.build.captioner import CaptionerError, check_captioner, make_captioner
 from sora_jax.data.build.inputs import InputFile
+from sora_jax.data.build.run import build
 from sora_jax.data.build.settings import BuildSettings, CaptionSettings
 from sora_jax.data.build.stages import process_file
 
@@ -201,7 +202,7 @@ def test_a_file_s_clips_are_captioned_beside_what_they_have(blip, tmp_path):
     rng = np.random.default_rng(0)
     frames = np.repeat(rng.integers(0, 255, (12, 32, 48, 3), np.uint8), 2, axis=0)
     path = video_io.write_video(tmp_path / "a.mp4", frames, fps=8)
-    build = dataclasses.replace(
+    with_captions = dataclasses.replace(
         BuildSettings.from_config({
             "shots": {"enabled": False}, "freeze": {"enabled": False}, "motion": {"enabled": False},
             "length": {"min_seconds": 0.5}, "cut": {"max_seconds": 0.75},
@@ -210,19 +211,39 @@ def test_a_file_s_clips_are_captioned_beside_what_they_have(blip, tmp_path):
     )  # fmt: skip
     staging = tmp_path / "staging"
     staging.mkdir()
-    row = process_file(InputFile(str(path), "a.mp4", (("sidecar", "noise"),)), build, staging)
+    row = process_file(
+        InputFile(str(path), "a.mp4", (("sidecar", "noise"),)), with_captions, staging
+    )
     assert row["error"] is None and len(row["clips"]) == 4
     for clip in row["clips"]:
         assert clip["dropped"] is None
         assert clip["caption_kinds"] == ["sidecar", "short"]
         assert clip["captions"][0] == "noise" and clip["captions"][1]
     only_missing = dataclasses.replace(
-        build, caption=dataclasses.replace(build.caption, only_missing=True)
+        with_captions, caption=dataclasses.replace(with_captions.caption, only_missing=True)
     )
     row = process_file(
         InputFile(str(path), "a.mp4", (("sidecar", "noise"),)), only_missing, staging
     )
     assert all(clip["captions"] == ["noise"] for clip in row["clips"])
+
+
+def test_a_build_captions_in_its_workers(blip, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "raw").mkdir()
+    for name in ("a", "b"):
+        picture = rng.integers(0, 255, (3, 4, 3), np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+        video_io.save_image(tmp_path / "raw" / f"{name}.png", picture)
+    build_settings = dataclasses.replace(
+        BuildSettings.from_config({
+            "shots": {"enabled": False}, "blur": {"enabled": False}, "duplicate": {"enabled": False}
+        }),
+        caption=settings(blip),
+    )  # fmt: skip
+    report = build(tmp_path / "raw", tmp_path / "set", build_settings, workers=1, captions="error")
+    assert report["totals"]["clips_kept"] == 2
+    assert report["tallies"]["caption_kind"] == {"short": 2}
+    assert all(clip["captions"] for clip in report["clips_shown"])
 
 
 def test_what_cannot_caption_is_named_in_one_line(blip, tmp_path):
