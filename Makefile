@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARITY := .venv-parity
 ONNX := .venv-onnx
+BEAM := .venv-beam
 TORCH := torch==2.13.0
 # Tests share the cores; more workers than cores only swap.
 WORKERS ?= 2
 
-.PHONY: demo test parity onnx lint format lock clean
+.PHONY: demo test parity onnx beam lint format lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --out demo
@@ -23,6 +24,10 @@ parity: $(PARITY)/.installed
 # An environment for `sora-jax convert export --to onnx`, and a test of it.
 onnx: $(ONNX)/.installed
 	$(ONNX)/bin/python -m pytest -q tests/onnx
+
+# An environment for `sora-jax data build --runner NAME`, and a test of it.
+beam: $(BEAM)/.installed
+	$(BEAM)/bin/python -m pytest -q tests/beam
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
@@ -66,5 +71,11 @@ $(ONNX)/.installed: $(VENV)/.uv pyproject.toml requirements.lock
 		jax2onnx==0.17.1 onnxruntime -e '.[test]'
 	touch $@
 
+# Apache Beam pins a pyarrow and a protobuf older than those of the lock.
+$(BEAM)/.installed: $(VENV)/.uv pyproject.toml
+	$(PYTHON) -m venv $(BEAM)
+	$(BIN)/uv pip install -q --python $(BEAM)/bin/python 'apache-beam>=2.77' -e '.[test,data]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(PARITY) $(ONNX) demo
+	rm -rf $(VENV) $(PARITY) $(ONNX) $(BEAM) demo

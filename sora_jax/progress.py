@@ -7,12 +7,18 @@ import jax
 
 
 class Progress:
-    """`with Progress("training", total=1000) as p: p.update(step, loss="0.3")`."""
+    """`with Progress("training", total=1000) as p: p.update(step, loss="0.3")`.
 
-    def __init__(self, title: str, *, total: int, unit: str = "steps", start: int = 0):
+    Of several processes of a run the first alone shows it; `alone` says without asking JAX, which
+    would take hold of the devices, that there is one.
+    """
+
+    def __init__(
+        self, title: str, *, total: int, unit: str = "steps", start: int = 0, alone: bool = False
+    ):
         self._title, self._total, self._unit = title, total, unit
         self._start, self._done, self._bar = start, start, None
-        self._quiet = jax.process_index() != 0
+        self._quiet = not alone and jax.process_index() != 0
         self._begun = self._printed = time.monotonic()
 
     def __enter__(self):

@@ -4,6 +4,7 @@ Each element still goes to a process of its own that can be ended, so that a dam
 runner's machine no more than one of this. What is made lies in OUT/.build, which all machines see.
 """
 
+import functools
 import pickle
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ INSTALL = (
 )
 
 Otherwise = Callable[[Any, Outcome], None]
+_idle: dict[str, list[Worker]] = {}  # workers of this process between two elements
 
 
 def mapper(out: str, runner: str, options: Sequence[str]) -> Callable[..., None]:
@@ -58,37 +60,43 @@ def mapper(out: str, runner: str, options: Sequence[str]) -> Callable[..., None]
         if not tasks:
             return
         parameters = PipelineOptions([f"--runner={runner}", *words])
-        with beam.Pipeline(options=parameters) as pipeline:
-            _ = (
-                pipeline
-                | "Lists" >> beam.Create(_write_lists(out, tasks))
-                | "Tasks" >> beam.FlatMap(_read_list)
-                | "Spread" >> beam.Reshuffle()
-                | function.__name__ >> beam.ParDo(_in_worker(beam, function, limits, otherwise))
-            )
+        step = functools.partial(_in_worker, function=function, limits=limits, otherwise=otherwise)
+        try:
+            with beam.Pipeline(options=parameters) as pipeline:
+                _ = (
+                    pipeline
+                    | "Lists" >> beam.Create(_write_lists(out, tasks))
+                    | "Tasks" >> beam.FlatMap(_read_list)
+                    | "Spread" >> beam.Reshuffle()
+                    | function.__name__ >> beam.Map(step)
+                )
+        finally:
+            _end_workers()
 
     return run
 
 
 def _in_worker(
-    beam: Any, function: Callable[[Any], str], limits: Limits, otherwise: Otherwise
-) -> Any:
-    class InWorker(beam.DoFn):
-        """Does each element in a process that it keeps from one to the next."""
+    task: Any, *, function: Callable[[Any], str], limits: Limits, otherwise: Otherwise
+) -> None:
+    """Does one element in a process that waits for the next afterwards."""
+    idle = _idle.setdefault(function.__qualname__, [])
+    try:
+        worker = idle.pop()
+    except IndexError:  # as many as the runner has threads
+        worker = None
+    outcome, worker = finish(worker, function, task, limits)
+    if worker is not None:
+        idle.append(worker)
+    if outcome.status != "done":
+        otherwise(task, outcome)
 
-        def setup(self) -> None:
-            self._worker: Worker | None = None
 
-        def process(self, task: Any) -> None:
-            outcome, self._worker = finish(self._worker, function, task, limits)
-            if outcome.status != "done":
-                otherwise(task, outcome)
-
-        def teardown(self) -> None:
-            if self._worker is not None:
-                self._worker.end()
-
-    return InWorker()
+def _end_workers() -> None:
+    """Ends those of a runner that works in this process; elsewhere they end with theirs."""
+    while _idle:
+        for worker in _idle.popitem()[1]:
+            worker.end()
 
 
 def _write_lists(out: str, tasks: Sequence[Any]) -> list[str]:

@@ -143,7 +143,9 @@ class _Build:
             if not self.staging.is_finished(file, stamps)
         ]
         self.finished = len(wanted) - len(tasks)
-        with Progress("Processing", total=len(wanted), unit="files", start=self.finished) as bar:
+        with Progress(
+            "Processing", total=len(wanted), unit="files", start=self.finished, alone=True
+        ) as bar:
             for given_up in self.step.process_files(tasks, limits_of(self.settings)):
                 self.finished += 1
                 bar.update(self.finished, **({"given up": str(given_up)} if given_up else {}))
@@ -260,7 +262,7 @@ class _Local:
             shards.write_shard(todo.pop())
         running = run_tasks(shards.write_shard, todo, workers=self.workers)
         with (
-            Progress("Writing", total=len(tasks), unit="shards", start=done) as bar,
+            Progress("Writing", total=len(tasks), unit="shards", start=done, alone=True) as bar,
             contextlib.closing(running),
         ):
             for outcome in running:
@@ -304,7 +306,7 @@ def verify(out: str | os.PathLike) -> dict[str, Any]:
             raise ValueError(f"{out}: the build is not finished; run the same command again.")
         raise ValueError(f"{out}: no {MANIFEST}; give the --out folder of `sora-jax data build`.")
     listed = [*manifest["shards"], *manifest["files"]]
-    with Progress("Checking", total=len(listed), unit="files") as bar:
+    with Progress("Checking", total=len(listed), unit="files", alone=True) as bar:
         for done, entry in enumerate(listed, 1):
             _check_file(folder / entry["file"], entry)
             bar.update(done)
