@@ -116,7 +116,9 @@ class ClipEncoder:
 
     def __init__(self, size: tuple[int, int], rate: Fraction, settings: WriteSettings) -> None:
         import av
+        from av.video.reformatter import VideoReformatter
 
+        self._converter = VideoReformatter()
         self._buffer = io.BytesIO()
         # bitexact: no version and no time in the file.
         self._container = av.open(self._buffer, "w", format="mp4", options={"fflags": "+bitexact"})
@@ -147,7 +149,8 @@ class ClipEncoder:
         rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         # Without these flags swscale rounds colours down: 0.4 dB less after reading back.
         flags = I.AREA | I.ACCURATE_RND | I.FULL_CHR_H_INT | I.FULL_CHR_H_INP | I.BITEXACT
-        yuv = rgb.reformat(
+        yuv = self._converter.reformat(
+            rgb,
             format="yuv420p",
             dst_colorspace=BT709,
             dst_color_range=LIMITED_RANGE,

@@ -39,9 +39,11 @@ class MediaInfo(NamedTuple):
 class Frame:
     """One decoded frame; converted only when asked for."""
 
-    def __init__(self, time: float, length: float, source: Any, size: tuple[int, int]) -> None:
+    def __init__(
+        self, time: float, length: float, source: Any, size: tuple[int, int], converter: Any = None
+    ) -> None:
         self.time, self.length = time, length
-        self._source, self._size = source, size
+        self._source, self._size, self._converter = source, size, converter
 
     def rgb(self) -> UInt8[np.ndarray, "H W 3"]:
         """Upright pixels at the size that the file's info states."""
@@ -53,7 +55,9 @@ class Frame:
             return _resized(self._source, size)
         turns = self._source.rotation // 90
         height, width = size[::-1] if turns % 2 else size
-        return np.ascontiguousarray(np.rot90(_converted(self._source, height, width), k=turns))
+        return np.ascontiguousarray(
+            np.rot90(_converted(self._source, height, width, self._converter), k=turns)
+        )
 
 
 class Media:
@@ -107,7 +111,10 @@ class _Video:
 
     def __init__(self, media: Media) -> None:
         self._media = media
+        from av.video.reformatter import VideoReformatter
+
         self._container: Any = None
+        self._converter = VideoReformatter()  # one for all frames: making it takes a millisecond
         self._exact_times = True  # every frame so far had a time stamp
         try:
             self._open()
@@ -142,7 +149,7 @@ class _Video:
             if not s.disposition & av.stream.Disposition.attached_pic and s.codec_context
         ]
         if not streams:
-            raise ValueError("holds no video stream; leave it out.")
+            raise ValueError("holds no video stream that can be decoded; leave it out.")
         self._stream = streams[0]
         context = self._stream.codec_context
         self._media.check_size(context.width or 1, context.height or 1)
@@ -231,7 +238,7 @@ class _Video:
                 if at <= previous:  # time stamps that stand still or go back
                     at = previous + min(step, 1e-3)
             previous = at
-            yield Frame(at, min(length, MAX_GAP_SECONDS), frame, size)
+            yield Frame(at, min(length, MAX_GAP_SECONDS), frame, size, self._converter)
 
     def close(self) -> None:
         if self._container is not None:
@@ -353,7 +360,7 @@ def _square_pixels(width: int, height: int, aspect: Fraction | None) -> tuple[in
     return max(1, round(width * aspect)), height
 
 
-def _converted(frame: Any, height: int, width: int) -> np.ndarray:
+def _converted(frame: Any, height: int, width: int, converter: Any) -> np.ndarray:
     """RGB of an FFmpeg frame at a size, not yet upright."""
     from av.video.reformatter import Interpolation
 
@@ -363,7 +370,8 @@ def _converted(frame: Any, height: int, width: int) -> np.ndarray:
     method |= Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
     has_alpha = any(component.is_alpha for component in frame.format.components)
     layout = "rgba" if has_alpha or frame.format.has_palette else "rgb24"
-    pixels = frame.to_ndarray(width=width, height=height, format=layout, interpolation=method)
+    converted = converter.reformat(frame, width, height, layout, interpolation=method)
+    pixels = converted.to_ndarray()
     if layout == "rgb24":
         return pixels
     alpha = pixels[..., 3:].astype(np.uint16)
