@@ -146,6 +146,9 @@ def test_a_prompt_of_ones_own_begins_the_caption(blip):
     caption = make_captioner(settings(blip, prompts={"begun": "a photo of", "free": ""}))
     for captions in caption(clips(2)):
         assert set(captions) == {"begun", "free"} and captions["begun"].startswith("a photo of")
+    ours = CaptionSettings().prompts  # as the config has them, when one of them is overridden
+    caption = make_captioner(settings(blip, prompts=ours | {"short": "a photo of"}))
+    assert [set(captions) for captions in caption(clips(2))] == [{"short"}] * 2
 
 
 def test_a_model_with_chat_template_sees_every_frame_and_answers_each_prompt(chat, monkeypatch):
@@ -166,7 +169,7 @@ def test_a_model_with_chat_template_sees_every_frame_and_answers_each_prompt(cha
     for given in asked:
         assert all(text.count("<image>") == 4 for text in given["text"])
     prompts = CaptionSettings().prompts
-    assert prompts["short"] in asked[0]["text"][0] and prompts["detailed"] in asked[1]["text"][0]
+    assert prompts["detailed"] in asked[0]["text"][0] and prompts["short"] in asked[1]["text"][0]
     for captions in found:  # the answer alone
         assert not any("USER" in text or "<image>" in text for text in captions.values())
 

@@ -61,12 +61,9 @@ def make_captioner(settings: CaptionSettings) -> Captioner:
       CaptionerError: the model cannot be loaded, or takes no picture; one line.
     """
     check_captioner(settings)
-    prompts = tuple(sorted(settings.prompts.items()))
-    if settings.prompts == CaptionSettings().prompts:
-        prompts = None
     return _load(
         settings.model,
-        prompts,
+        tuple(sorted(settings.prompts.items())),
         settings.max_tokens,
         settings.batch_size,
         settings.device or None,
@@ -114,7 +111,7 @@ class CaptionQueue:
 @functools.lru_cache(maxsize=1)
 def _load(
     model: str,
-    prompts: tuple[tuple[str, str], ...] | None,
+    prompts: tuple[tuple[str, str], ...],
     max_tokens: int,
     batch_size: int,
     device: str | None,
@@ -128,7 +125,7 @@ class _Model:
     def __init__(
         self,
         folder: str,
-        prompts: tuple[tuple[str, str], ...] | None,
+        prompts: tuple[tuple[str, str], ...],
         *,
         max_tokens: int,
         batch_size: int,
@@ -159,9 +156,11 @@ class _Model:
         if getattr(self._tokenizer, "pad_token", "") is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._chats = bool(getattr(self._processor, "chat_template", None))
-        if prompts is None:  # an instruction is no beginning of a caption
-            prompts = tuple(CaptionSettings().prompts.items()) if self._chats else (("short", ""),)
         self._prompts = dict(prompts)
+        if not self._chats:  # an instruction is no beginning of a caption
+            ours = CaptionSettings().prompts
+            begun = {kind: text for kind, text in prompts if ours.get(kind) != text}
+            self._prompts = begun or {"short": ""}
         self._images = self._images_taken(folder)
 
     @property
