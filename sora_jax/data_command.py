@@ -1,4 +1,4 @@
-"""`sora-jax data build|inspect|verify`: parses, and makes one call each."""
+"""`sora-jax data build|cache|inspect|verify`: parses, and makes one call each."""
 
 import os
 from argparse import Namespace
@@ -46,6 +46,29 @@ def add(actions: Any, command: Callable[..., Any]) -> None:
         metavar="OPTIONS",
         help="Beam's own, as in --runner-options='--project=NAME --region=NAME'",
     )
+    cache = command(
+        actions, "cache", run_cache, "Encode clips once, for training that reads latents."
+    )
+    what = cache.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="DIR", help="what `sora-jax data build` made")
+    what.add_argument(
+        "--config", metavar="FILE[:VARIANT]", help="any other source: the data of a run's config"
+    )
+    cache.add_argument("--checkpoint", required=True, metavar="DIR", help="whose VAE encodes")
+    cache.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    cache.add_argument(
+        "--text", action="store_true", help="encode captions too, by the checkpoint's text encoder"
+    )
+    cache.add_argument("--clips", type=int, default=0, metavar="N", help="the first N (all)")
+    cache.add_argument(
+        "--frames", type=int, default=0, metavar="N", help="of --data: at most so many a clip (all)"
+    )
+    cache.add_argument(
+        "--fps", type=float, default=0.0, metavar="RATE", help="of --data: resampled to (their own)"
+    )
+    cache.add_argument(
+        "--shard-clips", type=int, default=512, metavar="N", help="clips a file (default: 512)"
+    )
     look = command(actions, "inspect", run_inspect, "Show what is in a built set, and why.")
     look.add_argument("folder", metavar="DIR")
     check = command(actions, "verify", run_verify, "Check a built set against its checksums.")
@@ -64,8 +87,36 @@ def run_build(args: Namespace) -> None:
         runner=args.runner,
         runner_options=args.runner_options,
     )
-    del report
-    print(os.path.join(args.out, "report.html"))
+    totals = report["totals"]
+    print(
+        f"{totals['clips_kept']} clips of {totals['files']} files "
+        f"({totals['files_left_out']} left out): {os.path.join(args.out, 'report.html')}"
+    )
+
+
+def run_cache(args: Namespace) -> None:
+    from sora_jax import checkpoint_path
+    from sora_jax.train import latent_cache
+
+    if args.config:
+        from sora_jax import config_file
+        from sora_jax.data import mixture, sources
+
+        data = config_file.load(args.config, args.overrides).data
+        source = mixture.make_mixture(data, sources.make_source)
+    else:
+        source = latent_cache.clips_for(
+            args.data, args.checkpoint, frames=args.frames, fps=args.fps
+        )
+    found = latent_cache.build(
+        source,
+        checkpoint_path(args.checkpoint),
+        args.out,
+        clips=args.clips,
+        text_folder=checkpoint_path(args.checkpoint) if args.text else "",
+        shard_clips=args.shard_clips,
+    )
+    print(f"{args.out}: latents of {len(found)} clips.")
 
 
 def run_inspect(args: Namespace) -> None:

@@ -74,18 +74,21 @@ class Staging:
     def commit(
         self, key: str, row: Mapping[str, Any], stamp: str, clips: Path | None = None
     ) -> None:
-        """Makes `row` final, and what the folder `clips` holds its clips; the row comes last."""
+        """Makes `row` final, and what the folder `clips` holds its clips; the row comes last.
+
+        Nothing made under `stamp` is ever removed: on Beam the same task may be done twice, the
+        second time while the first result is already read.
+        """
         target = self._clips_path(key)
-        self._row_path(key).unlink(missing_ok=True)  # of another stamp
-        if target.exists():
-            target.rmtree()
-        if clips is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        saved = read_json(self._row_path(key))
+        if saved is not None and saved["stamp"] != stamp:  # its clips are about to change
+            self._row_path(key).unlink(missing_ok=True)
+        for path in sorted(clips.iterdir()) if clips is not None else ():
+            target.mkdir(parents=True, exist_ok=True)
             if self.is_remote:
-                for path in sorted(clips.iterdir()):
-                    epath.Path(path).copy(target / path.name, overwrite=True)
+                epath.Path(path).copy(target / path.name, overwrite=True)
             else:
-                os.replace(clips, target)
+                os.replace(path, target / path.name)
         write_json(self._row_path(key), {"stamp": stamp, "row": row})
 
     def clip(self, source: str, key: str) -> bytes:
@@ -109,6 +112,8 @@ class Staging:
     def publish(self, local: Path, name: str) -> None:
         """Gives the file `local` the name `name` in OUT, by a rename, whole or not at all."""
         if not self.is_remote:
+            with open(local, "rb") as file:
+                os.fsync(file.fileno())  # or a power cut leaves the name without the bytes
             os.replace(local, self.out / name)
             return
         self.out.mkdir(parents=True, exist_ok=True)

@@ -6,16 +6,19 @@ import fcntl
 import json
 import os
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from sora_jax import cli
+from sora_jax import cli, video_io
 from sora_jax.data import records
 from sora_jax.data.build import run, shards, staging
+from sora_jax.data.build.inputs import find_inputs
 from sora_jax.data.build.run import build, verify
 from sora_jax.data.build.settings import (
     BuildSettings,
@@ -23,6 +26,7 @@ from sora_jax.data.build.settings import (
     LimitSettings,
     MotionSettings,
 )
+from sora_jax.data.build.tasks import FileTask, process_one
 from sora_jax.data.build.workers import CannotStore, Outcome
 from tests.data.build.fakes import contents, make_files, process
 
@@ -329,3 +333,45 @@ def test_a_moved_set_is_whole(tmp_path, here):
     build_here(make_files(tmp_path / "in", 2), tmp_path / "out")
     shutil.move(tmp_path / "out", tmp_path / "elsewhere")
     assert verify(tmp_path / "elsewhere")["records"] == 4
+
+
+def test_a_task_done_twice_takes_nothing_away_from_who_reads_the_first_result(tmp_path, here):
+    source, out = make_files(tmp_path / "in", 1), tmp_path / "out"
+    (source / "000.txt").unlink()
+    (file,) = find_inputs(str(source))
+    task = FileTask(str(out), file, BuildSettings(), process)
+    process_one(task)
+    stamp = staging.Stamps(task.settings).of(file)
+    before = contents(out)
+    seen = []
+    replace = os.replace
+
+    def look(*paths):
+        replace(*paths)
+        seen.append(contents(out / ".build" / "files"))
+
+    staged = staging.Staging(str(out))
+    with staged.folder() as folder, pytest.MonkeyPatch.context() as patch:
+        row = process(file, task.settings, folder)
+        patch.setattr(os, "replace", look)
+        staged.commit(file.key, row, stamp, folder)
+    whole = {name.removeprefix(".build/files/"): data for name, data in before.items()}
+    assert len(seen) == 4 and all(whole.items() <= state.items() for state in seen)
+
+
+def test_the_command_line_builds_with_any_setting_changed(tmp_path, capsys):
+    source, root = tmp_path / "in", Path(__file__).parents[3]
+    source.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (12, 4, 6, 3), np.uint8)
+    video_io.write_video(source / "a.mp4", noise.repeat(16, 1).repeat(16, 2), fps=8)
+    (source / "a.json").write_text('{"captions": {"short": "noise", "detailed": "much noise"}}')
+    command = ["data", "build", "--input", str(source), "--out", str(tmp_path / "out")]
+    command += ["--config", f"{root}/configs/data.py:smoke", "--workers", "1"]
+    command += ["--config.motion.enabled=False", "--config.resize.max_pixels=2048"]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith("1 clips of 1 files (0 left out): ")
+    found = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
+    record = records.parse(found[0])
+    assert record.captions == ["noise", "much noise"] and record.height * record.width <= 2048
+    assert cli.main([*command, "--config.motoin.enabled=False"]) == 2
+    assert "did you mean motion.enabled" in capsys.readouterr().err
