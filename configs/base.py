@@ -20,10 +20,12 @@ def get_config() -> ConfigDict:
     # Directory of a "folder", data_dir of a "tfds" set, output of `sora-jax data build` ("clips")
     # or of `sora-jax data cache` ("latents").
     c.data.path = ""
+    # Of "clips", width and height 0 keep every clip's own size, and frames are at most so many.
     c.data.width = 64  # pixels
     c.data.height = 64  # pixels
     c.data.frames = 17  # 1 + a multiple of the VAE's temporal factor
-    c.data.fps = 8.0  # frames a second that clips are resampled to
+    c.data.fps = 8.0  # frames a second that clips are resampled to; of "clips", 0 keeps their own
+    c.data.random_start = False  # of "clips": windows anywhere in a longer clip, not its first
     c.data.seed = 0  # of the data set itself; c.seed orders it
     c.data.threads = 2  # reader threads of each process
     c.data.workers = 0  # reader processes of each process; 0 reads in threads

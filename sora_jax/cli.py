@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   sora-jax data build --input videos --out sets/videos
   sora-jax info
 """
-CONFIGURED = ("import", "build")  # the actions that take --config.KEY=VALUE
+CONFIGURED = ("import", "build", "cache")  # the actions that take --config.KEY=VALUE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -313,8 +313,8 @@ def main(argv: list[str] | None = None) -> int:
     args.overrides = overrides
     if overrides and args.command != "train" and getattr(args, "action", "") not in CONFIGURED:
         print(
-            f"sora-jax: --config.{overrides[0]} is for `train`, `data build` and `convert import` "
-            "alone.",
+            f"sora-jax: --config.{overrides[0]} is for `train`, `data build`, `data cache` and "
+            "`convert import` alone.",
             file=sys.stderr,
         )
         return 2

@@ -18,7 +18,7 @@ from jaxtyping import Int, UInt8
 
 from sora_jax import video_io
 
-KINDS = ("paperworld", "folder", "tfds")
+KINDS = ("paperworld", "folder", "tfds", "clips")  # and "latents", which training opens itself
 MANY_FILES = 200  # from here on, indexing shows a progress bar
 PROBES_AT_ONCE = 8
 
@@ -332,11 +332,22 @@ def make_source(config: Any, *, split: str = "train") -> Source:
             fps=config["fps"],
         )
         return PaperworldSource(config["seed"], settings, split)
-    if kind in ("folder", "tfds") and not config["path"]:
+    if kind in ("folder", "tfds", "clips") and not config["path"]:
         raise ValueError(f"data.kind {kind!r} needs a directory; set config.data.path.")
+    if kind in ("folder", "clips") and split != "train":
+        raise ValueError(f"a {kind} source has no split {split!r}; use 'train'.")
+    if kind == "clips":
+        from sora_jax.data.clips import ClipSettings, ClipSource
+
+        size = (config["height"], config["width"])
+        settings = ClipSettings(
+            frames=config["frames"],
+            fps=config["fps"],
+            size=size if any(size) else None,
+            random_start=config.get("random_start", False),
+        )
+        return ClipSource(config["path"], settings)
     if kind == "folder":
-        if split != "train":
-            raise ValueError(f"a folder has no split {split!r}; use 'train'.")
         settings = FolderSettings(
             height=config["height"],
             width=config["width"],

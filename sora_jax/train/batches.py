@@ -1,6 +1,7 @@
 """From a config to batches: fixed sizes, packed rows or buckets, of pixels or of cached latents."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sora_jax import sharding
-from sora_jax.data import latents, mixture, packing, sources, transforms
+from sora_jax.data import clips, latents, mixture, packing, sources, transforms
 from sora_jax.data import loader as loaders
 from sora_jax.data.packing import Lengths, PackSettings, Segment
 from sora_jax.text.tokenizer import Tokenizer
@@ -55,36 +56,37 @@ def make_loader(config, stage, mesh):
 
 def make_source(config, stage) -> tuple[Any, list]:
     """A source of records and the transforms that choose and change what a record shows."""
+    # `get`: the configs of earlier runs lack these keys.
     data = config.data
-    steps: list = [transforms.HorizontalFlip()] if data.flip else []
+    opening = [clips.ReadWindow()] if data.get("random_start", False) else []
+    flipping = [transforms.HorizontalFlip()] if data.flip else []
     if config.stage != "dit":
-        return mixture.make_mixture(data, sources.make_source), steps
-    caption_fps = data.get("caption_fps", False)
-    pick = latent_cache.PickCaption(stage.tokenizer, config.text_tokens, fps=caption_fps)
-
-    def part(settings) -> Any:
-        if settings["kind"] == "latents":
-            return open_cache(settings["path"], config.vae_checkpoint)
-        found = sources.make_source(settings)
-        if settings["cache"]:
-            return latent_cache.build(
-                found, config.vae_checkpoint, settings["cache"], clips=settings["cache_clips"]
-            )
-        return found
-
-    source = mixture.make_mixture(data, part)
-    cached = [is_cached(p) for p in mixture.parts_of(source)]
+        return mixture.make_mixture(data, sources.make_source), [*opening, *flipping]
+    pick = latent_cache.PickCaption(
+        stage.tokenizer, config.text_tokens, fps=data.get("caption_fps", False)
+    )
+    source = mixture.make_mixture(data, functools.partial(_part, vae_folder=config.vae_checkpoint))
+    cached = [is_cached(part) for part in mixture.parts_of(source)]
     if any(cached) != all(cached):
         raise ValueError(
             "config.data.parts mixes cached latents and pixels; give every part a cache, or none."
         )
     if not any(cached):
-        return source, steps
-    chosen = [latents.SampleLatents()] if data.get("sample_posterior", False) else []
+        return source, [*opening, pick, *flipping]
+    drawing = [latents.SampleLatents()] if data.get("sample_posterior", False) else []
     first = data.get("first_frames", 0)
-    if first:
-        chosen.append(latents.FirstFrames(first))
-    return source, [*chosen, pick]
+    cutting = [latents.FirstFrames(first)] if first else []
+    return source, [*drawing, *cutting, pick]
+
+
+def _part(settings: Mapping[str, Any], *, vae_folder: str) -> Any:
+    """The source of one part of `config.data`, or its cache."""
+    if settings["kind"] == "latents":
+        return open_cache(settings["path"], vae_folder)
+    found = sources.make_source(settings)
+    if not settings["cache"]:
+        return found
+    return latent_cache.build(found, vae_folder, settings["cache"], clips=settings["cache_clips"])
 
 
 def open_cache(path: str, vae_folder: str) -> latents.LatentSource:

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sora_jax import checkpoint_path
 from sora_jax.convert import folder
 from sora_jax.data import latents
+from sora_jax.data.clips import ClipSettings, ClipSource
 from sora_jax.data.latents import Encoded, LatentSource
 from sora_jax.data.transforms import RandomTransform
 from sora_jax.progress import Progress
@@ -55,7 +57,8 @@ class PickCaption(RandomTransform):
         return int(mask.sum(axis=1).max())
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict:
-        captions, choices = self._choices(record["captions"], record.get("fps", 0.0))
+        several = record.get("captions") or [record["caption"]]
+        captions, choices = self._choices(several, record.get("fps", 0.0))
         chosen = choices[int(rng.integers(len(choices)))]
         picked = record | {"caption": captions[chosen]}
         if "text_emb" in record:
@@ -109,6 +112,28 @@ def build(
             encode_captions = CaptionEncoder(text_folder, max_tokens=text_tokens)
         _encode(source, ClipEncoder(vae_folder), encode_captions, path, meta=wanted)
     return LatentSource(path)
+
+
+def clips_for(
+    path: str | Path, vae_folder: str | Path, *, frames: int = 0, fps: float | int = 0.0
+) -> ClipSource:
+    """The clips of a built set as that VAE takes them, and a DiT with patches of 2x2 latents.
+
+    Args:
+      frames: at most so many a clip; 0 takes all.
+      fps: they are resampled to; 0 keeps their own.
+
+    Raises:
+      ValueError: no built set there, or no VAE.
+    """
+    config = folder.find_component(checkpoint_path(vae_folder), "vae")[0]
+    settings = ClipSettings(
+        frames=frames or 1 << 20,
+        fps=fps,
+        multiple=2 * config.scale_factor_spatial,
+        frame_step=config.scale_factor_temporal,
+    )
+    return ClipSource(path, settings)
 
 
 def check_meta(path: Path, wanted: dict[str, Any]) -> None:
