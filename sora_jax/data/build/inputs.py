@@ -22,7 +22,7 @@ from sora_jax import video_io
 from sora_jax.data.build import places, sidecars
 from sora_jax.data.build.sidecars import Captions, parse_captions, read_sidecar
 
-MEDIA_SUFFIXES = (*video_io.READABLE_SUFFIXES, ".mkv", ".m4v")
+MEDIA_SUFFIXES = (*video_io.READABLE_SUFFIXES, ".mkv", ".m4v", ".avi")
 MANIFEST_SUFFIXES = (".csv", ".jsonl", ".parquet")
 CAPTION_POLICIES = ("error", "drop", "allow")
 
