@@ -113,25 +113,29 @@ class _Build:
     def run(self, identity: dict[str, Any]) -> dict[str, Any]:
         self.staging.sweep()
         self._process_files()
-        plan = shards.make_plan(self._rows(), self.settings)
+        stamps = hashlib.sha256()
+        plan = shards.make_plan(self._rows(stamps), self.settings)
         if not plan.shards[0]:
             self._report(plan)
             raise ValueError(self._nothing_kept())
-        tasks = shards.shard_tasks(os.fspath(self.staging.out), plan)
+        out = os.fspath(self.staging.out)
+        tasks = shards.shard_tasks(out, plan, made_from=stamps.hexdigest())
         self.step.write_shards(tasks)
         report = self._report(plan)
         self._complete(identity, plan, [shards.written(task) for task in tasks])
         return report
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of all files, in order, read one by one."""
+    def _rows(self, stamps: Any = None) -> Iterator[dict[str, Any]]:
+        """The rows of all files, in order, read one by one; `stamps` takes in what they are of."""
         for file in self.files:
             if file.key in self.dropped:
                 yield failed_row(file.key, "caption", NO_CAPTION)
-            elif self.drop_clips:  # a model may have had nothing to say of some clip
-                yield shards.with_captions_alone(self.staging.row(file.key))
-            else:
-                yield self.staging.row(file.key)
+                continue
+            stamp, row = self.staging.saved(file.key)
+            if stamps is not None:
+                stamps.update(stamp.encode())
+            # Even a model may have had nothing to say of some clip.
+            yield shards.with_captions_alone(row) if self.drop_clips else row
 
     def _process_files(self) -> None:
         stamps = Stamps(self.settings)

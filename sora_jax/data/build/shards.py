@@ -45,10 +45,6 @@ class Plan(NamedTuple):
     shards: list[list[Kept]]
     duplicates: dict[str, str]
 
-    def digest(self) -> str:
-        names = [[clip.key for clip in shard] for shard in self.shards]
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:40]
-
 
 def make_plan(rows: Iterable[Mapping[str, Any]], settings: BuildSettings) -> Plan:
     """Leaves duplicates out, orders what stays by a hash of its key, and fills shards.
@@ -118,7 +114,11 @@ def shard_name(index: int, total: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ShardTask:
-    """Shard `index` of `total`: (key, source) of its clips in order, under the plan `digest`."""
+    """Shard `index` of `total`: (key, source) of its clips in order.
+
+    Attributes:
+      digest: of all that decides its bytes: these, and the stamps of the rows that it is made of.
+    """
 
     out: str
     index: int
@@ -127,12 +127,15 @@ class ShardTask:
     clips: tuple[tuple[str, str], ...]
 
 
-def shard_tasks(out: str, plan: Plan) -> list[ShardTask]:
-    digest = plan.digest()
-    return [
-        ShardTask(out, i, len(plan.shards), digest, tuple((c.key, c.source) for c in shard))
-        for i, shard in enumerate(plan.shards)
-    ]
+def shard_tasks(out: str, plan: Plan, *, made_from: str) -> list[ShardTask]:
+    """What `write_shard` is given; `made_from` stands for the rows, whatever is in them."""
+    tasks = []
+    for index, shard in enumerate(plan.shards):
+        clips = tuple((clip.key, clip.source) for clip in shard)
+        text = json.dumps([made_from, index, len(plan.shards), clips])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        tasks.append(ShardTask(out, index, len(plan.shards), digest, clips))
+    return tasks
 
 
 def is_written(task: ShardTask) -> bool:
@@ -176,7 +179,7 @@ def written(task: ShardTask) -> dict[str, Any]:
 def _records(staging: Staging, task: ShardTask) -> Iterator[bytes]:
     @functools.lru_cache(64)
     def clips_of(source: str) -> dict[str, dict[str, Any]]:
-        return {clip["key"]: clip for clip in staging.row(source)["clips"]}
+        return {clip["key"]: clip for clip in staging.saved(source)[1]["clips"]}
 
     for key, source in task.clips:
         clip = staging.clip(source, key)

@@ -44,12 +44,10 @@ class Staging:
         self.root = self.out / FOLDER
         self.is_remote = places.is_remote(os.fspath(out))
 
-    def row(self, key: str, stamp: str | None = None) -> dict[str, Any] | None:
-        """The row of the input `key`, or None if there is none whole, or none under `stamp`."""
+    def saved(self, key: str) -> tuple[str, dict[str, Any]]:
+        """The stamp and the row of a finished input."""
         saved = read_json(self._row_path(key))
-        if saved is None or (stamp is not None and saved["stamp"] != stamp):
-            return None
-        return saved["row"]
+        return saved["stamp"], saved["row"]
 
     def is_finished(self, file: InputFile, stamps: "Stamps") -> bool:
         """Its row is there under the right stamp, and so are its clips, whole."""

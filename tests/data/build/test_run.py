@@ -25,6 +25,7 @@ from sora_jax.data.build.settings import (
     CaptionSettings,
     LimitSettings,
     MotionSettings,
+    WriteSettings,
 )
 from sora_jax.data.build.tasks import FileTask, process_one
 from sora_jax.data.build.workers import CannotStore, Outcome
@@ -136,6 +137,23 @@ def test_only_what_changed_is_done_again(tmp_path, here):
         build_here(source, out, BuildSettings(motion=MotionSettings(min=0.5)))
 
 
+def test_shards_written_before_a_change_are_written_again(tmp_path, here, monkeypatch):
+    source, out = make_files(tmp_path / "in", 3), tmp_path / "out"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Build, "_report", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_here(source, out)
+    assert list(out.glob("clips-*"))
+    (source / "001.txt").write_text("caption A")  # of the same length, for the same clips
+    build_here(source, out)
+    build_here(source, tmp_path / "undisturbed")
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
 def test_settings_decide_which_rows_still_count(tmp_path, here, monkeypatch):
     source, out = make_files(tmp_path / "in", 3), tmp_path / "out"
     (source / "002.mp4").write_text("raise")
@@ -152,7 +170,7 @@ def test_settings_decide_which_rows_still_count(tmp_path, here, monkeypatch):
     monkeypatch.setattr(shards, "make_plan", stop)
     assert again() == ["000.mp4", "001.mp4", "002.mp4"]
     assert again() == []
-    assert again(duplicate=None) == []  # of the whole set
+    assert again(duplicate=None, write=WriteSettings(seed=1, shard_mebibytes=9)) == []
     assert again(limits=LimitSettings(seconds=9)) == ["002.mp4"]  # it may have been late
     assert again(limits=LimitSettings(seconds=9), motion=None) == ["000.mp4", "001.mp4", "002.mp4"]
 
