@@ -26,13 +26,13 @@ small = settings.BuildSettings(
     write=settings.WriteSettings(shard_mebibytes=1, preset="ultrafast", crf=0),
 )
 for line in sys.stdin:
-    source, out = line.split()
+    source, out, workers = line.split()
     child = os.fork()
     if not child:
         os.setsid()
         sys.stdin.close()
         try:
-            run.build(source, out, small, workers=2, captions="allow")
+            run.build(source, out, small, workers=int(workers), captions="allow")
             os._exit(0)
         except KeyboardInterrupt as interrupt:
             print(interrupt, file=sys.stderr, flush=True)
@@ -55,8 +55,8 @@ class Attempts:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors.open("w"), text=True,
         )  # fmt: skip
 
-    def begin(self, source, out) -> int:
-        print(source, out, file=self.process.stdin, flush=True)
+    def begin(self, source, out, workers=1) -> int:
+        print(source, out, workers, file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 
     def end(self) -> int:
@@ -102,9 +102,9 @@ def test_killed_at_ten_moments_the_shards_are_those_of_an_undisturbed_build(
     assert attempts.end() == 0, attempts.errors.read_text()
     rng = random.Random(4)
     moments = set()
-    for _ in range(10):
+    for attempt in range(10):
         begun = progress(out)
-        pid = attempts.begin(clips, out)
+        pid = attempts.begin(clips, out, workers=1 + attempt % 2)
         # Most of an attempt is spent on starting processes: moments are counted in what is done.
         wanted = begun + rng.randrange(4)
         deadline = time.monotonic() + 5
@@ -126,7 +126,7 @@ def test_killed_at_ten_moments_the_shards_are_those_of_an_undisturbed_build(
 
 def test_ctrl_c_ends_all_workers_at_once_and_the_same_command_goes_on(attempts, clips, tmp_path):
     out = tmp_path / "out"
-    pid = attempts.begin(clips, out)
+    pid = attempts.begin(clips, out, workers=2)
     while not list(out.glob(".build/files/*/*.json")):
         time.sleep(0.01)
     os.killpg(pid, signal.SIGINT)

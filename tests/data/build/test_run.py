@@ -148,7 +148,14 @@ def test_shards_written_before_a_change_are_written_again(tmp_path, here, monkey
         with pytest.raises(KeyboardInterrupt):
             build_here(source, out)
     assert list(out.glob("clips-*"))
+    left = out / ".build" / "tmp" / "left"
+    left.mkdir(parents=True)
     (source / "001.txt").write_text("caption A")  # of the same length, for the same clips
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Build, "_complete", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_here(source, out)
+    assert not left.exists()
     build_here(source, out)
     build_here(source, tmp_path / "undisturbed")
     assert contents(out) == contents(tmp_path / "undisturbed")
