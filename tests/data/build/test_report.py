@@ -187,6 +187,8 @@ def test_pictures_are_of_kept_clips_in_every_form(tmp_path):
     assert sorted(asked) == [f"{name}#00000000" for name in "abcde"]
     # d has two frames: the last is also the middle.
     assert page.count("<img ") == 3 + 3 + 1 + 3 and page.count("no picture") == 1
+    kinds = re.findall(r'class="frames ([a-z]*)"', page)
+    assert kinds == ["", "tall", "one", "", "none"]
 
 
 def test_a_build_that_kept_nothing_has_a_report(tmp_path):
@@ -235,6 +237,11 @@ def test_values_outside_of_every_bin_are_counted_outside():
     data = histogram.as_dict()
     assert (data["below"], data["above"], sum(data["kept"])) == ([1, 0], [1, 0], 2)
     assert (data["min"], data["max"]) == (-5, 1000)
+    histogram = histograms.Linear(1, 10)  # bars up to the last bin
+    for value in (2, 9, 9, 1000):
+        histogram.add(value)
+    data = histogram.as_dict()
+    assert (data["above"], sum(data["kept"])) == ([1, 0], 3)
 
 
 def test_a_score_shows_the_narrowest_range_that_fits():
@@ -257,6 +264,7 @@ def test_a_sample_is_of_all_and_the_same_in_any_order():
     for key in reversed(keys):
         second.add(key, key)
     assert list(first) == list(second) and len(list(first)) == 100
+    assert histograms.stable_hash("a/b.mp4#00000012") == 7_825_408_946_183_262_127  # in any process
     assert 600 < np.mean([int(key[1:]) for key in first]) < 1400
 
 
