@@ -16,6 +16,7 @@ from sora_jax.data.build.words import count, plural, size, span
 
 THUMBNAIL = 448  # pixels of a picture's longer side, at twice the size shown
 FILES_SHOWN = 200  # of those left out; report.json names more
+FILES_OPEN = 12  # up to so many are shown without a click
 Shown = Sequence[tuple[dict[str, Any], np.ndarray | None]]
 
 
@@ -237,11 +238,12 @@ def _left_out(result: dict[str, Any]) -> str:
         for file in left_out["files"][:FILES_SHOWN]
     )
     few = min(len(left_out["files"]), FILES_SHOWN)
+    opened = " open" if few <= FILES_OPEN else ""
     each = "each" if few == number else f"{count(few)} of {count(number)}"
     note = ", ".join(f"{count(n)} at {escape(stage)}" for stage, n in left_out["by_stage"].items())
     body = (
         f'<table class="counts">{"".join(rows)}</table>'
-        f"<details><summary>{each.capitalize()} by name</summary><table>{named}</table></details>"
+        f"<details{opened}><summary>{each.capitalize()} by name</summary><table>{named}</table></details>"
     )
     return _section("Files left out", note, body)
 
