@@ -243,7 +243,8 @@ def _left_out(result: dict[str, Any]) -> str:
     note = ", ".join(f"{count(n)} at {escape(stage)}" for stage, n in left_out["by_stage"].items())
     body = (
         f'<table class="counts">{"".join(rows)}</table>'
-        f"<details{opened}><summary>{each.capitalize()} by name</summary><table>{named}</table></details>"
+        f"<details{opened}><summary>{each.capitalize()} by name</summary>"
+        f"<table>{named}</table></details>"
     )
     return _section("Files left out", note, body)
 
