@@ -8,9 +8,9 @@ share one row of a fixed budget of tokens and are told apart by segment ids.
 
 import bisect
 import dataclasses
-import functools
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -49,6 +49,40 @@ class Lengths(NamedTuple):
 
 def _order(seed: int, epoch: int, num_records: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_records)
+
+
+class _Epochs:
+    """What `make(epoch)` lists, one epoch after the other without end, by number.
+
+    Reader threads ask at once, and worker processes get a copy each; the last two epochs are kept.
+    """
+
+    def __init__(self, make: Callable[[int], list]) -> None:
+        self.__setstate__({"_make": make})
+
+    def __getitem__(self, n: int) -> tuple[int, Any]:
+        """The epoch of item n, and the item."""
+        with self._lock:
+            while not self._ends or n >= self._ends[-1]:
+                before = self._ends[-1] if self._ends else 0
+                self._ends.append(before + len(self._of(len(self._ends))))
+            epoch = bisect.bisect_right(self._ends, n)
+            return epoch, self._of(epoch)[n - (self._ends[epoch - 1] if epoch else 0)]
+
+    def _of(self, epoch: int) -> list:
+        if epoch not in self._kept:
+            self._kept = {e: items for e, items in self._kept.items() if e >= epoch - 1}
+            self._kept[epoch] = self._make(epoch)
+        return self._kept[epoch]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_make": self._make}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._make: Callable[[int], list] = state["_make"]
+        self._ends: list[int] = []  # number of items up to the end of each epoch seen so far
+        self._kept: dict[int, list] = {}
+        self._lock = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +132,7 @@ class PackPlan:
                     f"record {worst} has {have[worst]} {name}, a row takes {most}; raise "
                     f"config.data.pack.{name} or make the clips shorter or smaller."
                 )
-        self._ends: list[int] = []  # number of rows up to the end of each epoch seen so far
-        self._epoch_rows = functools.lru_cache(maxsize=2)(self._pack)
+        self._rows = _Epochs(self._pack)
 
     @property
     def num_records(self) -> int:
@@ -114,16 +147,12 @@ class PackPlan:
 
     def row(self, n: int) -> Row:
         """Row n of all epochs in one sequence."""
-        while not self._ends or n >= self._ends[-1]:
-            before = self._ends[-1] if self._ends else 0
-            self._ends.append(before + len(self._epoch_rows(len(self._ends))))
-        epoch = bisect.bisect_right(self._ends, n)
-        start = self._ends[epoch - 1] if epoch else 0
-        return [Pick(index, epoch) for index in self._epoch_rows(epoch)[n - start]]
+        epoch, members = self._rows[n]
+        return [Pick(index, epoch) for index in members]
 
     def fill(self, epoch: int = 0) -> float:
         """Share of the token budget that holds tokens, over the rows of an epoch."""
-        rows = self._epoch_rows(epoch)
+        rows = self._pack(epoch)
         return float(self.lengths.tokens.sum() / (len(rows) * self.settings.tokens))
 
     def _pack(self, epoch: int) -> list[list[int]]:
@@ -192,8 +221,7 @@ class BucketPlan:
             bucket: tokens // int(lengths.tokens[i]) // multiple * multiple
             for i, bucket in enumerate(self.buckets)
         }
-        self._ends: list[int] = []
-        self._epoch_batches = functools.lru_cache(maxsize=2)(self._fill)
+        self._batches = _Epochs(self._fill)
 
     @property
     def num_records(self) -> int:
@@ -203,12 +231,8 @@ class BucketPlan:
         return f"buckets of {self.tokens} tokens"
 
     def batch(self, n: int) -> list[Row]:
-        while not self._ends or n >= self._ends[-1]:
-            before = self._ends[-1] if self._ends else 0
-            self._ends.append(before + len(self._epoch_batches(len(self._ends))))
-        epoch = bisect.bisect_right(self._ends, n)
-        start = self._ends[epoch - 1] if epoch else 0
-        return [[Pick(index, epoch)] for index in self._epoch_batches(epoch)[n - start]]
+        epoch, members = self._batches[n]
+        return [[Pick(index, epoch)] for index in members]
 
     def _fill(self, epoch: int) -> list[list[int]]:
         batches: list[list[int]] = []

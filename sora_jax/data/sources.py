@@ -165,12 +165,17 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._file_of_clip)
 
+    def clip(self, index: int) -> tuple[Path, float]:
+        """The file that clip `index` is cut from, and the second it starts at."""
+        return self._files[self._file_of_clip[index]], float(self._start_of_clip[index])
+
     def __getitem__(self, index: int) -> Record:
         file = int(self._file_of_clip[index])
+        path, start = self.clip(index)
         settings = self.settings
         clip = video_io.read_video(
-            self._files[file],
-            start=float(self._start_of_clip[index]),
+            path,
+            start=start,
             num_frames=settings.num_frames,
             fps=settings.fps,
             size=(settings.height, settings.width),

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from sora_jax import video_io
+from sora_jax.data.mixture import MixtureSource
 from sora_jax.data.sources import (
     FolderSettings,
     FolderSource,
-    MixtureSource,
     TfdsSource,
     make_source,
 )

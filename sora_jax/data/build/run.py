@@ -32,7 +32,14 @@ from sora_jax.data.build.staging import (
     size_and_time,
 )
 from sora_jax.data.build.tasks import FileTask, Process, give_up, limits_of, process_one
-from sora_jax.data.build.workers import CannotStore, Limits, Outcome, is_disk_full, run_tasks
+from sora_jax.data.build.workers import (
+    CannotStart,
+    CannotStore,
+    Limits,
+    Outcome,
+    is_disk_full,
+    run_tasks,
+)
 from sora_jax.progress import Progress
 
 MANIFEST = "manifest.json"
@@ -238,7 +245,7 @@ class _Build:
                 f"{self.staging.out}: cannot be written ({reason}); {self._state()}: {fix} and run "
                 "the same command again."
             ) from error
-        except ImportError as error:
+        except (ImportError, CannotStart) as error:
             raise ValueError(str(error)) from error
 
 

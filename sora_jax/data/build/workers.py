@@ -22,6 +22,7 @@ from multiprocessing import connection
 from typing import Any, Literal, NamedTuple
 
 START_SECONDS = 300  # to import what tasks need, on a busy machine
+END_SECONDS = 10  # for a process to be gone that has been killed, or has closed its pipe
 TRIES = 2  # of a task whose worker died: the task before may have damaged its memory
 POLL_SECONDS = 0.1  # how often memory is looked at
 # A pipe of Linux and macOS takes so many bytes in one piece: a worker never dies inside an answer.
@@ -64,6 +65,10 @@ class CannotStore(Exception):
     """Reading or writing what is kept failed, as on a full disk: no task could be done after it."""
 
 
+class CannotStart(RuntimeError):
+    """A worker ended, or hung, before it was given anything."""
+
+
 def run_tasks(
     function: Callable[[Any], str],
     tasks: Sequence[Any],
@@ -82,8 +87,8 @@ def run_tasks(
     Raises:
       CannotStore: `function` raised an OSError.
       ImportError: `function` raised one.
-      RuntimeError: workers cannot start, or `function` raised anything else: a fault of the
-        program, not of a file.
+      CannotStart: so it is with workers.
+      RuntimeError: `function` raised anything else: a fault of the program, not of a file.
     """
     waiting = deque((index, 1) for index in range(len(tasks)))
     pool: list[Worker] = []
@@ -193,7 +198,7 @@ class Worker:
         if time.monotonic() > self._deadline:
             if not self._ready:
                 self.end()
-                raise RuntimeError(f"a worker did not start within {START_SECONDS} s.")
+                raise CannotStart(f"a worker did not start within {START_SECONDS} s.")
             return self._ended("timeout", f"took longer than {self.limits.seconds:g} s")
         size = resident_mebibytes(self._process.pid)
         if self.busy and size > self.limits.mebibytes:
@@ -201,12 +206,17 @@ class Worker:
         return None
 
     def end(self) -> None:
-        """Kills the process; nothing of it is left when this returns."""
+        """Kills the process; nothing of it is left when this returns.
+
+        But for one that hangs in the kernel, on a file server that has gone, say: it ends when
+        the kernel lets it, and is not waited for.
+        """
         if self.alive:
             self._process.kill()
-            self._process.join()
+            self._process.join(END_SECONDS)
             self._pipe.close()
-            self._process.close()
+            if self._process.exitcode is not None:
+                self._process.close()
 
     def _answered(self, kind: str, text: str) -> Outcome:
         index, self._index = self._index, None
@@ -227,11 +237,11 @@ class Worker:
         return None if index is None else Outcome(index, status, text)
 
     def _died(self) -> Outcome | None:
-        self._process.join()
+        self._process.join(END_SECONDS)
         code = self._process.exitcode
         if not self._ready:
             self.end()
-            raise RuntimeError(
+            raise CannotStart(
                 f"a worker ended while it started (exit {code}); scripts that call build() need "
                 "`if __name__ == '__main__':` around it."
             )
@@ -270,7 +280,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def _exit_name(code: int | None) -> str:
-    if code is not None and code < 0:
+    if code is None:
+        return "it closed its pipe"
+    if code < 0:
         with contextlib.suppress(ValueError):
             return signal.Signals(-code).name
     return f"exit {code}"
