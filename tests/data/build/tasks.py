@@ -1,9 +1,11 @@
 """What workers are given in tests: tasks that end well, badly, or not at all."""
 
 import errno
+import gc
 import os
 import signal
 import time
+from multiprocessing import connection
 from pathlib import Path
 
 
@@ -33,6 +35,11 @@ def do(task: tuple) -> str:
         bytearray(rest[0])
     if what == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
+    if what == "deaf":
+        for thing in gc.get_objects():
+            if isinstance(thing, connection.Connection):
+                thing.close()
+        time.sleep(60)
     if what == "fault":
         raise KeyError("no such thing")
     if what == "pid":
