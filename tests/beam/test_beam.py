@@ -9,7 +9,7 @@ from sora_jax.data.build.settings import BuildSettings, LimitSettings
 from tests.data.build.fakes import contents, make_files, process
 
 pytest.importorskip("apache_beam")
-SETTINGS = BuildSettings(limits=LimitSettings(seconds=5, mebibytes=2048))
+SETTINGS = BuildSettings(limits=LimitSettings(seconds=20, mebibytes=2048))
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_workers_give_what_one_process_gives_and_every_failure_has_its_reason(
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     (source / "003.mp4").write_text("hang")
     (source / "004.mp4").write_text("segfault")
-    settings = BuildSettings(limits=LimitSettings(seconds=5, mebibytes=2048))
+    settings = BuildSettings(limits=LimitSettings(seconds=8, mebibytes=2048))
     report = build(str(source), str(tmp_path / "three"), settings, workers=3, process=process)
     assert reasons(report) == {
         "001.mp4": (
@@ -86,7 +86,7 @@ def test_workers_give_what_one_process_gives_and_every_failure_has_its_reason(
             "cannot be processed (ZeroDivisionError: no frame rate, fakes.py:26)",
         ),
         "002.mp4": ("probe", "cannot be decoded"),
-        "003.mp4": ("timeout", "the file took longer than 5 s"),
+        "003.mp4": ("timeout", "the file took longer than 8 s"),
         "004.mp4": ("crash", "the file ended the process that read it (SIGSEGV)"),
     }
     assert verify(tmp_path / "three")["records"] == 8

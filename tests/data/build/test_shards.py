@@ -78,6 +78,8 @@ def test_a_shard_is_never_empty_however_large_one_clip_is():
     rows = [row("a", clip("a#0", size=10 << 20), clip("a#1", size=10), clip("a#2", size=10))]
     plan = shards.make_plan(rows, SETTINGS)
     assert all(plan.shards) and sum(map(len, plan.shards)) == 3
+    nothing = [row("a", clip("a#0", size=0), clip("a#1", size=0))]
+    assert all(shards.make_plan(nothing, SETTINGS).shards)
     assert shards.make_plan([], SETTINGS).shards == [[]]
 
 
