@@ -5,7 +5,9 @@ blobs of the height of a line. It sees titles, subtitles and captions that are s
 light on dark or dark on light, in scripts of separate strokes, from 1/60 to 1/5 of the height of
 the picture. It does not see text that is vertical, tilted by more than about 15 degrees, in
 handwriting that is joined up, smaller or larger than that, or of low contrast; and it takes for
-text what has the same texture: fences, blinds, rows of windows. It reads nothing.
+text what has the same texture: fences, blinds, rows of windows. It reads nothing. On a few frames:
+a page of print scores .44, a title card .03, one line of subtitles .01 to .05; bikes.mp4 and
+carphone, which have no text, up to .008, but the grass and leaves of Big Buck Bunny up to .04.
 
 c.scores.text_area = ConfigDict({"function": "sora_jax.data.build.text_area:text_area", "max": 0.1})
 """
