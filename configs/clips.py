@@ -20,10 +20,10 @@ def get_config(arg: str = "full"):
     c.data.batching = "pack"
     # Words of any captions: bytes; tools/train_tokenizer.py makes a smaller vocabulary of them.
     c.tokenizer, c.text_tokens, c.text.vocab_size = "", 224, 384
-    c.batch_size = 2
-    c.data.pack.update(tokens=4096, text_tokens=2048, max_segments=32)
+    c.batch_size = 8  # rows
+    c.data.pack.update(tokens=1024, text_tokens=512, max_segments=8)
     # Longer and larger clips need more noise: a line in the root of their number of tokens.
     c.diffusion.shift.update(tokens_lo=256, shift_lo=3.0, tokens_hi=4096, shift_hi=7.0)
     if arg == "smoke":
-        c.data.pack.update(tokens=1024, text_tokens=512, max_segments=8)
+        c.data.pack.update(tokens=256, text_tokens=256, max_segments=4)
     return c.lock()

@@ -1,7 +1,7 @@
 """Several sources as one, in given shares."""
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,12 +79,12 @@ class MixtureSource:
         return f"MixtureSource({self.parts}, counts={self.counts()})"
 
 
-def make_mixture(config: Mapping[str, Any], make_part: Callable[[dict], Source]) -> Source:
+def make_mixture(config: Any, make_part: Callable[[dict], Source]) -> Source:
     """What `config.data` describes: one source, or a mixture of `config.data.parts`.
 
     Args:
-      config: settings of a source. Each of its `parts` holds the settings that differ there, and
-        its `weight`, the share of records that come from it.
+      config: settings of a source, a ConfigDict or dict. Each of its `parts` holds the settings
+        that differ there, and its `weight`, the share of records that come from it.
       make_part: makes a source of settings without parts.
 
     Raises:

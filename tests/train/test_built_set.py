@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from configs import clips as clips_config
 from sora_jax import cli
 from sora_jax.data.clips import ClipSettings, ClipSource, ReadWindow
 from sora_jax.data.latents import LatentSource
+from sora_jax.train.loop import train
 
 CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 # Debian's package opencv-doc, where it is installed.
@@ -93,16 +95,10 @@ def test_ten_steps_on_cached_latents_then_a_sample(cached, tmp_path, batching):
     latents = LatentSource(cached)
     assert len({tuple(size) for size in latents.sizes.tolist()}) > 1
     run = tmp_path / "run"
-    config = Path(clips_config.__file__)
-    overrides = [
-        f"--config.data.path={cached}",
-        f"--config.data.batching={batching}",
-        "--config.data.bucket_tokens=1024",
-        "--config.num_steps=10",
-        "--config.sample_every=0",
-    ]
-    arguments = ["train", "--config", f"{config}:smoke", "--workdir", str(run), *overrides]
-    assert cli.main(arguments) == 0
+    config = clips_config.get_config("smoke").unlock()
+    config.data.update(path=str(cached), batching=batching, bucket_tokens=1024)
+    config.num_steps, config.checkpoint_every, config.sample_every = 10, 10, 0
+    train(config, run, devices=jax.devices()[:1])
     export = tmp_path / "export"
     assert cli.main(["convert", "export", "--checkpoint", str(run), "--out", str(export)]) == 0
     out = tmp_path / "out.png"
