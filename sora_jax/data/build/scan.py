@@ -15,8 +15,9 @@ from jaxtyping import Float, Int, UInt8
 from sora_jax.data.build.media import Frame, Media, stated_rate
 from sora_jax.data.build.settings import BuildSettings
 
-# OpenCV's DIS flow reads outside its images where they are smaller or longer than this.
-MIN_FLOW_SIDE, MAX_FLOW_ASPECT = 16, 4
+# OpenCV's DIS flow reads outside its images where they are smaller or longer than this: pictures
+# of 24x96, 24x128 and 16x96 crashed it, and its pyramid explains them up to 2:1.
+MIN_FLOW_SIDE, MAX_FLOW_ASPECT = 16, 2
 HASH_SIDE = 32
 
 
