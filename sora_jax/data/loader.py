@@ -25,7 +25,7 @@ _WITHOUT_END = 1 << 40  # batches: a plan goes on for ever, grain wants a length
 Transform = RandomTransform | Callable[[Any], Any]
 
 
-class Loader(Iterator[dict[str, np.ndarray]]):
+class Loader(Iterator[Any]):
     """An iterator of this host's batches with `get_state` and `set_state`; see `make_loader`.
 
     Args:
@@ -54,7 +54,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
     def __iter__(self) -> "Loader":
         return self
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> Any:
         if self._iterator is None:
             self._iterator = self._start()
         batch = next(self._iterator)

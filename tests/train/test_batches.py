@@ -1,0 +1,146 @@
+"""A config's batches: pixels and latents, packed and in buckets, and what is refused."""
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from sora_jax import sharding
+from sora_jax.data import mixture, sources
+from sora_jax.data.packing import PADDING_SEGMENT
+from sora_jax.text.tokenizer import ByteTokenizer
+from sora_jax.train import latent_cache
+from sora_jax.train.batches import latent_sizes, make_loader
+from sora_jax.train.dit_stage import DiTStage
+from sora_jax.train.encode import CaptionEncoder, ClipEncoder
+
+
+@pytest.fixture
+def config(dit_config):
+    """Images and clips of Paperworld in two shapes, packed; 16x16 pixels make a token."""
+    dit_config.data.parts.images = ConfigDict({"weight": 2, "frames": 1})
+    dit_config.data.parts.wide = ConfigDict({"weight": 1, "width": 64})
+    dit_config.data.pack.update(tokens=24, text_tokens=256, max_segments=4)
+    dit_config.text_tokens = 96
+    dit_config.data.batching, dit_config.batch_size = "pack", 2
+    return dit_config
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def first_batch(config, mesh):
+    stage = DiTStage(config)
+    loader = make_loader(config, stage, mesh)
+    batch = next(loader)
+    loader.close()
+    return batch, stage
+
+
+def test_pixels_of_mixed_sizes_are_encoded_and_packed(config, mesh, monkeypatch):
+    monkeypatch.setattr(sources, "make_source", limited(sources.make_source, 12))
+    batch, stage = first_batch(config, mesh)
+    assert batch["tokens"].shape == (2, 24, 4)
+    source = mixture.make_mixture(config.data, sources.make_source)
+    sizes = latent_sizes(source, stage.vae_config)
+    assert {tuple(size) for size in sizes.tolist()} == {(1, 2, 2), (2, 2, 4)}
+    encode = ClipEncoder(config.vae_checkpoint, devices=jax.devices()[:1])
+    known = [posterior.mean for posterior in encode([record["video"] for record in all_of(source)])]
+    found = 0
+    for row in range(2):
+        for segment in range(4):
+            tokens = batch["tokens"][row][batch["segment_ids"][row] == segment]
+            if not len(tokens):
+                continue
+            found += 1
+            close = [
+                np.allclose(tokens, mean.reshape(-1, 4).astype(np.float32), atol=0.02)
+                for mean in known
+                if mean[..., 0].size == len(tokens)
+            ]
+            assert any(close)
+    assert found >= 4
+    assert (batch["segment_ids"] != PADDING_SEGMENT).mean() > 0.6
+
+
+def all_of(source):
+    return [source[i] for i in range(len(source))]
+
+
+def limited(make, length):
+    """Paperworld without its million clips."""
+
+    def make_short(config, **options):
+        source = make(config, **options)
+        source.length = length
+        return source
+
+    return make_short
+
+
+def test_buckets_of_pixels_hold_one_size(config, mesh, monkeypatch):
+    monkeypatch.setattr(sources, "make_source", limited(sources.make_source, 12))
+    config.data.update(batching="bucket", bucket_tokens=32)
+    stage = DiTStage(config)
+    loader = make_loader(config, stage, mesh)
+    shapes = {next(loader)["latents"].shape for _ in range(6)}
+    loader.close()
+    assert shapes == {(8, 1, 2, 2, 4), (2, 2, 2, 4, 4)}
+
+
+def test_captions_can_say_the_rate():
+    pick = latent_cache.PickCaption(ByteTokenizer(), max_tokens=30, fps=True)
+    record = {"captions": ["a ball"], "fps": 12.5}
+    assert pick(record, np.random.default_rng(0))["caption"] == "a ball, 12.5 fps"
+    assert pick.longest(["a ball"], 12.5) == len("a ball, 12.5 fps") + 1
+
+
+def test_encoded_captions_are_those_of_the_encoder_without_padding(pipeline_folder):
+    encode = CaptionEncoder(pipeline_folder, max_tokens=24)
+    captions = ["a ball", "", "a much longer caption here", "a ball"]
+    found = encode(captions)
+    _, mask = ByteTokenizer().batch(captions, length=24, max_length=24)
+    assert [len(x) for x in found] == mask.sum(axis=1).tolist()
+    assert len(found[1]) == 1 and len(found[2]) > 16
+    np.testing.assert_array_equal(found[0], found[3])
+    alone = encode(["a ball"])[0]
+    np.testing.assert_allclose(
+        alone.astype(np.float32), found[0].astype(np.float32), rtol=2**-6, atol=1e-2
+    )
+
+
+def test_mistakes_are_told(config, mesh, tmp_path, vae_folder):
+    stage = DiTStage(config)
+    cases = [
+        ({"batching": "packed"}, "batching 'packed': use one of fixed, pack, bucket"),
+        ({"batching": "bucket", "bucket_tokens": 3}, "1 of them do not fit into a batch of 3"),
+        ({"pack": {"tokens": 3}}, r"has 16 tokens, a row takes 3; raise config.data.pack.tokens"),
+        ({"kind": "latents", "path": str(tmp_path), "parts": {}}, "no complete cache of latents"),
+    ]
+    for changes, message in cases:
+        changed = config.copy_and_resolve_references()
+        if "parts" in changes:
+            changed.data.parts = ConfigDict()
+            changes = {k: v for k, v in changes.items() if k != "parts"}
+        changed.data.update(changes)
+        with pytest.raises(ValueError, match=message):
+            make_loader(changed, stage, mesh)
+    config.data.parts.images.update(cache=str(tmp_path / "images"), cache_clips=2)
+    with pytest.raises(ValueError, match="mixes cached latents and pixels; give every part a"):
+        make_loader(config, stage, mesh)
+    other = config.copy_and_resolve_references()
+    other.data.parts = ConfigDict()
+    other.data.update(kind="latents", path=str(tmp_path / "images"))
+    meta = tmp_path / "images" / "meta.json"
+    meta.write_text(meta.read_text().replace('"vae_hash": "', '"vae_hash": "0'))
+    with pytest.raises(ValueError, match=r"were made by the VAE 0.* encode them again"):
+        make_loader(other, stage, mesh)
+
+
+def test_latents_that_patches_do_not_tile_are_refused(config, mesh):
+    config.dit.patch_size = (1, 2, 2)
+    config.data.parts.wide.width = 48
+    with pytest.raises(ValueError, match=r"has latents of \(2, 2, 3\) .* multiples of 32 pixels"):
+        make_loader(config, DiTStage(config), mesh)
