@@ -19,6 +19,7 @@ from sora_jax.data.build.settings import (
     BuildSettings,
     CutSettings,
     LengthSettings,
+    LetterboxSettings,
     ProbeSettings,
     ResizeSettings,
     ScoreSettings,
@@ -192,7 +193,10 @@ def test_files_that_cannot_be_used_are_named_with_a_reason(process, make_video, 
     write_audio(tmp_path / "audio.mp4")
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no video at all\n" * 99)
-    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:9,\nother.ts\n")
+    # A playlist that plays, where FFmpeg is let: it would read any file that it names.
+    make_video("other.ts", moving(20))
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nother.ts\n#EXT-X-ENDLIST\n"
+    (tmp_path / "list.m3u8").write_text(playlist)
     whole = make_video("whole.mp4", moving(20)).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[:-200])  # the index of an MP4 comes last
     Image.new("RGB", (300, 300)).save(tmp_path / "large.png")
@@ -200,7 +204,7 @@ def test_files_that_cannot_be_used_are_named_with_a_reason(process, make_video, 
         "audio.mp4": "holds no video stream",
         "empty.mp4": "the file is empty",
         "text.mp4": "cannot be read (Invalid data",
-        "list.mp4": "cannot be read (Invalid data",
+        "list.m3u8": "cannot be read (Invalid argument",
         "cut.mp4": "cannot be read (",
         "none.mp4": "cannot be opened (No such file",
         "large.png": "declares 300x300 = 90000 pixels, more than 10000; raise probe.max",
@@ -249,8 +253,9 @@ def test_one_frame_is_too_short_and_a_tiny_picture_too_small(process, make_video
 
 def test_bars_are_cropped_from_what_is_written(process, make_video, moving):
     frames = np.zeros((20, 96, 96, 3), np.uint8)
-    frames[:, 16:80] = 60 + moving(20, 64, 96) // 2
-    _, clip, decoded = only(process(make_video("x.mp4", frames, crf="8")))
+    frames[:, 32:] = 60 + moving(20, 64, 96) // 2  # not in the middle, which fitting would leave
+    settings = BuildSettings(letterbox=LetterboxSettings(symmetric=False), write=QUICK.write)
+    _, clip, decoded = only(process(make_video("x.mp4", frames, crf="8"), settings))
     assert (clip["height"], clip["width"]) == (48, 96)
     assert decoded[:, [0, -1]].min() > 30
     whole = only(process(make_video("x.mp4", frames), BuildSettings(letterbox=None)))[1]
