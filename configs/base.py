@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     c.data.workers = 0  # reader processes of each process; 0 reads in threads
     c.data.cache = ""  # directory of encoded latents; "" encodes on the fly
     c.data.cache_clips = 0  # clips to encode into the cache; 0 is all
+    c.data.text_embeddings = False  # read them from the cache (`data cache --text`)
     c.data.sample_posterior = False  # draw cached latents from their posterior, not its mean
     c.data.first_frames = 0  # latent frames kept of longer cached clips; 0 is all
     c.data.caption_fps = False  # add the frames a second to captions
@@ -60,6 +61,9 @@ def get_config() -> ConfigDict:
     c.vae.is_residual = False  # Wan 2.2's residual up and down sampling
     c.vae.dtype = "float32"  # operands of convolutions; "bfloat16" on accelerators
     c.vae_checkpoint = ""  # stage "dit": inference folder that holds the VAE
+    # Inference folder whose text encoder is used as it is (in text.dtype); "" trains one of
+    # config.text with the DiT.
+    c.text_checkpoint = ""
 
     c.vae_loss = ConfigDict()
     c.vae_loss.l1 = 1.0

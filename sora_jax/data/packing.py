@@ -256,15 +256,16 @@ class Segment(NamedTuple):
 
     tokens: np.ndarray  # (n, p): patches of latents
     positions: Int[np.ndarray, "n 3"]  # time, row and column within its own video
-    ids: Int[np.ndarray, " l"]  # text tokens
+    text: np.ndarray  # (l,) ids of its text tokens, or (l, d) their embeddings
 
 
 def pack(segments: Sequence[Segment], settings: PackSettings) -> dict[str, np.ndarray]:
     """One row of fixed shapes.
 
     Returns:
-      `tokens` (N, p), `positions` (N, 3), `segment_ids` (N,), and of the text `ids` (L,),
-      `text_segment_ids` (L,) and `text_positions` (L,), each token's place in its own caption.
+      `tokens` (N, p), `positions` (N, 3), `segment_ids` (N,), and of the text `ids` (L,) or
+      `text_emb` (L, d), `text_segment_ids` (L,) and `text_positions` (L,), each token's place in
+      its own caption.
       Segment ids count from 0; the rest of a row is PADDING_SEGMENT, and zeros.
 
     Raises:
@@ -278,13 +279,17 @@ def pack(segments: Sequence[Segment], settings: PackSettings) -> dict[str, np.nd
             "config.data.pack.max_segments."
         )
     counts = [len(s.tokens) for s in segments]
-    text_counts = [len(s.ids) for s in segments]
+    text_counts = [len(s.text) for s in segments]
     numbers = np.arange(len(segments), dtype=np.int32)
     columns: dict[str, tuple[np.ndarray, int, int]] = {
         "tokens": (np.concatenate([s.tokens for s in segments]), settings.tokens, 0),
         "positions": (np.concatenate([s.positions for s in segments]), settings.tokens, 0),
         "segment_ids": (np.repeat(numbers, counts), settings.tokens, PADDING_SEGMENT),
-        "ids": (np.concatenate([s.ids for s in segments]), settings.text_tokens, 0),
+        "ids" if segments[0].text.ndim == 1 else "text_emb": (
+            np.concatenate([s.text for s in segments]),
+            settings.text_tokens,
+            0,
+        ),
         "text_segment_ids": (
             np.repeat(numbers, text_counts),
             settings.text_tokens,

@@ -16,7 +16,7 @@ from sora_jax.data import loader as loaders
 from sora_jax.data.packing import Lengths, PackSettings, Segment
 from sora_jax.text.tokenizer import Tokenizer
 from sora_jax.train import latent_cache
-from sora_jax.train.encode import ClipEncoder, vae_hash
+from sora_jax.train.encode import ClipEncoder, text_hash, vae_hash
 
 BATCHING = ("fixed", "pack", "bucket")
 
@@ -62,10 +62,8 @@ def make_source(config, stage) -> tuple[Any, list]:
     flipping = [transforms.HorizontalFlip()] if data.flip else []
     if config.stage != "dit":
         return mixture.make_mixture(data, sources.make_source), [*opening, *flipping]
-    pick = latent_cache.PickCaption(
-        stage.tokenizer, config.text_tokens, fps=data.get("caption_fps", False)
-    )
-    source = mixture.make_mixture(data, functools.partial(_part, vae_folder=config.vae_checkpoint))
+    pick = make_pick(config, stage)
+    source = mixture.make_mixture(data, functools.partial(_part, config=config))
     cached = [is_cached(part) for part in mixture.parts_of(source)]
     if any(cached) != all(cached):
         raise ValueError(
@@ -79,30 +77,55 @@ def make_source(config, stage) -> tuple[Any, list]:
     return source, [*drawing, *cutting, pick]
 
 
-def _part(settings: Mapping[str, Any], *, vae_folder: str) -> Any:
+def make_pick(config, stage) -> latent_cache.PickCaption:
+    return latent_cache.PickCaption(
+        stage.text.tokenizer,
+        config.text_tokens,
+        fps=config.data.get("caption_fps", False),
+        embedding=config.data.get("text_embeddings", False),
+    )
+
+
+def _part(settings: Mapping[str, Any], *, config) -> Any:
     """The source of one part of `config.data`, or its cache."""
+    vae = config.vae_checkpoint
+    text = config.text_checkpoint if config.data.get("text_embeddings", False) else ""
     if settings["kind"] == "latents":
-        return open_cache(settings["path"], vae_folder)
+        return open_cache(settings["path"], vae, text)
     found = sources.make_source(settings)
     if not settings["cache"]:
         return found
-    return latent_cache.build(found, vae_folder, settings["cache"], clips=settings["cache_clips"])
+    return latent_cache.build(
+        found,
+        vae,
+        settings["cache"],
+        clips=settings["cache_clips"],
+        text_folder=text,
+        text_tokens=config.text_tokens,
+    )
 
 
-def open_cache(path: str, vae_folder: str) -> latents.LatentSource:
+def open_cache(path: str, vae_folder: str, text_folder: str = "") -> latents.LatentSource:
     """The cache at `path`, made by `sora-jax data cache`.
 
+    Args:
+      text_folder: whose text encoder must have encoded its captions; "" asks for none.
+
     Raises:
-      ValueError: it is not complete, or another encoder made it.
+      ValueError: it is not complete, or other encoders made it.
     """
     source = latents.LatentSource(path)
-    wanted = vae_hash(Path(vae_folder))
-    if source.meta["vae_hash"] != wanted:
-        raise ValueError(
-            f"the latents in {path} were made by the VAE {source.meta['vae_hash']}, "
-            f"config.vae_checkpoint {vae_folder} is {wanted}; encode them again with `sora-jax "
-            "data cache`, or set config.vae_checkpoint to the folder that made them."
-        )
+    wanted = [("vae", "latents", vae_folder, vae_hash(Path(vae_folder)))]
+    if text_folder:
+        wanted.append(("text", "captions' embeddings", text_folder, text_hash(Path(text_folder))))
+    for name, what, given, value in wanted:
+        found = source.meta.get(f"{name}_hash")
+        if found != value:
+            raise ValueError(
+                f"the {what} in {path} were made by the {name} encoder {found}, "
+                f"config.{name}_checkpoint {given} is {value}; encode them again with `sora-jax "
+                f"data cache`, or set config.{name}_checkpoint to the folder that made them."
+            )
     return source
 
 
@@ -159,6 +182,8 @@ class Segmenter:
         tokens = einops.rearrange(x, "(f i) (h j) (w k) c -> (f h w) (i j k c)", i=pt, j=ph, k=pw)
         grid = [n // p for n, p in zip(x.shape[:3], self.patch_size, strict=True)]
         positions = np.indices(grid, np.int32).reshape(3, -1).T
+        if "text_emb" in record:
+            return Segment(tokens, positions, record["text_emb"][: self.text_tokens])
         ids, mask = self.tokenizer.batch(
             [record["caption"]], length=self.text_tokens, max_length=self.text_tokens
         )
@@ -231,14 +256,11 @@ def _planned(config, stage, source, steps, options):
             f"{patch[1:].max() * stage.vae_config.scale_factor_spatial} pixels."
         )
     tokens = np.prod(sizes // patch, axis=1)
-    pick = latent_cache.PickCaption(
-        stage.tokenizer, config.text_tokens, fps=config.data.get("caption_fps", False)
-    )
-    lengths = Lengths(tokens, text_lengths(source, pick))
+    lengths = Lengths(tokens, text_lengths(source, make_pick(config, stage)))
     if config.data.batching == "pack":
         settings = pack_settings(config)
         plan = packing.PackPlan(lengths, settings, seed=config.seed)
-        segment = Segmenter(stage.tokenizer, config.text_tokens, stage.dit_config.patch_size)
+        segment = Segmenter(stage.text.tokenizer, config.text_tokens, stage.dit_config.patch_size)
         collate = PackRows(segment, settings)
     else:
         plan = packing.BucketPlan(

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from sora_jax import sharding
 from sora_jax.convert import folder
 from sora_jax.data import packing
 from sora_jax.diffusion import objective, times
 from sora_jax.dit.flops import flops as dit_flops
 from sora_jax.dit.model import DiT, DiTConfig
-from sora_jax.text.t5 import T5Config, T5Encoder
-from sora_jax.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from sora_jax.text.tokenizer import Tokenizer
 from sora_jax.train import packed
+from sora_jax.train.conditioning import Conditioning
 from sora_jax.train.vae_stage import to_float
 
 # Edges of the buckets of t that the loss is logged by: shape and motion are decided in the middle.
@@ -27,17 +29,23 @@ T_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 class Prepare:
     """Per-record numpy work in the loader: token ids and mask beside the pixels or latents.
 
-    Apart from the stage, so that reader processes are not sent the VAE.
+    Cached embeddings of the caption, where a record has them, take the place of its ids. Apart
+    from the stage, so that reader processes are not sent the VAE.
     """
 
     tokenizer: Tokenizer
     text_tokens: int
 
     def __call__(self, record: dict) -> dict:
+        pixels = {name: record[name] for name in ("video", "latents") if name in record}
+        if "text_emb" in record:
+            emb = record["text_emb"][: self.text_tokens]
+            fill = self.text_tokens - len(emb)
+            mask = np.arange(self.text_tokens) < len(emb)
+            return pixels | {"text_emb": np.pad(emb, ((0, fill), (0, 0))), "mask": mask}
         ids, mask = self.tokenizer.batch(
             [record["caption"]], length=self.text_tokens, max_length=self.text_tokens
         )
-        pixels = {name: record[name] for name in ("video", "latents") if name in record}
         return pixels | {"ids": ids[0], "mask": mask[0]}
 
 
@@ -55,7 +63,6 @@ class DiTStage:
     """Builds DiT, text encoder and the frozen VAE from a config."""
 
     name = "dit"
-    components = ("dit", "text")
 
     def __init__(self, config):
         if not config.vae_checkpoint:
@@ -66,8 +73,9 @@ class DiTStage:
             Path(config.vae_checkpoint), "vae"
         )
         self.vae_config = vae_config
-        self.text_config = T5Config(**config.text.to_dict())
-        self.dit_config = dit_config(config.dit, vae_config.z_dim, self.text_config.width)
+        self.text = Conditioning(config)
+        self.components = ("dit", "text") if self.text.is_trained else ("dit",)
+        self.dit_config = dit_config(config.dit, vae_config.z_dim, self.text.config.width)
         if self.dit_config.in_channels != vae_config.z_dim or self.dit_config.image_dim:
             raise ValueError(
                 f"config.dit takes {self.dit_config.in_channels} channels and image features "
@@ -79,36 +87,27 @@ class DiTStage:
         )
         self.token_shift = times.TokenShift(**config.diffusion.shift)
         self.text_dropout = float(config.diffusion.text_dropout)
-        self.text_tokens = int(config.text_tokens)
+        # `get`: the configs of earlier runs lack the key.
         if config.data.get("batching", "fixed") == "pack":
             self.max_segments = int(config.data.pack.max_segments)
             self.pack_weight = config.data.pack_weight
-        # `get`: the configs of earlier runs lack the key.
-        path = config.get("tokenizer")
-        self.tokenizer = load_tokenizer(path) if path else ByteTokenizer()
-        if self.tokenizer.vocab_size > self.text_config.vocab_size:
-            raise ValueError(
-                f"config.text.vocab_size {self.text_config.vocab_size} is less than the "
-                f"{self.tokenizer.vocab_size} ids of the tokenizer; raise it."
-            )
-        self.prepare = Prepare(self.tokenizer, self.text_tokens)
-        self.frozen = {"vae": vae_params}
-        self.dit_graphdef = self._graphdef(DiT, self.dit_config)
-        self.text_graphdef = self._graphdef(T5Encoder, self.text_config)
-        empty, mask = self.tokenizer.batch([""], length=self.text_tokens)
-        self.empty_ids, self.empty_mask = jnp.asarray(empty), jnp.asarray(mask)
-        self.empty_caption = jnp.asarray(empty[mask])
-
-    @staticmethod
-    def _graphdef(module, config):
-        abstract = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))
-        return nnx.split(abstract, nnx.Param)[0]
+        self.prepare = Prepare(self.text.tokenizer, self.text.text_tokens)
+        self.frozen = {"vae": vae_params} | self.text.params
+        abstract = nnx.eval_shape(lambda: DiT(self.dit_config, rngs=nnx.Rngs(0)))
+        self.dit_graphdef = nnx.split(abstract, nnx.Param)[0]
 
     def init(self, key: jax.Array):
         dit_key, text_key = jax.random.split(key)
         dit = DiT(self.dit_config, rngs=nnx.Rngs(dit_key))
-        text = T5Encoder(self.text_config, rngs=nnx.Rngs(text_key))
-        return {"dit": nnx.split(dit, nnx.Param)[1], "text": nnx.split(text, nnx.Param)[1]}
+        return {"dit": nnx.split(dit, nnx.Param)[1]} | self.text.init(text_key)
+
+    def place_frozen(self, mesh):
+        """What is not trained, on the mesh: a VAE whole on every device, a text encoder cut up."""
+        placed = {"vae": sharding.replicate(self.frozen["vae"], mesh)}
+        if "text" in self.frozen:
+            shardings = sharding.tree_shardings(self.frozen["text"], mesh)
+            placed["text"] = jax.device_put(self.frozen["text"], shardings)
+        return placed
 
     def latents(self, frozen, batch):
         """Cached latents, or those of the batch's pixels."""
@@ -125,15 +124,12 @@ class DiTStage:
     def loss(self, params, frozen, batch, key):
         """Rectified-flow loss with text dropout, and the loss by bucket of t."""
         if "segment_ids" in batch:
-            return self._packed_loss(params, batch, key)
+            return self._packed_loss(params, frozen, batch, key)
         t_key, noise_key, drop_key = jax.random.split(key, 3)
         x0 = self.latents(frozen, batch)
         b = x0.shape[0]
-        drop = jax.random.bernoulli(drop_key, self.text_dropout, (b, 1))
-        ids = jnp.where(drop, self.empty_ids, batch["ids"])
-        mask = jnp.where(drop, self.empty_mask, batch["mask"])
-        text = nnx.merge(self.text_graphdef, params["text"])
-        text_emb = text(ids, mask)
+        drop = jax.random.bernoulli(drop_key, self.text_dropout, (b,))
+        text_emb, mask = self.text.embed(params, frozen, batch, drop)
         shift = times.shift_for_tokens(self.tokens_per_clip(batch), self.token_shift)
         t = times.sample_t(t_key, (b,), config=self.time_config, shift=shift)
         noise = jax.random.normal(noise_key, x0.shape)
@@ -142,18 +138,14 @@ class DiTStage:
         )
         return jnp.mean(loss), by_bucket(loss, t)
 
-    def _packed_loss(self, params, batch, key):
+    def _packed_loss(self, params, frozen, batch, key):
         """`loss` of a batch of packed rows; each segment is an example."""
         t_key, noise_key, drop_key = jax.random.split(key, 3)
         x0 = batch["tokens"].astype(jnp.float32)
         rows = (x0.shape[0], self.max_segments)
         sizes = packed.segment_sizes(batch["segment_ids"], self.max_segments)
-        text = packed.drop_captions(
-            packed.PackedText(batch["ids"], batch["text_segment_ids"]),
-            batch["text_positions"],
-            jax.random.bernoulli(drop_key, self.text_dropout, rows),
-            empty=self.empty_caption,
-        )
+        drop = jax.random.bernoulli(drop_key, self.text_dropout, rows)
+        text = self.text.embed_packed(params, frozen, batch, drop)
         shift = times.shift_for_tokens(jnp.maximum(sizes, 1), self.token_shift).reshape(-1)
         t = times.sample_t(t_key, shift.shape, config=self.time_config, shift=shift).reshape(rows)
         losses = packed.segment_losses(
@@ -168,14 +160,16 @@ class DiTStage:
         return packed.mean_over_segments(losses, sizes, weight=self.pack_weight), metrics
 
     def packed_velocity(self, params, text: packed.PackedText, batch):
-        """Velocity function of (tokens, t of each token) for a batch of packed rows."""
-        encoder = nnx.merge(self.text_graphdef, params["text"])
+        """Velocity function of (tokens, t of each token) for a batch of packed rows.
+
+        Args:
+          text: embedded captions.
+        """
         dit = nnx.merge(self.dit_graphdef, params["dit"])
-        text_emb = encoder(text.ids, text.mask, segment_ids=text.segment_ids)
         return lambda x_t, t: dit.tokens(
             x_t,
             t,
-            text_emb,
+            text.values,
             positions=batch["positions"],
             text_mask=text.mask,
             segment_ids=batch["segment_ids"],
@@ -192,12 +186,12 @@ class DiTStage:
         forward = dit_flops(
             self.dit_config,
             tokens=self.tokens_per_clip(batch),
-            text_tokens=batch["ids"].shape[1],
+            text_tokens=batch["text_emb" if self.text.is_cached else "ids"].shape[1],
         )
         return self._rows(batch) * forward.training
 
     def _rows(self, batch) -> int:
-        return batch["ids"].shape[0]
+        return batch["text_emb" if self.text.is_cached else "ids"].shape[0]
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Latents (f, h, w, c) of a video of that size in pixels."""

@@ -133,7 +133,9 @@ def run_parts(run: Path, weights: str, *, statistics: bool = True):
         return {"vae": rewrite.from_params("vae", settings, params["vae"])}, config, step
     parts = {
         "dit": rewrite.from_params("dit", stage.dit_config, params["dit"]),
-        "text": rewrite.from_params("text", stage.text_config, params["text"]),
+        "text": rewrite.from_params("text", stage.text.config, params["text"])
+        if stage.text.is_trained
+        else rewrite.from_folder(config.text_checkpoint, "text"),
         "vae": rewrite.from_folder(config.vae_checkpoint, "vae"),
     }
     return parts, config, step
@@ -144,7 +146,7 @@ def _finish_run(out: Path, config, *, weights: str, step: int) -> None:
     if config.stage == "vae":
         return
     stage = STAGES[config.stage](config)
-    stage.tokenizer.save(out / "tokenizer")
+    stage.text.tokenizer.save(out / "tokenizer")
     write_pipeline(out, config, stage)
     (out / "README.md").write_text(model_card(out, config, weights, step))
 

@@ -28,18 +28,20 @@ SHARD_CLIPS = 512
 
 @dataclasses.dataclass(frozen=True)
 class PickCaption(RandomTransform):
-    """One of a record's captions, another one in every epoch; its embedding too, if it has one.
+    """One of a record's captions, another one in every epoch.
 
     Those of at most `max_tokens` are preferred: one that is cut leaves out what is seen.
 
     Args:
       fps: adds the frames a second to the caption ("..., 8 fps"), for a model that is to follow
         them; prompts then say them too.
+      embedding: keeps that of the caption, which a cache may hold; those of the others go.
     """
 
     tokenizer: Tokenizer
     max_tokens: int
     fps: bool = False
+    embedding: bool = False
 
     def _choices(self, captions: list[str], fps: float) -> tuple[list[str], list[int]]:
         words = [f"{c}, {fps:g} fps" for c in captions] if self.fps else captions
@@ -61,8 +63,9 @@ class PickCaption(RandomTransform):
         captions, choices = self._choices(several, record.get("fps", 0.0))
         chosen = choices[int(rng.integers(len(choices)))]
         picked = record | {"caption": captions[chosen]}
-        if "text_emb" in record:
-            picked["text_emb"] = record["text_emb"][chosen]
+        embeddings = picked.pop("text_emb", None)
+        if self.embedding and embeddings is not None:
+            picked["text_emb"] = embeddings[chosen]
         return picked
 
 

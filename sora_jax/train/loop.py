@@ -55,7 +55,7 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
     init = make_init(stage.init, optimizer)
     shapes, placement = abstract_state(init, mesh)
     replicated = sharding.named(mesh)
-    frozen = sharding.replicate(stage.frozen, mesh)
+    frozen = stage.place_frozen(mesh)
     train_step = jax.jit(
         make_train_step(stage.loss, optimizer, optim),
         donate_argnums=0,

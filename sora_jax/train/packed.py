@@ -14,9 +14,9 @@ WEIGHTS = ("clip", "token")
 
 
 class PackedText(NamedTuple):
-    """Captions of a row one after the other, some of them dropped."""
+    """Captions of a row one after the other: ids (b, l), or embeddings (b, l, d)."""
 
-    ids: Int[Array, "b l"]
+    values: Int[Array, "b l"] | Float[Array, "b l d"]
     segment_ids: Int[Array, "b l"]
 
     @property
@@ -40,20 +40,25 @@ def drop_captions(
     positions: Int[Array, "b l"],
     drop: Bool[Array, "b s"],
     *,
-    empty: Int[Array, " e"],
+    empty: Int[Array, " e"] | Float[Array, "e d"],
 ) -> PackedText:
     """Puts the empty caption in the place of those that are dropped.
 
     Args:
       positions: place of every token in its caption.
       drop: which segments lose theirs.
-      empty: ids of the empty caption, at most as many as the shortest caption has.
+      empty: the empty caption, of at most as many tokens as the shortest caption has.
     """
     dropped = spread(drop.astype(jnp.float32), text.segment_ids) > 0
     kept = positions < len(empty)
-    ids = jnp.where(dropped & kept, empty[jnp.minimum(positions, len(empty) - 1)], text.ids)
+    trailing = (1,) * (text.values.ndim - 2)
+    values = jnp.where(
+        (dropped & kept).reshape(*dropped.shape, *trailing),
+        empty[jnp.minimum(positions, len(empty) - 1)],
+        text.values,
+    )
     segment_ids = jnp.where(dropped & ~kept, PADDING_SEGMENT, text.segment_ids)
-    return PackedText(ids, segment_ids)
+    return PackedText(values, segment_ids)
 
 
 def segment_losses(

@@ -44,9 +44,7 @@ def reconstructions(stage, params, batch) -> tuple[list[np.ndarray], list[str]]:
 
 def generations(stage, config, params, frozen, prompts: list[str]) -> list[np.ndarray]:
     """One clip a prompt, with the sampling settings of the config and a fixed seed."""
-    ids, mask = stage.tokenizer.batch(
-        [*prompts, *[""] * len(prompts)], length=stage.text_tokens, max_length=stage.text_tokens
-    )
+    text_emb, mask = stage.text.of_prompts(params, frozen, [*prompts, *[""] * len(prompts)])
     shape = stage.latent_shape(config.data.frames, config.data.height, config.data.width)
     shift = times.shift_for_tokens(stage.tokens_of(shape[:3]), stage.token_shift)
     table, told = times.schedule(config.sample.schedule, config.sample.steps, shift=shift)
@@ -57,9 +55,8 @@ def generations(stage, config, params, frozen, prompts: list[str]) -> list[np.nd
     )
 
     @jax.jit
-    def run(params, frozen, ids, mask, noise):
-        text = nnx.merge(stage.text_graphdef, params["text"])
-        velocity = stage.velocity(params, text(ids, mask), mask)
+    def run(params, frozen, text_emb, mask, noise):
+        velocity = stage.velocity(params, text_emb, mask)
         guided = guidance.guided_velocity(
             lambda x, t: velocity(x, jnp.full(x.shape[:1], t)), config=guide
         )
@@ -69,4 +66,4 @@ def generations(stage, config, params, frozen, prompts: list[str]) -> list[np.nd
         return nnx.merge(stage.vae_graphdef, frozen["vae"]).decode(latents)
 
     noise = jax.random.normal(jax.random.key(0), (len(prompts), *shape))
-    return list(to_bytes(run(params, frozen, ids, mask, noise)))
+    return list(to_bytes(run(params, frozen, text_emb, mask, noise)))

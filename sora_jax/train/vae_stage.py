@@ -99,6 +99,10 @@ class VAEStage:
     def _discriminator(self, key: jax.Array | int = 0) -> Discriminator:
         return Discriminator(rngs=nnx.Rngs(key), dtype=self.config.dtype)
 
+    def place_frozen(self, mesh):
+        """Nothing: all of this stage is trained."""
+        return self.frozen
+
     def init(self, key: jax.Array):
         params = {"vae": nnx.split(VideoVAE(self.config, rngs=nnx.Rngs(key)), nnx.Param)[1]}
         if self.loss_config.adversarial:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from sora_jax.data.packing import PADDING_SEGMENT, PackSettings, pack
 from sora_jax.diffusion import objective
@@ -48,7 +47,7 @@ def records():
 
 @pytest.fixture
 def batch(stage):
-    segment = Segmenter(ByteTokenizer(), stage.text_tokens, stage.dit_config.patch_size)
+    segment = Segmenter(ByteTokenizer(), stage.text.text_tokens, stage.dit_config.patch_size)
     row = pack([segment(record) for record in records()], SETTINGS)
     return {name: jnp.asarray(value)[None] for name, value in row.items()}
 
@@ -57,13 +56,15 @@ def noise():
     return jax.random.normal(jax.random.key(3), (1, SETTINGS.tokens, 4))
 
 
-def text_of(batch):
-    return packed.PackedText(batch["ids"], batch["text_segment_ids"])
+def text_of(stage, params, batch):
+    """Embedded captions, none of them dropped."""
+    none = jnp.zeros((1, SETTINGS.max_segments), bool)
+    return stage.text.embed_packed(params, {}, batch, none)
 
 
 def packed_losses(params, stage, batch):
     return packed.segment_losses(
-        stage.packed_velocity(params, text_of(batch), batch),
+        stage.packed_velocity(params, text_of(stage, params, batch), batch),
         batch["tokens"],
         noise=noise(),
         t=TIMES,
@@ -74,12 +75,12 @@ def packed_losses(params, stage, batch):
 def alone_losses(params, stage):
     """Each clip by the path that a batch of one size takes, with the noise of its place."""
     losses, start = [], 0
-    text = nnx.merge(stage.text_graphdef, params["text"])
+    text = stage.text.encoder(params, {})
     for i, record in enumerate(records()):
         count = int(np.prod(SIZES[i]))
         own = noise()[:, start : start + count]
         start += count
-        texts = ByteTokenizer().batch([record["caption"]], length=stage.text_tokens)
+        texts = ByteTokenizer().batch([record["caption"]], length=stage.text.text_tokens)
         ids, mask = map(jnp.asarray, texts)
         losses.append(
             objective.flow_matching_loss(
@@ -120,35 +121,25 @@ def test_no_segment_sees_anything_of_another(dit_config, params, batch, kernel):
     dit_config.data.pack.max_segments = SETTINGS.max_segments
     dit_config.dit.attention = kernel
     stage = DiTStage(dit_config)
-    table = nnx.merge(stage.text_graphdef, params["text"]).embed
+    table = stage.text.encoder(params, {}).embed
+    ids = batch["text_segment_ids"]
 
     def losses(x0, embedded):
         """As `packed_losses`, from the text's token embeddings on."""
-        encoder = nnx.merge(stage.text_graphdef, params["text"])
+        encoder = stage.text.encoder(params, {})
         encoder.embed = lambda _: embedded
-        merged = nnx.merge(stage.dit_graphdef, params["dit"])
-        text = text_of(batch)
-        emb = encoder(text.ids, text.mask, segment_ids=text.segment_ids)
-        velocity = lambda x_t, t: merged.tokens(  # noqa: E731
-            x_t,
-            t,
-            emb,
-            positions=batch["positions"],
-            text_mask=text.mask,
-            segment_ids=batch["segment_ids"],
-            text_segment_ids=text.segment_ids,
-            num_segments=SETTINGS.max_segments,
-        )
+        emb = encoder(batch["ids"], ids != PADDING_SEGMENT, segment_ids=ids)
+        velocity = stage.packed_velocity(params, packed.PackedText(emb, ids), batch)
         return packed.segment_losses(
             velocity, x0, noise=noise(), t=TIMES, segment_ids=batch["segment_ids"]
         )[0]
 
     embedded = table(batch["ids"]).astype(jnp.float32)
     by_video, by_text = jax.jit(jax.jacrev(losses, argnums=(0, 1)))(batch["tokens"], embedded)
-    for of, ids in ((by_video, batch["segment_ids"]), (by_text, batch["text_segment_ids"])):
+    for of, places in ((by_video, batch["segment_ids"]), (by_text, ids)):
         reach = np.abs(of).max(axis=(1, 3))  # (segment, place)
         for segment in range(4):
-            own = np.asarray(ids[0]) == segment
+            own = np.asarray(places[0]) == segment
             assert (reach[segment, own] > 0).all()
             assert (reach[segment, ~own] == 0).all()
 
@@ -156,11 +147,12 @@ def test_no_segment_sees_anything_of_another(dit_config, params, batch, kernel):
 def test_dropped_captions_become_the_empty_one(batch):
     drop = jnp.array([[True, False, False, True, False]])
     empty = jnp.asarray(ByteTokenizer().batch([""], length=1)[0][0])
-    text = packed.drop_captions(text_of(batch), batch["text_positions"], drop, empty=empty)
+    given = packed.PackedText(batch["ids"], batch["text_segment_ids"])
+    text = packed.drop_captions(given, batch["text_positions"], drop, empty=empty)
     for i, caption in enumerate(CAPTIONS):
         shown = "" if drop[0, i] else caption
         ids, mask = ByteTokenizer().batch([shown], length=24)
-        got = text.ids[0][text.segment_ids[0] == i]
+        got = text.values[0][text.segment_ids[0] == i]
         np.testing.assert_array_equal(got, ids[0][mask[0]])
 
 
