@@ -2,6 +2,9 @@
 
 sora-jax train --config configs/paperworld.py --workdir runs/paperworld \
     --config.vae_checkpoint=runs/vae/export
+
+Variants: full, clips of one size; packed, images and such clips in shared rows; mixed, other
+durations and shapes too; smoke, seconds.
 """
 
 from ml_collections import ConfigDict
@@ -39,14 +42,21 @@ def get_config(arg: str = "full"):
         "a small orange boat stays still in the meadow",
     )
     c.sample_every, c.checkpoint_every = 500, 250
-    if arg == "packed":
+    if arg in ("packed", "mixed"):
         # Images and clips share rows of two clips' length: a drawing is learned from images, which
         # cost a ninth, and motion from clips. Nine images have the tokens of a clip.
-        c.data.batching, c.data.pack_weight = "pack", "token"
+        c.batch_size = 8
+        c.data.batching, c.data.pack_weight, c.data.cache = "pack", "token", ""
         c.data.pack.update(tokens=288, text_tokens=256, max_segments=18, look_ahead=64)
-        c.data.parts.images = ConfigDict({"weight": 9, "frames": 1, "cache": "runs/images"})
-        c.data.parts.clips = ConfigDict({"weight": 1, "cache": "runs/clips"})
-        c.data.parts.images.cache_clips, c.data.parts.clips.cache_clips = 40_000, 20_000
+        sizes = {"images": (9, 64, 64, 1, 40_000), "clips": (1, 64, 64, 17, 20_000)}
+        if arg == "mixed":  # durations and shapes too
+            sizes["short"] = (0.5, 64, 64, 9, 5_000)
+            sizes["wide"] = (0.5, 96, 64, 9, 5_000)
+            sizes["tall"] = (0.5, 64, 96, 9, 5_000)
+        for name, (weight, width, height, frames, clips) in sizes.items():
+            part = {"weight": weight, "width": width, "height": height, "frames": frames}
+            part |= {"cache": f"runs/paperworld_{name}", "cache_clips": clips}
+            c.data.parts[name] = ConfigDict(part)
     elif arg == "smoke":
         c.num_steps, c.batch_size = 4, 8
         c.data.frames, c.data.cache = 5, ""
@@ -55,5 +65,7 @@ def get_config(arg: str = "full"):
         c.sample.update(steps=2, prompts=c.sample.prompts[:2])
         c.log_every, c.checkpoint_every, c.sample_every = 1, 2, 4
     elif arg != "full":
-        raise ValueError(f"paperworld: unknown variant {arg!r}; use 'full' or 'smoke'.")
+        raise ValueError(
+            f"paperworld: unknown variant {arg!r}; use 'full', 'packed', 'mixed' or 'smoke'."
+        )
     return c.lock()
