@@ -179,7 +179,7 @@ class DiTStage:
 
     def tokens(self, batch) -> int:
         """Places for video tokens in one step on `batch`."""
-        return self._rows(batch) * self.tokens_per_clip(batch)
+        return self.rows(batch) * self.tokens_per_clip(batch)
 
     def flops(self, batch) -> float:
         """Floating-point operations of the DiT in one training step on `batch`."""
@@ -188,9 +188,10 @@ class DiTStage:
             tokens=self.tokens_per_clip(batch),
             text_tokens=batch["text_emb" if self.text.is_cached else "ids"].shape[1],
         )
-        return self._rows(batch) * forward.training
+        return self.rows(batch) * forward.training
 
-    def _rows(self, batch) -> int:
+    def rows(self, batch) -> int:
+        """Clips, or packed rows of several."""
         return batch["text_emb" if self.text.is_cached else "ids"].shape[0]
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:

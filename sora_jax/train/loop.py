@@ -96,7 +96,7 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
                     values = average(ready)
                     values |= rates.update(
                         step,
-                        clips=config.batch_size,
+                        rows=stage.rows(batch),
                         tokens=stage.tokens(batch),
                         flops=stage.flops(batch),
                     )

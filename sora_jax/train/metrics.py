@@ -69,18 +69,18 @@ class MetricWriter:
 
 
 class Rates:
-    """Steps, clips and tokens a second, and model FLOP/s utilisation, between two calls."""
+    """Steps, rows and tokens a second, and model FLOP/s utilisation, between two calls."""
 
     def __init__(self):
         self._time, self._step = time.perf_counter(), None
 
     def update(
-        self, step: int, *, clips: int, tokens: int | None = None, flops: float | None = None
+        self, step: int, *, rows: int, tokens: int | None = None, flops: float | None = None
     ) -> dict[str, float]:
         """Rates since the last call; empty at the first one.
 
         Args:
-          clips: in one step, over all processes.
+          rows: of the batch, over all processes: clips, or packed rows of several.
           tokens: video tokens of one step, or None where there are none.
           flops: of one step, or None.
         """
@@ -91,7 +91,7 @@ class Rates:
             return {}
         rates = {
             "perf/steps_per_second": steps / elapsed,
-            "perf/clips_per_second": clips * steps / elapsed,
+            "perf/rows_per_second": rows * steps / elapsed,
         }
         if tokens is not None:
             rates["perf/tokens_per_second"] = tokens * steps / elapsed

@@ -148,6 +148,9 @@ class VAEStage:
         mean, _ = vae.encode_moments(to_float(video))
         return jnp.clip(vae.decode_raw(mean), -1, 1), mean
 
+    def rows(self, batch) -> int:
+        return batch["video"].shape[0]
+
     def tokens(self, batch) -> int | None:
         return None
 

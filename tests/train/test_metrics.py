@@ -44,25 +44,25 @@ def test_steps_repeated_after_a_crash_count_once_and_a_cut_line_not_at_all(tmp_p
 def test_rates_are_those_since_the_last_call(clock):
     rates = metrics.Rates()
     clock[0] += 50  # compilation
-    assert rates.update(11, clips=4, tokens=100, flops=2e12) == {}
+    assert rates.update(11, rows=4, tokens=100, flops=2e12) == {}
     clock[0] += 2
-    got = rates.update(21, clips=4, tokens=100, flops=2e12)
+    got = rates.update(21, rows=4, tokens=100, flops=2e12)
     assert got == {
         "perf/steps_per_second": 5.0,
-        "perf/clips_per_second": 20.0,
+        "perf/rows_per_second": 20.0,
         "perf/tokens_per_second": 500.0,
         "perf/tflops_per_second": 10.0,
     }
     clock[0] += 1
-    assert rates.update(22, clips=4) == {"perf/steps_per_second": 1, "perf/clips_per_second": 4}
+    assert rates.update(22, rows=4) == {"perf/steps_per_second": 1, "perf/rows_per_second": 4}
 
 
 def test_utilisation_is_a_share_of_the_data_sheet(clock, monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 5e12)
     rates = metrics.Rates()
-    rates.update(0, clips=1, flops=1e12)
+    rates.update(0, rows=1, flops=1e12)
     clock[0] += 0.5
-    got = rates.update(10, clips=1, flops=1e12)
+    got = rates.update(10, rows=1, flops=1e12)
     np.testing.assert_allclose(got["perf/mfu"], 20e12 / (5e12 * 8))  # 8 simulated devices
 
 
