@@ -13,7 +13,9 @@ BASE = str(CONFIGS / "paperworld.py")
 @pytest.mark.parametrize("path", sorted(p.name for p in CONFIGS.glob("*.py") if p.stem != "base"))
 def test_every_config_has_a_full_and_a_smoke_variant(path):
     full, smoke = (config_file.load(f"{CONFIGS / path}{v}") for v in ("", ":smoke"))
-    assert full.is_locked and smoke.num_steps < full.num_steps
+    assert full.is_locked and smoke.is_locked
+    if path != "data.py":  # which trains nothing
+        assert smoke.num_steps < full.num_steps
 
 
 def test_overrides_take_the_type_of_the_default():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -50,9 +51,11 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path):
 
 
 def test_a_failing_process_stops_the_others_and_gives_the_status():
-    script = 'if [ "$JAX_PROCESS_ID" = 1 ]; then exit 7; else sleep 60; fi'
+    script = 'if [ "$JAX_PROCESS_ID" = 1 ]; then exit 7; else exec sleep 60; fi'
+    begun = time.monotonic()
     done = launch(3, "bash", "-c", script)
     assert done.returncode == 7
+    assert time.monotonic() - begun < 30
 
 
 def test_every_process_is_told_its_number_and_the_same_coordinator():

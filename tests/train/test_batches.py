@@ -135,7 +135,7 @@ def test_mistakes_are_told(config, mesh, tmp_path, vae_folder):
     other.data.update(kind="latents", path=str(tmp_path / "images"))
     meta = tmp_path / "images" / "meta.json"
     meta.write_text(meta.read_text().replace('"vae_hash": "', '"vae_hash": "0'))
-    with pytest.raises(ValueError, match=r"were made by the VAE 0.* encode them again"):
+    with pytest.raises(ValueError, match=r"were made by the vae encoder 0.* encode them again"):
         make_loader(other, stage, mesh)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -89,7 +90,7 @@ def test_the_command_tells_equal_from_different(pipeline_folder, tmp_path, capsy
 def test_a_run_is_exported_to_both_and_verified_against_them(dit_config, tmp_path):
     dit_config.num_steps = dit_config.checkpoint_every = 1
     run = tmp_path / "run"
-    train(dit_config, run)
+    train(dit_config, run, devices=jax.devices()[:1])
     for to in rewrite.TARGETS:
         export(run, tmp_path / to, to=to, weights="raw")
         assert not verify(run, tmp_path / to, weights="raw")[1]

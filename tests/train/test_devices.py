@@ -30,5 +30,7 @@ def test_losses_on_any_mesh_equal_those_on_one_device(stage, dit_config, vae_con
     alone = losses(config, tmp_path / "one", devices=jax.devices()[:1])
     assert len(set(alone)) == len(alone) == 2  # of step 1, and the mean of steps 2 and 3
     for name, mesh in MESHES.items():
+        if stage == "vae" and name == "fsdp":  # the third mesh has it, and each takes 20 s
+            continue
         many = losses(config, tmp_path / name, **mesh)
         np.testing.assert_allclose(many, alone, rtol=1e-5, err_msg=name)

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from configs import folder as folder_config
 from sora_jax.train.export import export
 from sora_jax.train.loop import train
 
+ONE = jax.devices()[:1]
 CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 
 
@@ -37,7 +39,7 @@ def test_both_stages_train_on_real_clips(clips, tmp_path, capsys):
     config.data.path = str(clips)
     config.num_steps, config.checkpoint_every, config.sample_every = 24, 24, 0
     config.optim.update(warmup_steps=2)
-    train(config, tmp_path / "vae")
+    train(config, tmp_path / "vae", devices=ONE)
     psnr = rows(tmp_path / "vae", "train/psnr")
     with capsys.disabled():
         print(f"\nVAE on real clips, {len(psnr)} steps: {psnr[0]:.2f} -> {psnr[-1]:.2f} dB PSNR")
@@ -47,7 +49,7 @@ def test_both_stages_train_on_real_clips(clips, tmp_path, capsys):
     config = folder_config.get_config("smoke").unlock()
     config.data.path, config.vae_checkpoint = str(clips), str(exported)
     config.sample_every = 0
-    train(config, tmp_path / "dit")
+    train(config, tmp_path / "dit", devices=ONE)
     losses = rows(tmp_path / "dit", "train/loss")
     assert len(losses) >= 2 and np.isfinite(losses).all()
     assert (export(tmp_path / "dit", tmp_path / "pipeline") / "model_index.json").is_file()
