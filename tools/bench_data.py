@@ -69,7 +69,7 @@ def packing(args) -> None:
             largest = max(FRAMES) * max(a * b for a, b in SIDES) // 4
             budget = int(ratio * largest)
             ways = {
-                "packed": {"batching": "pack", "tokens": budget, "max_segments": 24},
+                "packed": {"batching": "pack", "tokens": budget, "max_segments": 8},
                 "padded": {"batching": "pack", "tokens": largest, "max_segments": 1},
                 "buckets": {"batching": "bucket", "bucket_tokens": budget},
             }
@@ -84,7 +84,7 @@ def packing(args) -> None:
                 config.data.pack.update(
                     tokens=way.get("tokens", budget),
                     max_segments=segments,
-                    text_tokens=16 * segments,
+                    text_tokens=12 * segments,  # captions of 10 or 11
                 )
                 stage = DiTStage(config)
                 optim = OptimConfig(**config.optim)
