@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from sora_jax.video_io.paths import IMAGE_SUFFIXES, READABLE_SUFFIXES
 from sora_jax.video_io.sheet import fit
 
+SCALED_BELOW = 0.5  # of a frame's size: there its chroma is no coarser than what is wanted
 DEFAULT_FRAME_SECONDS = 0.1  # what browsers give a GIF frame without a delay
 
 
@@ -96,9 +97,9 @@ def read_video(
     times = [start + k / rate for k in range(wanted)] if info.duration else [0.0]
     with _decoder_errors(path):
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            frames = _pick(_image_frames(path), times, rate=rate, info=info, path=path)
+            frames = _pick(_image_frames(path), times, rate=rate, info=info, path=path, size=None)
         else:
-            frames = _read_stream(path, times, rate=rate, info=info)
+            frames = _read_stream(path, times, rate=rate, info=info, size=size)
     if size is not None:
         frames = [fit(frame, size) for frame in frames]
     return Clip(np.stack(frames), rate)
@@ -215,7 +216,12 @@ def _count_packets(path: Path) -> tuple[int, Fraction]:
 
 
 def _read_stream(
-    path: Path, times: list[float], *, rate: float, info: VideoInfo
+    path: Path,
+    times: list[float],
+    *,
+    rate: float,
+    info: VideoInfo,
+    size: tuple[int, int] | None,
 ) -> list[np.ndarray]:
     import av
 
@@ -230,7 +236,7 @@ def _read_stream(
             late = late or float((first.pts - first_pts) * stream.time_base) > times[0]
             container.seek(first_pts if late else offset, stream=stream, backward=True)
         frames = _stream_frames(container, stream, first_pts, info)
-        return _pick(frames, times, rate=rate, info=info, path=path)
+        return _pick(frames, times, rate=rate, info=info, path=path, size=size)
 
 
 def _stream_frames(
@@ -252,6 +258,7 @@ def _pick(
     rate: float,
     info: VideoInfo,
     path: Path,
+    size: tuple[int, int] | None,
 ) -> list[np.ndarray]:
     """The frame on show at each of `times`, from frames given as (start, length, frame)."""
     # A quarter of a frame forgives time stamps rounded to milliseconds or hundredths.
@@ -262,13 +269,13 @@ def _pick(
         while shown is not None and len(picked) < len(times):
             if times[len(picked)] + slack >= start:
                 break
-            pixels = _to_rgb(shown) if pixels is None else pixels
+            pixels = _to_rgb(shown, size) if pixels is None else pixels
             picked.append(pixels)
         if len(picked) == len(times):
             return picked
         shown, pixels, end = frame, None, start + length
     while shown is not None and len(picked) < len(times) and times[len(picked)] < end + slack:
-        pixels = _to_rgb(shown) if pixels is None else pixels
+        pixels = _to_rgb(shown, size) if pixels is None else pixels
         picked.append(pixels)
     if len(picked) < len(times):
         raise ValueError(
@@ -278,13 +285,26 @@ def _pick(
     return picked
 
 
-def _to_rgb(frame: Any) -> np.ndarray:
-    """An upright RGB array of a decoded frame; arrays pass through."""
+def _to_rgb(frame: Any, size: tuple[int, int] | None) -> np.ndarray:
+    """An upright RGB array of a decoded frame, of `size` already where that is much smaller.
+
+    Arrays pass through.
+    """
     if isinstance(frame, np.ndarray):
         return frame
     from av.video.reformatter import Interpolation
 
     # Without these flags swscale truncates, which darkens every pixel by 1/255.
-    flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-    pixels = frame.to_ndarray(format="rgb24", interpolation=flags)
-    return np.rot90(pixels, k=frame.rotation // 90)
+    flags = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+    scale = 1.0 if size is None else max(size[0] / frame.height, size[1] / frame.width)
+    if frame.rotation or scale > SCALED_BELOW:
+        pixels = frame.to_ndarray(format="rgb24", interpolation=Interpolation.BICUBIC | flags)
+        return np.rot90(pixels, k=frame.rotation // 90)
+    # Areas are averaged while colours are converted: a twelfth of the time of doing it after.
+    height, width = (
+        max(size[0], round(frame.height * scale)),
+        max(size[1], round(frame.width * scale)),
+    )
+    scaled = frame.reformat(width, height, format="rgb24", interpolation=Interpolation.AREA | flags)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return scaled.to_ndarray()[top : top + size[0], left : left + size[1]]

@@ -182,3 +182,17 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         video_io.probe(tmp_path / "gone.mp4")
     with pytest.raises(ValueError, match=r"use \.mp4"):
         video_io.read_video(tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (90, 160), (200, 120)])
+def test_frames_scaled_while_converted_are_those_scaled_after(size):
+    clip = real_clip("bigbuckbunny.mp4")
+    whole = video_io.read_video(clip, start=1.0, num_frames=3, fps=8.0).frames
+    expected = np.stack([video_io.fit(frame, size) for frame in whole]).astype(int)
+    got = video_io.read_video(clip, start=1.0, num_frames=3, fps=8.0, size=size).frames
+    assert got.shape == expected.shape
+    # The crop may lie a part of a source pixel beside; edges show it.
+    assert np.abs(got - expected).mean() < 1
+    shifted = np.abs(np.roll(got, 1, axis=2) - expected).mean()
+    assert np.abs(got - expected).mean() < shifted / 3
+    assert np.abs(got.mean((1, 2)) - expected.mean((1, 2))).max() < 0.3, "no colour drifts"
