@@ -103,7 +103,9 @@ def run_cache(args: Namespace) -> None:
         from sora_jax.data import mixture, sources
 
         data = config_file.load(args.config, args.overrides).data
-        source = mixture.make_mixture(data, sources.make_source)
+        source = mixture.make_mixture(
+            data, lambda part: sources.make_source({**part, "random_start": False})
+        )
     else:
         source = latent_cache.clips_for(
             args.data, args.checkpoint, frames=args.frames, fps=args.fps

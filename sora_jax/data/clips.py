@@ -50,10 +50,12 @@ class Window(NamedTuple):
 
 
 class ReadWindow(RandomTransform):
-    """Decodes a record's `video`, from a random start; for `random_start`."""
+    """Decodes a record's `video`, from a random start; frames of other sources pass through."""
 
     def __call__(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        window: Window = record["video"]
+        window: Window | np.ndarray = record["video"]
+        if not isinstance(window, Window):
+            return record
         return record | {"video": window.read(int(rng.integers(window.last_start + 1)))}
 
 

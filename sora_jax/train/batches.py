@@ -45,6 +45,7 @@ def make_loader(config, stage, mesh):
         "mesh": mesh,
     }
     if batching == "fixed":
+        check_one_size(source)
         return loaders.make_loader(
             source,
             batch_size=config.batch_size,
@@ -52,6 +53,18 @@ def make_loader(config, stage, mesh):
             **options,
         )
     return _planned(config, stage, source, steps, options)
+
+
+def check_one_size(source) -> None:
+    """Raises ValueError where records that are to be stacked have several sizes."""
+    sizes = getattr(source, "sizes", None)
+    if sizes is None or not np.ptp(sizes, axis=0).any():
+        return
+    raise ValueError(
+        f"config.data.batching 'fixed' takes records of one size, these have "
+        f"{len(np.unique(sizes, axis=0))}; set it to 'pack' or 'bucket', or config.data.width and "
+        "height to fit them to one."
+    )
 
 
 def make_source(config, stage) -> tuple[Any, list]:
@@ -92,9 +105,10 @@ def _part(settings: Mapping[str, Any], *, config) -> Any:
     text = config.text_checkpoint if config.data.get("text_embeddings", False) else ""
     if settings["kind"] == "latents":
         return open_cache(settings["path"], vae, text)
-    found = sources.make_source(settings)
     if not settings["cache"]:
-        return found
+        return sources.make_source(settings)
+    # What is encoded once shows one window for ever.
+    found = sources.make_source({**settings, "random_start": False})
     return latent_cache.build(
         found,
         vae,

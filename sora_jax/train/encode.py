@@ -133,14 +133,8 @@ class CaptionEncoder:
         for start in range(0, len(unique), self.BATCH):
             part = unique[start : start + self.BATCH]
             full = part + part[-1:] * (self.BATCH - len(part))
-            longest = max(
-                int(
-                    self.tokenizer.batch([c], length=self.max_tokens, max_length=self.max_tokens)[
-                        1
-                    ].sum()
-                )
-                for c in part
-            )
+            _, mask = self.tokenizer.batch(part, length=self.max_tokens, max_length=self.max_tokens)
+            longest = int(mask.sum(axis=1).max())
             length = min(-(-longest // self.MULTIPLE) * self.MULTIPLE, self.max_tokens)
             ids, mask = self.tokenizer.batch(full, length=length, max_length=length)
             rows = np.asarray(self._encode(self._params, ids, mask))

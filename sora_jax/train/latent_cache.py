@@ -53,6 +53,8 @@ class PickCaption(RandomTransform):
     def longest(self, captions: list[str], fps: float) -> int:
         """Most tokens that the caption chosen from these has."""
         words, choices = self._choices(captions, fps)
+        if self.tokenizer.truncate(words[choices[0]], self.max_tokens)[1]:
+            return self.max_tokens  # all are cut: ids at a word, embeddings where they must be
         _, mask = self.tokenizer.batch(
             [words[i] for i in choices], length=self.max_tokens, max_length=self.max_tokens
         )

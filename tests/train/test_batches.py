@@ -95,6 +95,7 @@ def test_captions_can_say_the_rate():
     record = {"captions": ["a ball"], "fps": 12.5}
     assert pick(record, np.random.default_rng(0))["caption"] == "a ball, 12.5 fps"
     assert pick.longest(["a ball"], 12.5) == len("a ball, 12.5 fps") + 1
+    assert pick.longest(["a ball that is far too long"], 12.5) == 30, "embeddings are cut there"
 
 
 def test_encoded_captions_are_those_of_the_encoder_without_padding(pipeline_folder):
@@ -114,6 +115,7 @@ def test_encoded_captions_are_those_of_the_encoder_without_padding(pipeline_fold
 def test_mistakes_are_told(config, mesh, tmp_path, vae_folder):
     stage = DiTStage(config)
     cases = [
+        ({"batching": "fixed"}, "takes records of one size, these have 2; set it to 'pack'"),
         ({"batching": "packed"}, "batching 'packed': use one of fixed, pack, bucket"),
         ({"batching": "bucket", "bucket_tokens": 3}, "1 of them do not fit into a batch of 3"),
         ({"pack": {"tokens": 3}}, r"has 16 tokens, a row takes 3; raise config.data.pack.tokens"),
