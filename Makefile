@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PARITY := .venv-parity
 ONNX := .venv-onnx
 BEAM := .venv-beam
+TPU := .venv-tpu
 TORCH := torch==2.13.0
 # Tests share the cores; more workers than cores only swap.
 WORKERS ?= 2
 
-.PHONY: demo test parity onnx beam lint format lock clean
+.PHONY: demo test parity onnx beam tpu lint format lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --out demo
@@ -29,6 +30,10 @@ onnx: $(ONNX)/.installed
 beam: $(BEAM)/.installed
 	$(BEAM)/bin/python -m pytest -q tests/beam
 
+# An environment with libtpu, which compiles for TPUs that are not there: `sora-jax plan`'s tests.
+tpu: $(TPU)/.installed
+	$(TPU)/bin/python -m pytest -q tests/tpu
+
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,7 +45,7 @@ format: $(VENV)/.test-installed
 # The lock names packages, versions and hashes for every platform and Python, but no index.
 lock: $(VENV)/.uv
 	$(BIN)/uv pip compile -q --no-header --universal --generate-hashes --extra test \
-		--extra tensorboard --extra data pyproject.toml -o requirements.lock
+		--extra tensorboard --extra data --extra tpu pyproject.toml -o requirements.lock
 
 $(VENV)/.uv:
 	$(PYTHON) -c 'import sys; sys.exit("sora_jax needs Python 3.11 or later; set PYTHON=python3.12, say." if sys.version_info < (3, 11) else 0)'
@@ -77,5 +82,11 @@ $(BEAM)/.installed: $(VENV)/.uv pyproject.toml
 	$(BIN)/uv pip install -q --python $(BEAM)/bin/python 'apache-beam>=2.77' -e '.[test,data]'
 	touch $@
 
+# Not in $(VENV): where libtpu is installed, jax looks for a TPU at every start.
+$(TPU)/.installed: $(VENV)/.uv pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(TPU)
+	$(BIN)/uv pip install -q --python $(TPU)/bin/python -c requirements.lock -e '.[test,tpu]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(PARITY) $(ONNX) $(BEAM) demo
+	rm -rf $(VENV) $(PARITY) $(ONNX) $(BEAM) $(TPU) demo

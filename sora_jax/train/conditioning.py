@@ -29,28 +29,27 @@ class Conditioning:
       ValueError: a tokenizer with more ids than the encoder, or embeddings without a folder.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, *, abstract: bool = False) -> None:
         # `get`: the configs of earlier runs lack these keys.
         path = config.get("text_checkpoint", "")
-        self.is_trained = not path
         self.is_cached = bool(config.data.get("text_embeddings", False))
+        self.is_trained = not path and not self.is_cached
         self.text_tokens = int(config.text_tokens)
-        if self.is_cached and not path:
+        if self.is_cached and not path and not abstract:
             raise ValueError(
                 "config.data.text_embeddings needs config.text_checkpoint, the folder whose text "
                 "encoder made them."
             )
         tokenizer = config.get("tokenizer") or (Path(path) / "tokenizer" if path else "")
+        tokenizer = "" if abstract else tokenizer
         self.tokenizer = load_tokenizer(tokenizer) if tokenizer else ByteTokenizer()
-        self.params: dict[str, Any] = {}  # of the frozen encoder
-        if self.is_trained:
-            self.config = T5Config(**config.text.to_dict())
-            abstract = nnx.eval_shape(lambda: T5Encoder(self.config, rngs=nnx.Rngs(0)))
-            self.graphdef = nnx.split(abstract, nnx.Param)[0]
+        if self.is_trained or abstract:
+            settings = T5Config(**config.text.to_dict())
+            graphdef, shapes = folder.abstract_params("text", settings)
+            self._opened = folder.Opened(settings, graphdef, shapes, lambda: shapes)
         else:
-            opened = folder.open_component(path, "text", dtype=config.text.dtype)
-            self.config, self.graphdef = opened.config, opened.graphdef
-            self.params = {"text": opened.load()}
+            self._opened = folder.open_component(path, "text", dtype=config.text.dtype)
+        self.config, self.graphdef = self._opened.config, self._opened.graphdef
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise ValueError(
                 f"config.text.vocab_size {self.config.vocab_size} is less than the "
@@ -60,12 +59,18 @@ class Conditioning:
         ids, mask = self.tokenizer.batch([""], length=self.text_tokens)
         self._empty_ids, self._empty_mask = np.asarray(ids), np.asarray(mask)
         self._known: dict[str, np.ndarray] = {}  # embeddings of captions, where none can be made
-        if self.is_cached:
+        if self.is_cached and abstract:
+            self._known = {"": np.zeros((1, self.config.width), np.float32)}
+        elif self.is_cached:
             captions = ["", *config.sample.prompts]
-            emb, mask = self.of_prompts({}, self.params, captions)
+            params = {"text": self._opened.load()}
+            emb, mask = self.of_prompts({}, params, captions)
             rows = zip(captions, np.asarray(emb), np.asarray(mask), strict=True)
             self._known = {caption: row[real] for caption, row, real in rows}
-            self.params = {}
+
+    def load(self) -> dict[str, Any]:
+        """Parameters of the frozen encoder, if steps need one."""
+        return {} if self.is_trained or self.is_cached else {"text": self._opened.load()}
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Parameters to train, if there are any."""

@@ -1,6 +1,7 @@
 """Second stage: the diffusion transformer and the text encoder learn to denoise latents."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -19,7 +20,7 @@ from sora_jax.dit.model import DiT, DiTConfig
 from sora_jax.text.tokenizer import Tokenizer
 from sora_jax.train import packed
 from sora_jax.train.conditioning import Conditioning
-from sora_jax.train.vae_stage import to_float
+from sora_jax.train.vae_stage import to_float, vae_config
 
 # Edges of the buckets of t that the loss is logged by: shape and motion are decided in the middle.
 T_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -59,24 +60,32 @@ def dit_config(config, z_dim: int, text_dim: int) -> DiTConfig:
     return DiTConfig(**fields, out_channels=z_dim, text_dim=text_dim)
 
 
+def _opened_vae(config) -> folder.Opened:
+    if not config.vae_checkpoint:
+        raise ValueError(
+            "config.vae_checkpoint is empty; set it to an inference folder that holds a VAE."
+        )
+    return folder.open_component(Path(config.vae_checkpoint), "vae")
+
+
+def _abstract_vae(config) -> folder.Opened:
+    settings = vae_config(config.vae)
+    graphdef, abstract = folder.abstract_params("vae", settings)
+    return folder.Opened(settings, graphdef, abstract, lambda: abstract)
+
+
 class DiTStage:
     """Builds DiT, text encoder and the frozen VAE from a config."""
 
     name = "dit"
 
-    def __init__(self, config):
-        if not config.vae_checkpoint:
-            raise ValueError(
-                "config.vae_checkpoint is empty; set it to an inference folder that holds a VAE."
-            )
-        vae_config, self.vae_graphdef, vae_params = folder.load_component(
-            Path(config.vae_checkpoint), "vae"
-        )
-        self.vae_config = vae_config
-        self.text = Conditioning(config)
+    def __init__(self, config, *, abstract: bool = False):
+        self.vae = _abstract_vae(config) if abstract else _opened_vae(config)
+        self.vae_config = self.vae.config
+        self.text = Conditioning(config, abstract=abstract)
         self.components = ("dit", "text") if self.text.is_trained else ("dit",)
-        self.dit_config = dit_config(config.dit, vae_config.z_dim, self.text.config.width)
-        if self.dit_config.in_channels != vae_config.z_dim or self.dit_config.image_dim:
+        self.dit_config = dit_config(config.dit, self.vae_config.z_dim, self.text.config.width)
+        if self.dit_config.in_channels != self.vae_config.z_dim or self.dit_config.image_dim:
             raise ValueError(
                 f"config.dit takes {self.dit_config.in_channels} channels and image features "
                 f"{config.dit.image_dim}: training is text to video so far; set in_channels, "
@@ -92,7 +101,6 @@ class DiTStage:
             self.max_segments = int(config.data.pack.max_segments)
             self.pack_weight = config.data.pack_weight
         self.prepare = Prepare(self.text.tokenizer, self.text.text_tokens)
-        self.frozen = {"vae": vae_params} | self.text.params
         abstract = nnx.eval_shape(lambda: DiT(self.dit_config, rngs=nnx.Rngs(0)))
         self.dit_graphdef = nnx.split(abstract, nnx.Param)[0]
 
@@ -101,8 +109,19 @@ class DiTStage:
         dit = DiT(self.dit_config, rngs=nnx.Rngs(dit_key))
         return {"dit": nnx.split(dit, nnx.Param)[1]} | self.text.init(text_key)
 
+    @functools.cached_property
+    def frozen(self):
+        """Parameters of what is not trained: the VAE, and a text encoder that is given."""
+        return {"vae": self.vae.load()} | self.text.load()
+
+    def frozen_shardings(self, mesh):
+        """A VAE whole on every device, a text encoder cut up."""
+        places = {"vae": jax.tree.map(lambda _: sharding.named(mesh), self.vae.abstract)}
+        if "text" in self.frozen:
+            places["text"] = sharding.tree_shardings(self.frozen["text"], mesh)
+        return places
+
     def place_frozen(self, mesh):
-        """What is not trained, on the mesh: a VAE whole on every device, a text encoder cut up."""
         placed = {"vae": sharding.replicate(self.frozen["vae"], mesh)}
         if "text" in self.frozen:
             shardings = sharding.tree_shardings(self.frozen["text"], mesh)
@@ -113,7 +132,7 @@ class DiTStage:
         """Cached latents, or those of the batch's pixels."""
         if "latents" in batch:
             return batch["latents"].astype(jnp.float32)
-        vae = nnx.merge(self.vae_graphdef, frozen["vae"])
+        vae = nnx.merge(self.vae.graphdef, frozen["vae"])
         return jax.lax.stop_gradient(vae.encode(to_float(batch["video"])))
 
     def velocity(self, params, text_emb, text_mask):

@@ -22,7 +22,7 @@ from sora_jax.convert.folder import SamplingDefaults
 from sora_jax.data import loader as loaders
 from sora_jax.data import sources
 from sora_jax.diffusion import times
-from sora_jax.train.loop import STAGES
+from sora_jax.train.program import STAGES
 from sora_jax.train.vae_stage import to_float
 from sora_jax.vae.config import WAN22_MEAN
 

@@ -19,14 +19,9 @@ from sora_jax.data import loader as loaders
 from sora_jax.progress import Progress
 from sora_jax.train import preview
 from sora_jax.train.batches import make_loader
-from sora_jax.train.dit_stage import DiTStage
 from sora_jax.train.metrics import MetricWriter, Rates, plot_losses
-from sora_jax.train.optimizer import OptimConfig, make_optimizer
-from sora_jax.train.state import abstract_state, make_init
-from sora_jax.train.step import make_train_step
-from sora_jax.train.vae_stage import VAEStage
-
-STAGES = {"vae": VAEStage, "dit": DiTStage}
+from sora_jax.train.program import Program, build
+from sora_jax.train.state import TrainState
 
 
 def train(config, workdir: str | Path, *, devices=None) -> Path:
@@ -45,23 +40,11 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
       KeyboardInterrupt: after Ctrl-C or SIGTERM, when the checkpoint is saved.
     """
     workdir = Path(workdir)
-    check(config)
-    optim = OptimConfig(**config.optim)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    check_batch(config, mesh)
-    stage = STAGES[config.stage](config)
-
-    optimizer = make_optimizer(optim, config.num_steps)
-    init = make_init(stage.init, optimizer)
-    shapes, placement = abstract_state(init, mesh)
-    replicated = sharding.named(mesh)
+    program = build(config, mesh)
+    stage, placement = program.stage, program.placement
     frozen = stage.place_frozen(mesh)
-    train_step = jax.jit(
-        make_train_step(stage.loss, optimizer, optim),
-        donate_argnums=0,
-        out_shardings=(placement, replicated),
-    )
-    seed_key = jax.jit(jax.random.key, out_shardings=replicated)(config.seed + 1)
+    seed_key = jax.jit(jax.random.key, out_shardings=sharding.named(mesh))(config.seed + 1)
     rates = Rates()
     pending: list[tuple[int, dict]] = []
 
@@ -73,9 +56,9 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
         Interrupts() as interrupts,
     ):
         if checkpointer.latest_step() is None:
-            state = first_state(config, stage, init, placement, mesh=mesh)
+            state = first_state(config, program)
         else:
-            state, position, _ = checkpointer.restore(shapes, placement)
+            state, position, _ = checkpointer.restore(program.shapes, placement)
             if position:  # a run that `begin` wrote has read nothing yet
                 loader.set_state(position)
 
@@ -84,7 +67,7 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
             for step in range(first + 1, config.num_steps + 1):
                 batch = loaders.to_global(next(loader), mesh)
                 with sharding.use_mesh(mesh):
-                    state, metrics = train_step(state, frozen, batch, seed_key)
+                    state, metrics = program.step(state, frozen, batch, seed_key)
                 pending.append((step, metrics))
                 stopping = interrupts.requested
                 last = stopping or step == config.num_steps
@@ -126,27 +109,22 @@ def begin(config, workdir: str | Path, *, devices=None) -> Path:
       ValueError: for a config that cannot run, or a workdir that holds a run already.
     """
     workdir = Path(workdir)
-    check(config)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    check_batch(config, mesh)
-    stage = STAGES[config.stage](config)
-    init = make_init(stage.init, make_optimizer(OptimConfig(**config.optim), config.num_steps))
-    placement = abstract_state(init, mesh)[1]
+    program = build(config, sharding.make_mesh(**config.mesh, devices=devices))
     if (workdir / "checkpoints").exists():
         raise ValueError(f"{workdir}: holds a training run already; name another folder.")
-    state = first_state(config, stage, init, placement, mesh=mesh)
+    state = first_state(config, program)
     with Checkpointer(workdir / "checkpoints", keep=config.checkpoints_kept) as checkpointer:
         meta = {"config": config.to_json_best_effort(), "stage": config.stage}
         checkpointer.save(0, state, data={}, meta=meta)
     return workdir
 
 
-def first_state(config, stage, init, placement, *, mesh):
+def first_state(config, program: Program) -> TrainState:
     """The state before the first step: drawn by `config.seed`, or from `config.init_from`."""
-    make = jax.jit(init, out_shardings=placement, compiler_options=init_options())
-    with sharding.use_mesh(mesh):
+    make = jax.jit(program.init, out_shardings=program.placement, compiler_options=init_options())
+    with sharding.use_mesh(program.mesh):
         state = make(jax.random.key(config.seed))
-    return start_from(config, stage, state, placement, mesh=mesh)
+    return start_from(config, program, state)
 
 
 def init_options() -> dict[str, int] | None:
@@ -157,39 +135,17 @@ def init_options() -> dict[str, int] | None:
     return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
 
-def check(config) -> None:
-    """Raises ValueError for settings that no stage can run with."""
-    if config.stage not in STAGES:
-        raise ValueError(f"config.stage {config.stage!r} is not one of {', '.join(STAGES)}.")
-    for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "checkpoints_kept"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name} {config[name]} must be 1 or more.")
-    if config.sample_every < 0:
-        raise ValueError(f"config.sample_every {config.sample_every} must be 0 (never) or more.")
-
-
-def check_batch(config, mesh) -> None:
-    """Raises ValueError unless every device gets the same number of clips of every micro-batch."""
-    if config.data.get("batching") == "bucket":
-        return  # the plan makes them divide
-    parts = config.optim.accumulate * sharding.axis_size(mesh, "batch")
-    if config.batch_size % parts:
-        below = config.batch_size // parts * parts
-        near = f"{below} or {below + parts}" if below else str(parts)
-        raise ValueError(
-            f"batch_size {config.batch_size} is not divisible by accumulate * data * fsdp = "
-            f"{parts}; change config.batch_size to {near}, or config.mesh."
-        )
-
-
-def start_from(config, stage, state, placement, *, mesh):
+def start_from(config, program: Program, state: TrainState) -> TrainState:
     """`state` with the weights of the inference folder `config.init_from`, if there is one."""
     if not config.init_from:
         return state
     from sora_jax.convert import folder
 
+    stage, placement = program.stage, program.placement
     source = checkpoint_path(config.init_from)
-    params = {name: folder.load_component(source, name, mesh=mesh)[2] for name in stage.components}
+    params = {
+        name: folder.load_component(source, name, mesh=program.mesh)[2] for name in stage.components
+    }
     wanted = _shapes({name: state.params[name] for name in stage.components})
     given = _shapes(params)
     differ = [path for path in given | wanted if given.get(path) != wanted.get(path)]

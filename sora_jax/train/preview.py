@@ -63,7 +63,7 @@ def generations(stage, config, params, frozen, prompts: list[str]) -> list[np.nd
         latents = sampler.sample(
             guided, noise, table, solver=config.sample.solver, model_times=told
         )
-        return nnx.merge(stage.vae_graphdef, frozen["vae"]).decode(latents)
+        return nnx.merge(stage.vae.graphdef, frozen["vae"]).decode(latents)
 
     noise = jax.random.normal(jax.random.key(0), (len(prompts), *shape))
     return list(to_bytes(run(params, frozen, text_emb, mask, noise)))

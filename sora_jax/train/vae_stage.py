@@ -78,17 +78,23 @@ def random_crops(
     return windows.reshape(b * crops, *size, 3)
 
 
+def vae_config(config) -> VAEConfig:
+    """VAEConfig of the section `config.vae`."""
+    fields = config.to_dict()
+    fields["decoder_base_dim"] = fields["decoder_base_dim"] or None
+    channels = 3 * config.patch_size**2
+    return VAEConfig(**fields, in_channels=channels, out_channels=channels)
+
+
 class VAEStage:
     """Builds the VAE and its loss from a config."""
 
     name = "vae"
     components = ("vae",)
 
-    def __init__(self, config):
-        fields = config.vae.to_dict()
-        fields["decoder_base_dim"] = fields["decoder_base_dim"] or None
-        channels = 3 * config.vae.patch_size**2
-        self.config = VAEConfig(**fields, in_channels=channels, out_channels=channels)
+    def __init__(self, config, *, abstract: bool = False):
+        del abstract  # it reads no weights
+        self.config = vae_config(config.vae)
         self.loss_config = VAELossConfig(**config.vae_loss)
         self.frozen: Any = ()
         abstract = nnx.eval_shape(lambda: VideoVAE(self.config, rngs=nnx.Rngs(0)))
@@ -99,8 +105,11 @@ class VAEStage:
     def _discriminator(self, key: jax.Array | int = 0) -> Discriminator:
         return Discriminator(rngs=nnx.Rngs(key), dtype=self.config.dtype)
 
+    def frozen_shardings(self, mesh):
+        """Of nothing: all of this stage is trained."""
+        return self.frozen
+
     def place_frozen(self, mesh):
-        """Nothing: all of this stage is trained."""
         return self.frozen
 
     def init(self, key: jax.Array):

@@ -1,0 +1,143 @@
+"""The compiled training step of a config on a mesh: `train` runs it, `plan` only compiles it.
+
+With `abstract=True` no weights are read and nothing is allocated: VAE and frozen text encoder have
+the shapes that `config.vae` and `config.text` say.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sora_jax import sharding
+from sora_jax.train.dit_stage import DiTStage
+from sora_jax.train.optimizer import OptimConfig, make_optimizer
+from sora_jax.train.state import TrainState, abstract_state, make_init
+from sora_jax.train.step import make_train_step
+from sora_jax.train.vae_stage import VAEStage
+
+STAGES = {"vae": VAEStage, "dit": DiTStage}
+
+
+class Program(NamedTuple):
+    """What one step of a run is made of."""
+
+    mesh: Mesh
+    stage: Any
+    init: Any  # key -> TrainState, not yet jitted
+    shapes: TrainState  # of ShapeDtypeStructs
+    placement: TrainState  # of shardings
+    step: Any  # jitted (state, frozen, batch, seed_key) -> (state, metrics); donates the state
+
+
+def build(config, mesh: Mesh, *, abstract: bool = False) -> Program:
+    """The program of `config` on `mesh`.
+
+    Raises:
+      ValueError: for a config that cannot run.
+    """
+    check(config)
+    check_batch(config, mesh)
+    optim = OptimConfig(**config.optim)
+    stage = STAGES[config.stage](config, abstract=abstract)
+    optimizer = make_optimizer(optim, config.num_steps)
+    init = make_init(stage.init, optimizer)
+    shapes, placement = abstract_state(init, mesh)
+    step = jax.jit(
+        make_train_step(stage.loss, optimizer, optim),
+        donate_argnums=0,
+        out_shardings=(placement, sharding.named(mesh)),
+    )
+    return Program(mesh, stage, init, shapes, placement, step)
+
+
+def abstract_arguments(program: Program, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple:
+    """(state, frozen, batch, seed_key) as ShapeDtypeStructs with shardings, for `step.lower`.
+
+    Args:
+      batch: as `abstract_batch` gives it.
+    """
+    mesh = program.mesh
+
+    def placed(shapes, shardings):
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            shapes,
+            shardings,
+        )
+
+    frozen = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), program.stage.frozen
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.named(mesh))
+    rows = sharding.named(mesh, "batch")
+    batch = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows)
+        for name, leaf in batch.items()
+    }
+    frozen = placed(frozen, program.stage.frozen_shardings(mesh))
+    return placed(program.shapes, program.placement), frozen, batch, key
+
+
+def abstract_batch(config, stage) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the largest batch that `config`'s loader gives `stage`, over all devices.
+
+    Cached latents and embeddings where the config reads them ("latents", `text_embeddings`).
+    """
+    data, rows = config.data, config.batch_size
+    array = jax.ShapeDtypeStruct
+    if config.stage == "vae":
+        return {"video": array((rows, data.frames, data.height, data.width, 3), jnp.uint8)}
+    text_width = stage.text.config.width
+    latent = stage.latent_shape(data.frames, data.height, data.width)
+    if data.batching == "pack":
+        n, length = data.pack.tokens, data.pack.text_tokens
+        patch = stage.dit_config.patch_size
+        width = patch[0] * patch[1] * patch[2] * latent[-1]
+        text = {"ids": array((rows, length), jnp.int32)}
+        if stage.text.is_cached:
+            text = {"text_emb": array((rows, length, text_width), jnp.bfloat16)}
+        return {
+            "tokens": array((rows, n, width), jnp.float32),
+            "positions": array((rows, n, 3), jnp.int32),
+            "segment_ids": array((rows, n), jnp.int32),
+            "text_segment_ids": array((rows, length), jnp.int32),
+            "text_positions": array((rows, length), jnp.int32),
+        } | text
+    if data.batching == "bucket":
+        rows = max(1, data.bucket_tokens // stage.tokens_of(latent[:3]))
+    pixels = {"video": array((rows, data.frames, data.height, data.width, 3), jnp.uint8)}
+    if data.kind == "latents" or data.cache:
+        pixels = {"latents": array((rows, *latent), jnp.bfloat16)}
+    length = config.text_tokens
+    text = {"ids": array((rows, length), jnp.int32)}
+    if stage.text.is_cached:
+        text = {"text_emb": array((rows, length, text_width), jnp.bfloat16)}
+    return pixels | text | {"mask": array((rows, length), jnp.bool_)}
+
+
+def check(config) -> None:
+    """Raises ValueError for settings that no stage can run with."""
+    if config.stage not in STAGES:
+        raise ValueError(f"config.stage {config.stage!r} is not one of {', '.join(STAGES)}.")
+    for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "checkpoints_kept"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name} {config[name]} must be 1 or more.")
+    if config.sample_every < 0:
+        raise ValueError(f"config.sample_every {config.sample_every} must be 0 (never) or more.")
+
+
+def check_batch(config, mesh: Mesh) -> None:
+    """Raises ValueError unless every device gets the same number of clips of every micro-batch."""
+    if config.data.get("batching") == "bucket":
+        return  # the plan makes them divide
+    parts = config.optim.accumulate * sharding.axis_size(mesh, "batch")
+    if config.batch_size % parts:
+        below = config.batch_size // parts * parts
+        near = f"{below} or {below + parts}" if below else str(parts)
+        raise ValueError(
+            f"batch_size {config.batch_size} is not divisible by accumulate * data * fsdp = "
+            f"{parts}; change config.batch_size to {near}, or config.mesh."
+        )
