@@ -15,7 +15,16 @@ FLOORS = [
     {"generate", "convert"},
     {"text", "vae", "dit", "image"},
     {"attention", "layers", "checkpoint", "data"},
-    {"diffusion", "sharding", "video_io", "types", "progress", "blocked_attention"},
+    {
+        "diffusion",
+        "sharding",
+        "video_io",
+        "types",
+        "progress",
+        "blocked_attention",
+        "agreement",
+        "manifest",
+    },
 ]
 # On one floor, but strangers to each other; so are all that stand in two of them.
 APART = {"data", "text", "vae", "dit", "image", "diffusion"}

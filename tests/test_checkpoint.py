@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sora_jax import sharding
+from sora_jax import checkpoint, sharding
 from sora_jax.checkpoint import Checkpointer
 
 
@@ -117,3 +117,91 @@ def test_other_shapes_or_arrays_are_refused_in_one_line(saved):
             with pytest.raises(ValueError, match=message) as error:
                 checkpointer.restore(abstract(tree))
             assert "\n" not in str(error.value)
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip(file, rng):
+    """Changes one random byte of `file` and returns what it was."""
+    old = file.read_bytes()
+    new = bytearray(old)
+    new[rng.integers(len(old))] ^= int(rng.integers(1, 256))
+    file.write_bytes(new)
+    return old
+
+
+def test_every_changed_byte_is_found_in_whatever_file_it_is(saved):
+    rng = np.random.default_rng(0)
+    files = files_of(saved / "5")
+    assert any(f.name == "manifest.txt" for f in files) and len(files) > 8
+    for file in [*files, *rng.choice(files, 30)]:
+        if not file.stat().st_size:
+            continue
+        old = flip(file, rng)
+        with Checkpointer(saved) as checkpointer:
+            name = str(file.relative_to(saved / "5"))
+            with pytest.raises(ValueError, match=rf"step 5: {name} is damaged\); put a copy"):
+                checkpointer.newest_sound()
+        file.write_bytes(old)
+    with Checkpointer(saved) as checkpointer:
+        assert checkpointer.newest_sound() == 5
+
+
+def test_a_damaged_step_is_named_and_put_aside_and_the_one_before_restored(tmp_path, caplog):
+    wanted = {"x": jax.ShapeDtypeStruct((2,), jnp.int32)}
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, {"x": jnp.full(2, step)}, data={"n": step}, meta={})
+    next((tmp_path / "3" / "data").rglob("metadata")).unlink()
+    flip(tmp_path / "2" / "manifest.txt", np.random.default_rng(1))
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.newest_sound() == 1 and (tmp_path / "3").exists(), "reading moves none"
+        state, data, _ = checkpointer.restore(wanted)
+        assert data == {"n": 1} and state["x"].tolist() == [1, 1]
+        assert checkpointer.all_steps() == [1]
+        checkpointer.save(3, {"x": jnp.full(2, 7)}, data={"n": 7}, meta={})
+        checkpointer.wait()
+        assert checkpointer.restore(wanted)[1] == {"n": 7}
+    assert {"damaged-2", "damaged-3", "1", "3"} == {path.name for path in tmp_path.iterdir()}
+    assert "step 3: data/metadata is missing" in caplog.text
+    assert "step 2: manifest.txt is damaged" in caplog.text
+    flip(tmp_path / "3" / "meta" / "metadata", np.random.default_rng(2))
+    with (
+        Checkpointer(tmp_path) as checkpointer,
+        pytest.raises(ValueError, match="3: meta/metadata is damaged; use another step"),
+    ):
+        checkpointer.restore(wanted, step=3)
+
+
+def test_what_older_versions_wrote_has_no_checksums_and_is_restored_with_a_word(tmp_path, caplog):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(4, {"x": jnp.ones(2)}, data={}, meta={})
+    (tmp_path / "4" / "manifest.txt").unlink()
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.restore({"x": jax.ShapeDtypeStruct((2,), jnp.float32)})
+    assert "4: written without checksums; restored as it is" in caplog.text
+
+
+def test_the_newest_the_best_and_every_nth_are_kept(tmp_path):
+    losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: 3.0, 5: 2.0, 6: 6.0, 7: 7.0}
+    (tmp_path / "saving-9").mkdir(parents=True)  # of a process that was killed
+    with Checkpointer(tmp_path, keep=1, keep_every=3, keep_best=2) as checkpointer:
+        for step, loss in losses.items():
+            checkpointer.save(step, {"x": jnp.ones(2)}, data={}, meta={}, loss=loss)
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [2, 3, 5, 6, 7]
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_what_stops_the_writing_is_raised_by_the_next_call(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.manifest, "write", full)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"x": jnp.ones(2)}, data={}, meta={})
+        with pytest.raises(OSError, match="No space left"):
+            checkpointer.wait()
+        assert checkpointer.latest_step() is None, "a step without its checksums is none"

@@ -1,0 +1,61 @@
+"""What the processes of a run tell each other: JSON now and then, flags along with every step.
+
+With one process nothing is sent. With several, all must make the same calls in the same order.
+"""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sora_jax import sharding
+
+
+def gather(value: Any) -> list:
+    """`value`, which JSON can hold, of every process, in the order of their numbers."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([text.size], np.int32)).reshape(-1)
+    padded = np.zeros(max(sizes), np.uint8)
+    padded[: text.size] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def of_first(value: Any) -> Any:
+    """The `value` of process 0, in all."""
+    return gather(value if jax.process_index() == 0 else None)[0]
+
+
+class Flags:
+    """Small whole numbers of which every process learns the largest that any of them gave.
+
+    An all-reduce of `count` numbers a step, started behind the step and read behind the next one:
+    it never makes a device wait, and all processes learn of a flag at the same step.
+    """
+
+    def __init__(self, mesh: Mesh, count: int):
+        self._count, self._sent = count, None
+        self._alone = jax.process_count() == 1
+        if not self._alone:
+            devices = mesh.devices.flatten()
+            flat = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
+            self._placement, self._shape = sharding.named(flat, "batch"), (len(devices), count)
+            self._max = jax.jit(lambda x: jnp.max(x, axis=0), out_shardings=sharding.named(flat))
+
+    def exchange(self, *flags: int) -> tuple[int, ...]:
+        """Sends `flags`; the agreed ones of this call (one process), or of the call before."""
+        if self._alone:
+            return flags
+        row = np.array([flags], np.int32)
+        sent = jax.make_array_from_callback(self._shape, self._placement, lambda index: row)
+        before, self._sent = self._sent, self._max(sent)
+        if before is None:
+            return (0,) * self._count
+        return tuple(int(flag) for flag in np.asarray(before.addressable_data(0)))
