@@ -134,5 +134,20 @@ def get_config() -> ConfigDict:
     c.log_every = 20  # steps
     c.sample_every = 1000  # steps; 0 never
     c.checkpoint_every = 500  # steps
-    c.checkpoints_kept = 2
+    c.checkpoints_kept = 2  # the newest
+    c.checkpoint_every_kept = 0  # steps whose multiples are kept for ever; 0 none
+    c.checkpoint_best = 0  # so many of the lowest mean train/loss are kept as well
+    # A folder on each host's own disk for copies that are more frequent; "" makes none.
+    c.local_checkpoint_dir = ""
+    c.local_checkpoint_every = 50  # steps
+
+    # Steps whose loss or gradient is not finite change nothing but the step count.
+    c.skip = ConfigDict()
+    c.skip.in_row = 0  # so many in a row may be; one more stops the run
+    c.skip.in_all = 100  # and so many in all
+    c.skip.grad_norm = 0.0  # skip above so many times the median of the last 100 norms; 0 never
+    c.watchdog_minutes = 30.0  # without a step: stacks are dumped, after twice that it exits; 0 off
+    c.profile = ConfigDict()
+    c.profile.steps = ()  # first and last step of a trace for xprof; `touch WORKDIR/trace` too
+    c.wandb_project = ""  # Weights & Biases; "" sends nothing
     return c
