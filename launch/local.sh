@@ -1,14 +1,29 @@
 #!/usr/bin/env bash
 # Runs a command as N processes on this machine, which together are one JAX job:
 #
-#   launch/local.sh 2 sora-jax train --distributed --config FILE --workdir DIR
+#   launch/local.sh [--restarts K] N sora-jax train --distributed --config FILE --workdir DIR
 #
-# Ctrl-C and SIGTERM reach all of them; if one fails, the others are stopped with its status.
+# Ctrl-C and SIGTERM reach all of them, once; if one fails, the others are stopped with its status.
+# All are started again, at most K times in a row (default 0), after status 75 and after crashes.
 set -euo pipefail
 
-if (($# < 2)) || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
-  echo "usage: launch/local.sh N COMMAND [ARGUMENT ...]   N processes, 1 or more" >&2
+usage="usage: launch/local.sh [--restarts K] N COMMAND [ARGUMENT ...]   N processes, 1 or more"
+
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+  echo "$usage"
+  exit 0
+fi
+restarts=0
+if [[ ${1-} == --restarts ]]; then
+  restarts=${2-}
+  shift $(($# < 2 ? $# : 2))
+fi
+if (($# < 2)) || ! [[ $1 =~ ^[1-9][0-9]*$ && $restarts =~ ^[0-9]+$ ]]; then
+  echo "$usage" >&2
   exit 2
+fi
+if ((restarts > 0)); then
+  exec "$(dirname "$0")/restart.sh" --restarts "$restarts" -- "$0" "$@"
 fi
 count=$1
 shift
@@ -17,7 +32,17 @@ port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0));
 export JAX_COORDINATOR_ADDRESS=localhost:$port JAX_NUM_PROCESSES=$count
 
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+told=''
+tell() { # SIGNAL: to all, the first time alone; a second would stop their save
+  if [[ -z $told ]]; then
+    told=$1
+    kill -"$1" "${pids[@]}" 2>/dev/null || true
+  fi
+}
+trap 'tell TERM' TERM
+trap 'tell INT' INT
+# Process groups of their own: a terminal's Ctrl-C reaches this script alone, which passes it on.
+set -m
 for ((i = 0; i < count; i++)); do
   JAX_PROCESS_ID=$i "$@" &
   pids+=($!)
@@ -30,9 +55,9 @@ while ((running > 0)); do
   wait -n || result=$?
   # A trapped signal ends `wait` early; the processes are then still there to be waited for.
   running=$(jobs -rp | wc -l)
-  if ((result != 0 && status == 0)); then
+  if ((result != 0 && status == 0)) && [[ -z $told ]]; then
     status=$result
-    kill -TERM "${pids[@]}" 2>/dev/null || true
+    tell TERM
   fi
 done
 # Those that ended together with the last one have not been asked yet; 127 says that one has.
