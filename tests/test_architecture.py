@@ -10,7 +10,15 @@ PACKAGE = Path(__file__).parents[1] / "sora_jax"
 # From the top; a module imports from its own floor and from those below.
 FLOORS = [
     {"cli"},
-    {"plan", "info", "sample_command", "import_command", "data_command", "config_file"},
+    {
+        "plan",
+        "plan_command",
+        "info",
+        "sample_command",
+        "import_command",
+        "data_command",
+        "config_file",
+    },
     {"train", "evaluate"},
     {"generate", "convert"},
     {"text", "vae", "dit", "image"},
