@@ -19,7 +19,7 @@ from sora_jax import agreement, manifest
 _LEFT_OVER = re.compile(r"saving-.*|removing-.*|.*\.orbax-checkpoint-tmp.*")
 
 
-def _flat(tree) -> dict[str, Any]:
+def flat(tree) -> dict[str, Any]:
     """Leaves by their path: independent of the container classes of optax and flax."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -93,7 +93,7 @@ class Checkpointer:
         self._orbax.save(
             saving,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flat(state)),
+                state=ocp.args.StandardSave(flat(state)),
                 data=ocp.args.JsonSave(data),
                 meta=ocp.args.JsonSave(meta),
             ),
@@ -168,7 +168,8 @@ class Checkpointer:
             logging.warning("%s: written without checksums; restored as it is.", folder)
             return []
         share = (jax.process_index(), jax.process_count())
-        problems = sum(agreement.gather(manifest.damage(folder, share=share)), [])
+        shares = agreement.gather(manifest.damage(folder, share=share))
+        problems = [problem for found in shares for problem in found]
         if not problems:
             self._sound.add(step)
         return problems
@@ -200,29 +201,29 @@ class Checkpointer:
         saved = self.all_steps()
         if not saved or (step is not None and step not in saved):
             found = f"steps {', '.join(map(str, saved))}" if saved else "none"
-            wanted = "training checkpoint" if step is None else f"checkpoint of step {step}"
-            raise FileNotFoundError(f"no {wanted} under {self._directory}; found: {found}.")
+            what = "training checkpoint" if step is None else f"checkpoint of step {step}"
+            raise FileNotFoundError(f"no {what} under {self._directory}; found: {found}.")
         if step is None:
             step = self.newest_sound(set_aside=True)
         elif problems := self._damage(step):
             raise ValueError(f"{self._directory / str(step)}: {problems[0]}; use another step.")
-        flat = _flat(abstract)
-        self._check_shapes(step, flat)
+        wanted = flat(abstract)
+        self._check_shapes(step, wanted)
         if shardings is not None:
-            placed = _flat(shardings)
-            flat = {
+            placed = flat(shardings)
+            wanted = {
                 path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[path])
-                for path, leaf in flat.items()
+                for path, leaf in wanted.items()
             }
         restored = self._orbax.restore(
             self._directory / str(step),
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(flat),
+                state=ocp.args.StandardRestore(wanted),
                 data=ocp.args.JsonRestore(),
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        leaves = [restored["state"][path] for path in flat]
+        leaves = [restored["state"][path] for path in wanted]
         state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
         return state, restored["data"], restored["meta"]
 
@@ -245,22 +246,22 @@ class Checkpointer:
         Args:
           abstract: tree of ShapeDtypeStructs with the paths of that branch.
         """
-        flat = {f"{under}/{path}": leaf for path, leaf in _flat(abstract).items()}
+        wanted = {f"{under}/{path}": leaf for path, leaf in flat(abstract).items()}
         restored = ocp.PyTreeCheckpointer().restore(
             self._directory / str(self.newest_sound()) / "state",
             args=ocp.args.PyTreeRestore(
-                item=flat,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(flat),
+                item=wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
                 partial_restore=True,
             ),
         )
-        return jax.tree.unflatten(jax.tree.structure(abstract), [restored[path] for path in flat])
+        return jax.tree.unflatten(jax.tree.structure(abstract), [restored[path] for path in wanted])
 
-    def _check_shapes(self, step: int, flat: dict[str, Any]) -> None:
+    def _check_shapes(self, step: int, wanted_leaves: dict[str, Any]) -> None:
         """Orbax would refuse them too, with a page of text."""
         metadata = self._orbax.metadata(self._directory / str(step)).item_metadata["state"].tree
         saved = {path: tuple(leaf.shape) for path, leaf in metadata.items()}
-        wanted = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+        wanted = {path: tuple(leaf.shape) for path, leaf in wanted_leaves.items()}
         differ = [p for p in saved | wanted if saved.get(p) != wanted.get(p)]
         if differ:
             path = differ[0]

@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"sora-jax: {interrupt or 'stopped; no partial file is left.'}", file=sys.stderr)
-        return 130
+        return getattr(interrupt, "exit_code", 130)  # a run that SIGTERM ended has its own
     return 0
 
 

@@ -32,6 +32,7 @@ class Loader(Iterator[Any]):
       batches: batch n of this host, as a random-access dataset.
       batch_size: records a batch, or 1 where a plan decides: the position counts in it.
       identity: what the order depends on: "seed", "num_records" and, with a plan, "plan".
+      records: of batch n over all hosts, which numbers in the source.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Loader(Iterator[Any]):
         identity: Mapping[str, int | str],
         read_options: grain.ReadOptions,
         num_workers: int,
+        records: Callable[[int], list[int]] | None = None,
     ) -> None:
         self._batches = batches
+        self._records = records
         self._batch_size = batch_size
         self._identity = dict(identity)
         self._read_options = read_options
@@ -74,6 +77,14 @@ class Loader(Iterator[Any]):
             options = grain.MultiprocessingOptions(num_workers=self._num_workers)
             dataset = dataset.mp_prefetch(options)
         return iter(dataset)
+
+    @property
+    def batches_read(self) -> int:
+        return self._next
+
+    def records(self, batch: int) -> list[int]:
+        """Numbers in the source of the records of batch `batch`, over all hosts."""
+        return [] if self._records is None else self._records(batch)
 
     def get_state(self) -> dict[str, int | str]:
         """The position as JSON; read-ahead does not count as read."""
@@ -179,10 +190,13 @@ def make_loader(
             f"{len(source)} records make no batch of {batch_size}; lower batch_size, or give "
             "more data or epochs."
         )
-    dataset = grain.MapDataset.source(source).seed(seed)
-    if shuffle:
-        dataset = dataset.shuffle()
-    dataset = dataset.repeat(num_epochs)
+
+    def in_order(dataset: grain.MapDataset) -> grain.MapDataset:
+        dataset = dataset.seed(seed)
+        return (dataset.shuffle() if shuffle else dataset).repeat(num_epochs)
+
+    numbers = in_order(grain.MapDataset.range(len(source)))
+    dataset = in_order(grain.MapDataset.source(source))
     for transform in transforms:
         is_random = isinstance(transform, RandomTransform)
         dataset = dataset.random_map(transform) if is_random else dataset.map(transform)
@@ -194,6 +208,7 @@ def make_loader(
         identity={"seed": seed, "num_records": len(source)},
         read_options=grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch),
         num_workers=num_workers,
+        records=lambda n: [int(numbers[n * batch_size + row]) for row in range(batch_size)],
     )
 
 
@@ -260,6 +275,7 @@ def make_planned_loader(
         identity={"seed": seed, "num_records": plan.num_records, "plan": repr(plan)},
         read_options=grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch),
         num_workers=num_workers,
+        records=lambda n: [pick.index for row in plan.batch(n) for pick in row],
     )
 
 

@@ -237,7 +237,11 @@ class EncodingLoader(Iterator[dict[str, np.ndarray]]):
     def __init__(self, loader: loaders.Loader, encode: ClipEncoder, collate: Callable) -> None:
         self._loader, self._encode, self._collate = loader, encode, collate
         self.get_state, self.set_state = loader.get_state, loader.set_state
-        self.close = loader.close
+        self.close, self.records = loader.close, loader.records
+
+    @property
+    def batches_read(self) -> int:
+        return self._loader.batches_read
 
     def __next__(self) -> dict[str, np.ndarray]:
         rows = next(self._loader)

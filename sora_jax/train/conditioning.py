@@ -50,7 +50,7 @@ class Conditioning:
         else:
             self._opened = folder.open_component(path, "text", dtype=config.text.dtype)
         self.config, self.graphdef = self._opened.config, self._opened.graphdef
-        if self.tokenizer.vocab_size > self.config.vocab_size:
+        if not abstract and self.tokenizer.vocab_size > self.config.vocab_size:
             raise ValueError(
                 f"config.text.vocab_size {self.config.vocab_size} is less than the "
                 f"{self.tokenizer.vocab_size} ids of the tokenizer; raise it."

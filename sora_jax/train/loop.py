@@ -1,27 +1,32 @@
-"""train(config, workdir): jits the steps and owns their order; no maths.
+"""train(config, workdir) owns the order of a run; no maths, and the mechanisms stand elsewhere.
 
-Mesh, stage, loader, state, restore; then for every step: batch, step, log, preview, save.
+Hosts compared, program, loader, room, state; then for every step: batch, step, log, preview, save.
 """
 
 import contextlib
-import math
-import signal
-import threading
+import functools
+import json
+import time
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from sora_jax import checkpoint_path, sharding
+from sora_jax import sharding
+from sora_jax.agreement import Flags
 from sora_jax.checkpoint import Checkpointer
 from sora_jax.data import loader as loaders
 from sora_jax.progress import Progress
-from sora_jax.train import preview
+from sora_jax.train import interrupts, preview, startup
 from sora_jax.train.batches import make_loader
+from sora_jax.train.goodput import Goodput
+from sora_jax.train.local_checkpoint import LocalCheckpointer
 from sora_jax.train.metrics import MetricWriter, Rates, plot_losses
 from sora_jax.train.program import Program, build
-from sora_jax.train.state import TrainState
+from sora_jax.train.skips import SkipConfig, Skips
+from sora_jax.train.start import first_state, resume
+from sora_jax.train.trace import Tracer
+from sora_jax.train.watchdog import PATIENCE, Watchdog
+from sora_jax.train.window import Window
 
 
 def train(config, workdir: str | Path, *, devices=None) -> Path:
@@ -35,67 +40,122 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
       The folder of training checkpoints.
 
     Raises:
-      ValueError: for a config that cannot run, or that is not the one of the checkpoint.
-      FloatingPointError: the loss or gradient is not finite; names metric and step.
-      KeyboardInterrupt: after Ctrl-C or SIGTERM, when the checkpoint is saved.
+      ValueError: for a config that cannot run, or that is not the one of the checkpoint; hosts
+        that differ; no permission or room in `workdir`.
+      FloatingPointError: loss or gradient are not finite more often than config.skip allows; names
+        metric, step and the records of the batch.
+      KeyboardInterrupt: after Ctrl-C (SIGTERM: Preempted), when the checkpoint is saved; in all
+        processes at the same step, whichever was signalled.
     """
-    workdir = Path(workdir)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    program = build(config, mesh)
-    stage, placement = program.stage, program.placement
-    frozen = stage.place_frozen(mesh)
-    seed_key = jax.jit(jax.random.key, out_shardings=sharding.named(mesh))(config.seed + 1)
-    rates = Rates()
-    pending: list[tuple[int, dict]] = []
-
-    # All are closed on the way out, an error's too: a checkpoint being written is completed.
-    with (
-        contextlib.closing(make_loader(config, stage, mesh)) as loader,
-        Checkpointer(workdir / "checkpoints", keep=config.checkpoints_kept) as checkpointer,
-        MetricWriter(workdir) as writer,
-        Interrupts() as interrupts,
-    ):
-        if checkpointer.latest_step() is None:
-            state = first_state(config, program)
-        else:
-            state, position, _ = checkpointer.restore(program.shapes, placement)
-            if position:  # a run that `begin` wrote has read nothing yet
+    workdir, clock = Path(workdir), Goodput(Path(workdir) / "goodput.json")
+    # What is opened is closed on the way out, an error's too: a checkpoint under way is completed.
+    with contextlib.ExitStack() as opened:
+        with clock.phase("init"):
+            startup.check_settings(config)
+            startup.check_hosts(config)
+            mesh = sharding.make_mesh(**config.mesh, devices=devices)
+            program = build(config, mesh)
+            stage = program.stage
+            skips = Skips(skip_config(config), file=workdir / "skipped.jsonl")
+            loader = opened.enter_context(contextlib.closing(make_loader(config, stage, mesh)))
+            check_room(config, workdir, program)
+            startup.log_apart(workdir)
+            run_id = startup.run_id(workdir)
+            opened.callback(clock.write)
+            writer = opened.enter_context(make_writer(config, workdir, run_id))
+            checkpointer = opened.enter_context(make_checkpointer(config, workdir))
+            local = make_local(config, run_id)
+            if local is not None:
+                opened.enter_context(local)
+            frozen = stage.place_frozen(mesh)
+            seed_key = jax.jit(jax.random.key, out_shardings=sharding.named(mesh))(config.seed + 1)
+            state, position, counted = resume(config, program, checkpointer, local, workdir=workdir)
+            if position:
                 loader.set_state(position)
+            if counted:
+                skips.set_state(counted)
 
         first = int(state.step)
-        with Progress("training", total=config.num_steps, start=first) as progress:
-            for step in range(first + 1, config.num_steps + 1):
+        clock.resumed(first)
+        hang = workdir / f"hang-{jax.process_index()}.txt"
+        # `get`: the configs of earlier runs lack these keys.
+        watchdog = opened.enter_context(Watchdog(config.get("watchdog_minutes", 0), hang))
+        profile = config.get("profile") or {}
+        tracer = opened.enter_context(Tracer(workdir, profile.get("steps", ())))
+        signals = opened.enter_context(interrupts.Interrupts())
+        progress = Progress("training", total=config.num_steps, start=first)
+        opened.enter_context(progress)
+        rates, window, flags = Rates(), Window(skips), Flags(mesh, 2)
+        compiled: set = set()  # shapes of batches
+        traced = 0
+
+        for step in range(first + 1, config.num_steps + 1):
+            asked = time.perf_counter()
+            with clock.phase("data"):
                 batch = loaders.to_global(next(loader), mesh)
-                with sharding.use_mesh(mesh):
-                    state, metrics = program.step(state, frozen, batch, seed_key)
-                pending.append((step, metrics))
-                stopping = interrupts.requested
-                last = stopping or step == config.num_steps
-                saving = last or step % config.checkpoint_every == 0
-                # Fetched one step late, so that the device never waits for the log; but what is
-                # saved has been found finite.
-                ready = pending if saving else pending[:-1]
-                if ready and (saving or step % config.log_every == 0):
-                    values = average(ready)
+            waited = time.perf_counter() - asked
+            window.batch(waited)
+            if window.busy:  # the devices did not wait
+                clock.move(waited, source="data", target="step")
+
+            shapes = tuple((name, value.shape) for name, value in sorted(batch.items()))
+            if shapes not in compiled:
+                window.finish(step - 1)
+            tracer.before(step, asked=traced)
+            limit = skips.limit(step)
+            bounds = () if limit is None else (limit,)
+            phase = "step" if shapes in compiled else "compile"
+            with clock.phase(phase), sharding.use_mesh(mesh):
+                state, metrics = program.step(state, frozen, batch, seed_key, *bounds)
+            compiled.add(shapes)
+            window.started(
+                step, metrics, records=functools.partial(loader.records, loader.batches_read - 1)
+            )
+
+            stopping, traced = flags.exchange(signals.requested, tracer.asked)
+            last = stopping or step == config.num_steps
+            saving = last or step % config.checkpoint_every == 0
+            showing = config.sample_every and not stopping
+            showing = showing and (last or step % config.sample_every == 0)
+            copying = local is not None and step % config.local_checkpoint_every == 0
+            # One step late, so that the devices never wait for the log; but what is saved has been
+            # found finite.
+            with clock.phase("step"):
+                window.finish(step if saving or showing or copying else step - 1)
+            clock.finished(step)
+            watchdog.beat(allow=PATIENCE if showing or saving else 1)
+
+            if saving or step % config.log_every == 0:
+                row = window.take(step if saving else step - 1)
+                if row is not None:
+                    logged, values = row
                     values |= rates.update(
                         step,
                         rows=stage.rows(batch),
                         tokens=stage.tokens(batch),
                         flops=stage.flops(batch),
                     )
-                    writer.write(ready[-1][0], values)
+                    writer.write(logged, values)
                     progress.update(step, loss=f"{values['train/loss']:.4f}")
-                    pending = pending[len(ready) :]
-                showing = config.sample_every and not stopping
-                if showing and (last or step % config.sample_every == 0):
+                clock.write()
+            if showing:
+                with clock.phase("preview"):
                     preview.write(stage, config, state.ema, frozen, batch, workdir, step=step)
                     plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
-                if saving:
-                    meta = {"config": config.to_json_best_effort(), "stage": config.stage}
-                    checkpointer.save(step, state, data=loader.get_state(), meta=meta)
-                if stopping:
+            if saving or copying:
+                place = {"data": loader.get_state(), "meta": meta_of(config, skips)}
+                with clock.phase("save"):
+                    if saving:
+                        checkpointer.save(step, state, **place, loss=window.loss_since_save())
+                        clock.saved(step)
+                    else:
+                        local.save(step, state, **place)
+            if last:
+                with clock.phase("save"):
                     checkpointer.wait()
-                    raise KeyboardInterrupt(f"stopped at step {step}; the checkpoint is saved.")
+                startup.tell(clock.line())
+            if stopping:
+                raise interrupts.end(stopping, step)
     return workdir / "checkpoints"
 
 
@@ -113,109 +173,53 @@ def begin(config, workdir: str | Path, *, devices=None) -> Path:
     if (workdir / "checkpoints").exists():
         raise ValueError(f"{workdir}: holds a training run already; name another folder.")
     state = first_state(config, program)
-    with Checkpointer(workdir / "checkpoints", keep=config.checkpoints_kept) as checkpointer:
-        meta = {"config": config.to_json_best_effort(), "stage": config.stage}
-        checkpointer.save(0, state, data={}, meta=meta)
+    with make_checkpointer(config, workdir) as checkpointer:
+        checkpointer.save(0, state, data={}, meta=meta_of(config, Skips(skip_config(config))))
     return workdir
 
 
-def first_state(config, program: Program) -> TrainState:
-    """The state before the first step: drawn by `config.seed`, or from `config.init_from`."""
-    make = jax.jit(program.init, out_shardings=program.placement, compiler_options=init_options())
-    with sharding.use_mesh(program.mesh):
-        state = make(jax.random.key(config.seed))
-    return start_from(config, program, state)
-
-
-def init_options() -> dict[str, int] | None:
-    """XLA options for the program that makes the parameters and runs once.
-
-    LLVM took 27 s of a core for a VAE's hundred initialisers, and takes 3 s at level 0.
-    """
-    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-
-
-def start_from(config, program: Program, state: TrainState) -> TrainState:
-    """`state` with the weights of the inference folder `config.init_from`, if there is one."""
-    if not config.init_from:
-        return state
-    from sora_jax.convert import folder
-
-    stage, placement = program.stage, program.placement
-    source = checkpoint_path(config.init_from)
-    params = {
-        name: folder.load_component(source, name, mesh=program.mesh)[2] for name in stage.components
-    }
-    wanted = _shapes({name: state.params[name] for name in stage.components})
-    given = _shapes(params)
-    differ = [path for path in given | wanted if given.get(path) != wanted.get(path)]
-    if differ:
-        path = differ[0]
-        raise ValueError(
-            f"config.init_from {config.init_from} has {path} as {given.get(path, 'nothing')}, "
-            f"config.{stage.name} makes it {wanted.get(path, 'nothing')} ({len(differ)} arrays "
-            "differ); make their sizes equal."
-        )
-    params = jax.device_put(params, {name: placement.params[name] for name in params})
-    params = state.params | params  # a discriminator starts anew
-    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
-
-
-def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+def meta_of(config, skips: Skips) -> dict:
+    """What a checkpoint tells of its run."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
+        "config": config.to_json_best_effort(),
+        "stage": config.stage,
+        "skips": skips.get_state(),
     }
 
 
-def average(pending: list[tuple[int, dict]]) -> dict[str, float]:
-    """Means over steps, NaN left out where a step has none (a bucket of t without examples).
-
-    Raises:
-      FloatingPointError: naming the first metric of train/ that is not finite, and its step.
-    """
-    rows = jax.device_get(pending)
-    if not rows:
-        return {}
-    for step, metrics in rows:
-        # The loss first: what else is not finite follows from it more often than not.
-        for name in sorted(metrics, key=lambda name: name != "train/loss"):
-            value = metrics[name]
-            if name.startswith("train/") and not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {step}; lower config.optim.peak_lr and run again, "
-                    "which goes on from the last checkpoint."
-                )
-    means = {}
-    for name in rows[0][1]:
-        values = [float(m[name]) for _, m in rows if not math.isnan(m[name])]
-        means[name] = sum(values) / len(values) if values else math.nan
-    return means
+# `get` below: the configs of earlier runs lack these keys.
 
 
-class Interrupts:
-    """Turns Ctrl-C and SIGTERM into a request that the loop honours after the current step.
+def skip_config(config) -> SkipConfig:
+    return SkipConfig(**(config.get("skip") or {}))
 
-    A second Ctrl-C stops at once, without a checkpoint.
-    """
 
-    def __init__(self):
-        self.requested = False
-        self._old: dict[int, Any] = {}
+def make_checkpointer(config, workdir: Path) -> Checkpointer:
+    return Checkpointer(
+        workdir / "checkpoints",
+        keep=config.checkpoints_kept,
+        keep_every=config.get("checkpoint_every_kept", 0),
+        keep_best=config.get("checkpoint_best", 0),
+    )
 
-    def __enter__(self) -> "Interrupts":
-        # Elsewhere signals cannot be caught: the caller keeps its handlers.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._request)
-        return self
 
-    def _request(self, *_) -> None:
-        if self.requested:
-            raise KeyboardInterrupt("stopped at once; the last checkpoint is kept.")
-        self.requested = True
+def make_local(config, run_id: str) -> LocalCheckpointer | None:
+    folder = config.get("local_checkpoint_dir", "")
+    return LocalCheckpointer(Path(folder), run=run_id) if folder else None
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+
+def make_writer(config, workdir: Path, run_id: str) -> MetricWriter:
+    return MetricWriter(
+        workdir,
+        wandb_project=config.get("wandb_project", ""),
+        run_id=run_id,
+        config=startup.flat_config(json.loads(config.to_json_best_effort())),
+    )
+
+
+def check_room(config, workdir: Path, program: Program) -> None:
+    """Raises ValueError where checkpoints would find no room or no permission."""
+    whole, mine = startup.state_bytes(program.shapes, program.placement)
+    startup.check_room(workdir / "checkpoints", whole, key="--workdir")
+    if folder := config.get("local_checkpoint_dir", ""):
+        startup.check_room(Path(folder), mine, key="config.local_checkpoint_dir", everywhere=True)

@@ -1,51 +1,70 @@
-"""Metrics to JSONL always, to TensorBoard where its writer is installed; rates, MFU, loss plot."""
+"""Metrics to JSONL always, to TensorBoard where its writer is installed, to W&B where asked.
+
+Rates, MFU and the picture of the loss.
+"""
 
 import importlib.util
 import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from sora_jax import video_io
-
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
+from sora_jax import chips, video_io
 
 def peak_flops(device: jax.Device) -> float | None:
     """Peak dense bfloat16 FLOP/s of `device`, or None where no data sheet is known (CPUs)."""
-    matches = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+    chip = chips.of_kind(device.device_kind)
+    return None if chip is None else chip.device_flops
 
 
 class MetricWriter:
-    """Appends one JSON object a line to `workdir/metrics.jsonl`; process 0 alone writes."""
+    """Appends one JSON object a line to `workdir/metrics.jsonl`; process 0 alone writes.
 
-    def __init__(self, workdir: Path):
+    Args:
+      wandb_project: of Weights & Biases (WANDB_MODE=offline works); "" sends nothing there.
+      run_id: under which a resumed run goes on there.
+      config: shown there.
+
+    Raises:
+      ValueError: a project is named, and `wandb` is not installed.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        wandb_project: str = "",
+        run_id: str | None = None,
+        config: dict[str, Any] | None = None,
+    ):
         self._active = jax.process_index() == 0
         self._path = Path(workdir) / "metrics.jsonl"
-        self._board = None
+        self._board = self._wandb = None
+        if wandb_project and not importlib.util.find_spec("wandb"):
+            raise ValueError(
+                f"config.wandb_project {wandb_project!r}: wandb is not installed; `pip install "
+                "'sora_jax[wandb]'`, or set it to ''."
+            )
         if self._active:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if importlib.util.find_spec("tensorboardX"):
                 from tensorboardX import SummaryWriter
 
                 self._board = SummaryWriter(str(workdir))
+            if wandb_project:
+                import wandb
+
+                self._wandb = wandb.init(
+                    project=wandb_project,
+                    id=run_id,
+                    resume="allow",
+                    dir=str(workdir),
+                    config=config,
+                )
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -62,8 +81,12 @@ class MetricWriter:
         if self._board is not None:
             for name, value in known.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(known, step=step)
 
     def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
         if self._board is not None:
             self._board.close()
 
@@ -95,6 +118,8 @@ class Rates:
         }
         if tokens is not None:
             rates["perf/tokens_per_second"] = tokens * steps / elapsed
+            each = tokens * steps / elapsed / jax.device_count()
+            rates["perf/tokens_per_second_per_chip"] = each
         if flops is not None:
             rates["perf/tflops_per_second"] = flops * steps / elapsed / 1e12
             peak = peak_flops(jax.devices()[0])

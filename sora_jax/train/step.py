@@ -1,5 +1,6 @@
-"""The pure training step: gradients, update, EMA; no jit, no input or output."""
+"""The pure training step: gradients, update or skip, EMA; no jit, no input or output."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,12 @@ LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Arr
 
 
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, config: OptimConfig):
-    """Returns train_step(state, frozen, batch, seed_key) -> (state, metrics).
+    """Returns train_step(state, frozen, batch, seed_key, limit=inf) -> (state, metrics).
 
-    The step's randomness is fold_in(seed_key, step), so any step replays alone. With
-    `accumulate` > 1 the batch is cut into micro-batches and their gradients averaged.
+    Where the loss or the gradient's norm is not finite, or the norm is above `limit`, nothing but
+    the step count changes, and "train/skipped" is 1 instead of 0. The step's randomness is
+    fold_in(seed_key, step), so any step replays alone. With `accumulate` > 1 the batch is cut into
+    micro-batches and their gradients averaged.
     """
 
     def trained_loss(params, *args):
@@ -45,19 +48,39 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, co
         # A bucket of t without examples is NaN in some micro-batches; the loss is never left out.
         return (loss, jax.tree.map(lambda x: jnp.nanmean(x, axis=0), metrics)), grads
 
-    def train_step(state: TrainState, frozen, batch, seed_key: jax.Array):
+    def train_step(
+        state: TrainState, frozen, batch, seed_key: jax.Array, limit: jax.Array | float = math.inf
+    ):
         key = jax.random.fold_in(seed_key, state.step)
         (loss, metrics), grads = gradients(state.params, frozen, batch, key)
+        norm = optax.global_norm(grads)
+        sound = jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= limit)
+
+        def kept(new, old):
+            return jax.tree.map(lambda x, y: jnp.where(sound, x, y), new, old)
+
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = kept(optax.apply_updates(state.params, updates), state.params)
         # Early averages would remember the initial weights: let the window grow with the step.
         decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
         metrics = metrics | {
             "train/loss": loss,
-            "train/grad_norm": optax.global_norm(grads),
+            "train/grad_norm": norm,
             "train/param_norm": optax.global_norm(params),
+            "train/skipped": 1.0 - sound,
         }
+        metrics |= group_norms("grad_norm", grads) | group_norms("param_norm", params)
+        opt_state, ema = kept(opt_state, state.opt_state), kept(ema, state.ema)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return train_step
+
+
+def group_norms(name: str, tree) -> dict[str, jax.Array]:
+    """Norms by module: the two top levels of a path, such as "grad_norm/dit/blocks"."""
+    groups: dict[str, list[jax.Array]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        groups.setdefault("/".join([name, *parts[:2]]), []).append(leaf)
+    return {group: optax.global_norm(leaves) for group, leaves in groups.items()}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_jax.train import loop, metrics
+from sora_jax.train import metrics, window
 
 
 @pytest.fixture
@@ -51,6 +51,7 @@ def test_rates_are_those_since_the_last_call(clock):
         "perf/steps_per_second": 5.0,
         "perf/rows_per_second": 20.0,
         "perf/tokens_per_second": 500.0,
+        "perf/tokens_per_second_per_chip": 62.5,  # of 8 simulated devices
         "perf/tflops_per_second": 10.0,
     }
     clock[0] += 1
@@ -133,7 +134,7 @@ def test_averages_leave_out_what_a_step_does_not_have():
         (1, {"train/loss": 1.0, "bucket": math.nan, "never": math.nan}),
         (2, {"train/loss": 3.0, "bucket": 5.0, "never": math.nan}),
     ]
-    got = loop.average(rows)
+    got = window.average(rows)
     assert got["train/loss"] == 2.0 and got["bucket"] == 5.0 and math.isnan(got["never"])
 
 
@@ -141,4 +142,4 @@ def test_averages_leave_out_what_a_step_does_not_have():
 def test_average_of_a_metric_that_is_not_finite_names_it_and_its_step(value):
     rows = [(8, {"train/grad_norm": 1.0}), (9, {"train/grad_norm": value})]
     with pytest.raises(FloatingPointError, match=rf"train/grad_norm is {value} at step 9"):
-        loop.average(rows)
+        window.average(rows)

@@ -1,0 +1,217 @@
+"""What is found before the first step: hosts that differ, another config's workdir, no room."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import sora_jax
+from sora_jax import agreement
+
+ROOM = 2.2  # free space wanted, in sizes of the state: a new checkpoint beside the last one
+_SHOWN = 6  # differing keys that are listed
+
+# A workdir goes on with other values of any key but these: they change the state, or the order of
+# the data.
+_FIXED = (
+    *("stage", "seed", "batch_size", "data", "vae", "text", "text_tokens", "dit"),
+    *("optim.name", "optim.freeze", "vae_loss.adversarial"),
+)
+# Below them, what may change all the same: places, readers, and how the same thing is computed.
+_FREE = {"path", "cache", "cache_clips", "threads", "workers", "dtype", "remat"}
+
+
+def check_settings(config) -> None:
+    """Raises ValueError for settings of this machinery that are out of range."""
+    # `get`: the configs of earlier runs lack these keys.
+    least = {"checkpoint_every_kept": 0, "checkpoint_best": 0, "watchdog_minutes": 0}
+    for name, smallest in least.items():
+        if config.get(name, 0) < smallest:
+            raise ValueError(f"config.{name} {config[name]} must be 0 (off) or more.")
+    if config.get("local_checkpoint_dir") and config.local_checkpoint_every < 1:
+        raise ValueError(
+            f"config.local_checkpoint_every {config.local_checkpoint_every} must be 1 or more."
+        )
+    steps = (config.get("profile") or {}).get("steps", ())
+    if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+        raise ValueError(
+            f"config.profile.steps {tuple(steps)}: give the first and the last step, as (10, 12)."
+        )
+
+
+def check_hosts(config) -> None:
+    """Raises ValueError in every process unless all have the same config, code and JAX."""
+    mine = {
+        "config": flat_config(json.loads(config.to_json_best_effort())),
+        "files": source_files(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+    }
+    rows = agreement.gather(mine)
+    for number, row in enumerate(rows):
+        found = [
+            f"{'config.' if kind == 'config' else ''}{what}"
+            for kind in mine
+            for what in _differences(rows[0][kind], row[kind], both=kind != "files")
+        ]
+        if found:
+            raise ValueError(
+                f"process {number} differs from process 0 in {_listed(found)}; start all processes "
+                "with the same config, code and versions."
+            )
+
+
+def source_files() -> dict[str, str]:
+    """A digest of every source file of this package, by its name."""
+    root = Path(sora_jax.__file__).parent
+    return {
+        file.relative_to(root).as_posix(): hashlib.blake2b(
+            file.read_bytes(), digest_size=8
+        ).hexdigest()
+        for file in sorted(root.rglob("*.py"))
+    }
+
+
+def check_same_run(config, saved: str, *, workdir: Path) -> list[str]:
+    """Compares `config` with the JSON of that which a checkpoint was written with.
+
+    Keys that one of them lacks are no difference: versions add keys.
+
+    Returns:
+      The keys that differ and may, as "key old -> new".
+
+    Raises:
+      ValueError: a key differs that changes the state or the order of the data.
+    """
+    given = flat_config(json.loads(config.to_json_best_effort()))
+    old = flat_config(json.loads(saved))
+    # A part of a mixture is no key of a version.
+    parts = [key for key in old | given if key.startswith("data.parts.")]
+    missing = [key for key in parts if (key in old) != (key in given)]
+    differ = [key for key in old if key in given and old[key] != given[key]] + missing
+    wrong = [key for key in differ if _is_fixed(key)]
+    if wrong:
+        rows = [f"{k} {old.get(k, 'nothing')!r}, not {given.get(k, 'nothing')!r}" for k in wrong]
+        raise ValueError(
+            f"{workdir} holds a run of another config: {_listed(rows)}; set config as it was, or "
+            "start from the run's export (config.init_from) in another workdir."
+        )
+    return [f"{key} {old[key]!r} -> {given[key]!r}" for key in differ]
+
+
+def _is_fixed(key: str) -> bool:
+    fixed = any(f"{key}.".startswith(f"{name}.") for name in _FIXED)
+    return fixed and key.split(".")[-1] not in _FREE
+
+
+def flat_config(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of a nested dictionary by their dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flat_config(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _differences(first: dict[str, Any], other: dict[str, Any], *, both: bool) -> list[str]:
+    """Keys of two flat dictionaries whose values are not the same, with the values if wanted."""
+    keys = [key for key in first | other if first.get(key) != other.get(key)]
+    if not both:
+        return keys
+    return [f"{key} ({other.get(key)!r}, not {first.get(key)!r})" for key in keys]
+
+
+def _listed(rows: list[str]) -> str:
+    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    return "; ".join(rows[:_SHOWN]) + more
+
+
+def state_bytes(shapes, placement) -> tuple[int, int]:
+    """Bytes of a tree of shapes: as a whole, and of the pieces that this process holds."""
+    whole = mine = 0
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(placement), strict=True)
+    for leaf, where in leaves:
+        whole += leaf.size * leaf.dtype.itemsize
+        pieces = {str(i) for i in where.addressable_devices_indices_map(leaf.shape).values()}
+        mine += math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize * len(pieces)
+    return whole, mine
+
+
+def check_room(folder: Path, needed: int, *, key: str, everywhere: bool = False) -> None:
+    """Makes `folder` and tries whether `ROOM` times `needed` bytes can be written to it.
+
+    Args:
+      needed: bytes of what is to be saved.
+      key: what names the folder, for the message.
+      everywhere: each process tries for itself, since the folder is on its own disk; else the
+        first one tries for all.
+
+    Raises:
+      ValueError: in all processes, if any finds no permission or too little space.
+    """
+    problem = None
+    if everywhere or jax.process_index() == 0:
+        problem = _no_room(Path(folder), needed, key)
+    problems = [p for p in agreement.gather(problem) if p]
+    if problems:
+        raise ValueError(problems[0])
+
+
+def _no_room(folder: Path, needed: int, key: str) -> str | None:
+    there = folder
+    while not there.exists():
+        there = there.parent
+    try:
+        free = shutil.disk_usage(there).free
+        if free >= ROOM * needed:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+            return None
+    except OSError as error:
+        return f"{key} {folder}: {error.strerror}; give a folder that this process may write to."
+    return (
+        f"{key} {folder} has {free / 1e9:.1f} GB free, checkpoints of {needed / 1e9:.2f} GB want "
+        f"{ROOM * needed / 1e9:.1f} GB; make room, or give another folder."
+    )
+
+
+def run_id(workdir: Path) -> str:
+    """A name that this run, and no other in the same folder before or after it, has."""
+    file = Path(workdir) / "run_id"
+    if jax.process_index() == 0 and not file.is_file():
+        partial = file.with_suffix(".partial")
+        partial.write_text(uuid.uuid4().hex[:12])
+        os.replace(partial, file)
+    return agreement.of_first(file.read_text() if jax.process_index() == 0 else None)
+
+
+def log_apart(workdir: Path) -> None:
+    """Sends the warnings of all processes but the first to workdir/logs/process-N.log."""
+    number = jax.process_index()
+    if number == 0:
+        return
+    folder = Path(workdir) / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"process-{number}.log", delay=True)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().handlers[:] = [handler]
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+
+
+def tell(text: str) -> None:
+    """Prints a line on stderr, in the first process alone."""
+    if jax.process_index() == 0:
+        print(f"sora-jax: {text}", file=sys.stderr, flush=True)
