@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sora_jax import sharding
+from sora_jax import compile_options, sharding
 from sora_jax.train.dit_stage import DiTStage
 from sora_jax.train.optimizer import OptimConfig, make_optimizer
 from sora_jax.train.state import TrainState, abstract_state, make_init
@@ -48,6 +48,7 @@ def build(config, mesh: Mesh, *, abstract: bool = False) -> Program:
         make_train_step(stage.loss, optimizer, optim),
         donate_argnums=0,
         out_shardings=(placement, sharding.named(mesh)),
+        compiler_options=compile_options.of_mesh(mesh),
     )
     return Program(mesh, stage, init, shapes, placement, step)
 
