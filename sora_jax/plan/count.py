@@ -1,0 +1,97 @@
+"""Matrix products of a traced program, counted exactly: loops, kernels and recomputation included.
+
+`Compiled.cost_analysis` counts the body of a loop once and knows nothing of Pallas kernels; here
+the jaxpr is walked, loops count as often as they run and kernels as often as their grid.
+"""
+
+import collections
+import math
+from typing import Any
+
+import jax
+from jax.extend import core as jax_core
+
+
+class Counts(collections.Counter):
+    """FLOPs over all devices by what makes them: "matmul", "conv", and kernels by name."""
+
+    @property
+    def kernels(self) -> float:
+        return sum(n for name, n in self.items() if name not in ("matmul", "conv"))
+
+
+def of_function(function: Any, *arguments: Any) -> Counts:
+    """FLOPs of one call of `function` on `arguments`, which may be abstract."""
+    return of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def of_jaxpr(jaxpr: Any) -> Counts:
+    """FLOPs of one run; a multiplication and an addition count as two."""
+    total = Counts()
+    _walk(jaxpr, 1.0, total, "")
+    return total
+
+
+def _walk(jaxpr: Any, times: float, total: Counts, kernel: str) -> None:
+    branches = []
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            total[kernel or "matmul"] += times * _dot(equation)
+        elif name == "conv_general_dilated":
+            total[kernel or "conv"] += times * _convolution(equation)
+        elif name == "scan":
+            _walk(params["jaxpr"].jaxpr, times * params["length"], total, kernel)
+        elif name == "cond":
+            branches.append(params["branches"])
+        elif name == "pallas_call":
+            grid = math.prod(params["grid_mapping"].grid)
+            _walk(params["jaxpr"], times * grid, total, kernel or _kernel_name(params))
+        else:
+            inside = times * (params["mesh"].size if name == "shard_map" else 1)
+            for jaxpr_ in _inner(params):
+                _walk(jaxpr_, inside, total, kernel)
+    # A tile of a kernel takes one of several ways, each behind a condition of its own.
+    for choices in [sum(branches, ())] if kernel and branches else branches:
+        _add_largest(choices, times, total, kernel)
+
+
+def _add_largest(branches: Any, times: float, total: Counts, kernel: str) -> None:
+    """One branch runs: the dearest counts, for only what is masked is skipped."""
+    counted = []
+    for branch in branches:
+        counts = Counts()
+        _walk(branch.jaxpr, times, counts, kernel)
+        counted.append(counts)
+    total.update(max(counted, key=lambda c: sum(c.values())))
+
+
+def _kernel_name(params: dict[str, Any]) -> str:
+    info = params.get("name_and_src_info")
+    return getattr(info, "name", None) or params.get("name") or "kernel"
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    """Jaxprs among an equation's parameters; a custom gradient's rules are not part of it."""
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, jax_core.ClosedJaxpr):
+                found.append(item.jaxpr)
+            elif isinstance(item, jax_core.Jaxpr):
+                found.append(item)
+    return found
+
+
+def _dot(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+
+
+def _convolution(equation: Any) -> float:
+    numbers = equation.params["dimension_numbers"]
+    kernel = equation.invars[1].aval.shape
+    out_features = kernel[numbers.rhs_spec[0]]
+    per_output = math.prod(kernel) / max(1, out_features)
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output

@@ -1,0 +1,260 @@
+"""The real steps of a config, traced and compiled for a slice: training, and sampling with CFG."""
+
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.errors import JaxRuntimeError
+
+from sora_jax import compile_options, sharding
+from sora_jax.diffusion import guidance, sampler, times
+from sora_jax.plan import count
+from sora_jax.plan.topology import Slice
+from sora_jax.train import program
+
+_GIB = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class TooLarge(ValueError):
+    """A program that does not fit. `needed` and `limit` are bytes of one device."""
+
+    def __init__(self, needed: float, limit: float, memory: dict[str, float]):
+        self.needed, self.limit, self.memory = needed, limit, memory
+        super().__init__(
+            f"needs {needed / 2**30:.1f} GiB a device, {(needed - limit) / 2**30:.1f} GiB more "
+            f"than the {limit / 2**30:.1f} GiB that there are."
+        )
+
+
+class Step(NamedTuple):
+    """A compiled step.
+
+    Args:
+      name: "train" or "sample".
+      text: the compiled program.
+      memory: bytes of one device by kind; of "temporaries", "program" and "peak" the compiler's.
+      aliased: share of the state's bytes whose memory the new state takes over.
+      counts: matrix products over all devices, as traced.
+      flops: of the model's own arithmetic, by part.
+      seconds: of tracing and of compiling, here.
+    """
+
+    name: str
+    mesh: Any
+    text: str
+    memory: dict[str, float]
+    aliased: float
+    counts: count.Counts
+    flops: dict[str, float]
+    tokens: int
+    seconds: dict[str, float]
+
+
+def mesh_of(config: Any, slice_: Slice) -> jax.sharding.Mesh:
+    """The mesh of `config.mesh` on the slice; several slices are joined by `data`."""
+    sizes = dict(config.mesh)
+    if slice_.slices > 1 and sizes.get("data", 1) == 1:
+        sizes["data"] = slice_.slices
+    return sharding.make_mesh(**sizes, devices=list(slice_.devices))
+
+
+def train(config: Any, slice_: Slice) -> Step:
+    """The training step of `config` on the slice.
+
+    Raises:
+      TooLarge: by how much.
+      ValueError: a config that cannot run.
+    """
+    mesh = mesh_of(config, slice_)
+    check_heads(config, mesh)
+    begun = time.perf_counter()
+    built = program.build(config, mesh, abstract=True)
+    batch = program.abstract_batch(config, built.stage)
+    arguments = program.abstract_arguments(built, batch)
+    state, frozen, placed, _ = arguments
+    kinds = {_KINDS.get(name, name): value for name, value in state._asdict().items()}
+    memory = {name: device_bytes(value) for name, value in kinds.items()}
+    memory |= {"frozen": device_bytes(frozen), "batch": device_bytes(placed)}
+    with sharding.use_mesh(mesh):
+        traced = built.step.trace(*arguments)
+        counts = count.of_jaxpr(traced.jaxpr.jaxpr)
+        lowered = traced.lower()
+    tokens = built.stage.tokens(batch) if hasattr(built.stage, "tokens") else 0
+    flops = flops_by_part(config, built.stage, batch)
+    state_bytes = device_bytes(state)
+    return _compile(
+        "train", mesh, lowered, slice_, memory, state_bytes, counts, flops, tokens, begun
+    )
+
+
+_KINDS = {"params": "weights", "opt_state": "optimizer", "step": "counters"}
+
+
+def sample(config: Any, slice_: Slice) -> Step:
+    """One denoising step of one video, with both branches of guidance, on the slice.
+
+    As `sora-jax sample` runs it on all devices of a host: heads over `tensor` as far as they
+    divide, tokens over `context`; weights in config.dit.dtype.
+
+    Raises:
+      TooLarge: by how much.
+    """
+    begun = time.perf_counter()
+    stage = program.STAGES[config.stage](config, abstract=True)
+    heads, devices = stage.dit_config.num_heads, len(slice_.devices)
+    tensor = math.gcd(heads, devices)
+    mesh = sharding.make_mesh(
+        fsdp=1, tensor=tensor, context=devices // tensor, devices=list(slice_.devices)
+    )
+    data, length = config.data, int(config.text_tokens)
+    latent = stage.latent_shape(data.frames, data.height, data.width)
+    tokens = stage.tokens_of(latent[:3])
+    shift = times.shift_for_tokens(tokens, stage.token_shift)
+    table, told = times.schedule(config.sample.schedule, config.sample.steps, shift=float(shift))
+    guide = guidance.GuidanceConfig(scale=float(config.sample.guidance))
+
+    def step(state, i, params, text_emb, text_mask):
+        dit = nnx.merge(stage.dit_graphdef, params)
+        velocity = lambda x, t: dit(x, t, text_emb, text_mask=text_mask)  # noqa: E731
+        guided = guidance.guided_velocity(velocity, config=guide)
+        solver = sampler.make_solver(guided, table, solver=config.sample.solver, model_times=told)
+        return solver.step(state, i)
+
+    params = jax.eval_shape(lambda: stage.init(jax.random.key(0))["dit"])
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, config.dit.dtype), params)
+    params = _placed(params, sharding.tree_shardings(params, mesh))
+    whole = sharding.named(mesh)
+    x = jax.ShapeDtypeStruct((1, *latent), jnp.float32, sharding=whole)
+    solver = sampler.make_solver(lambda x, t: x, table, solver=config.sample.solver)
+    state = jax.eval_shape(solver.init, x)
+    state = _placed(state, jax.tree.map(lambda _: whole, state))
+    rows = (2, length)
+    text = jax.ShapeDtypeStruct((*rows, stage.text.config.width), jnp.float32, sharding=whole)
+    mask = jax.ShapeDtypeStruct(rows, jnp.bool_, sharding=whole)
+    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    arguments = (state, index, params, text, mask)
+    memory = {"weights": device_bytes(params), "batch": device_bytes((state, text, mask))}
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=compile_options.of_mesh(mesh))
+    with sharding.use_mesh(mesh):
+        traced = jitted.trace(*arguments)
+        counts = count.of_jaxpr(traced.jaxpr.jaxpr)
+        lowered = traced.lower()
+    forward = _dit_flops(stage, tokens, length)
+    flops = {name: 2 * value for name, value in forward.items()}
+    state_bytes = device_bytes(state)
+    return _compile(
+        "sample", mesh, lowered, slice_, memory, state_bytes, counts, flops, 2 * tokens, begun
+    )
+
+
+def _compile(
+    name, mesh, lowered, slice_, memory, state_bytes, counts, flops, tokens, begun
+) -> Step:
+    traced = time.perf_counter()
+    try:
+        compiled = lowered.compile(compiler_options=compile_options.of_mesh(mesh))
+    except JaxRuntimeError as error:
+        needed = memory_needed(str(error))
+        if needed is None:
+            raise
+        raise TooLarge(needed, slice_.chip.device_hbm, memory) from error
+    done = time.perf_counter()
+    stats = compiled.memory_analysis()
+    peak = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes
+    )
+    memory = memory | {
+        "temporaries": float(stats.temp_size_in_bytes),
+        "program": float(stats.generated_code_size_in_bytes),
+        "on hosts": float(stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes),
+        "peak": float(peak),
+    }
+    seconds = {"trace": traced - begun, "compile": done - traced}
+    aliased = min(1.0, stats.alias_size_in_bytes / max(1.0, state_bytes))
+    return Step(name, mesh, compiled.as_text(), memory, aliased, counts, flops, tokens, seconds)
+
+
+def memory_needed(message: str) -> float | None:
+    """Bytes that a program needs, from the compiler's refusal; None if it is of another kind."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    for pattern in (
+        r"[Uu]sed ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]",
+        r"required for HLO temporaries \(([\d.]+)([KMGT])",
+        r"([\d.]+)([KMGT])i?B? exceeds",
+    ):
+        found = re.search(pattern, message)
+        if found:
+            return float(found.group(1)) * _GIB[found.group(2)]
+    return None
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes that one device holds of a tree of placed ShapeDtypeStructs in device memory."""
+    total = 0.0
+    for leaf in jax.tree.leaves(tree):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            continue  # a random key
+        if getattr(leaf.sharding, "memory_kind", None) == "pinned_host":
+            continue
+        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+    return total
+
+
+def flops_by_part(config: Any, stage: Any, batch: dict[str, Any]) -> dict[str, float]:
+    """The model's arithmetic in one training step: three forward passes of what learns."""
+    if not hasattr(stage, "dit_config"):
+        return {}
+    rows = stage.rows(batch)
+    length = batch["text_emb" if stage.text.is_cached else "ids"].shape[1]
+    forward = _dit_flops(stage, stage.tokens_per_clip(batch), length)
+    parts = {name: 3 * rows * value for name, value in forward.items()}
+    if "video" in batch:
+        vae, video = stage.vae, batch["video"]
+        encode = lambda p, v: nnx.merge(vae.graphdef, p).encode(v.astype(jnp.float32))  # noqa: E731
+        parts["VAE"] = sum(count.of_function(encode, vae.abstract, video).values())
+    if not stage.text.is_cached:
+        ids = batch["ids"]
+        encode = lambda p, i: nnx.merge(stage.text.graphdef, p)(i, i > 0)  # noqa: E731
+        forward = sum(count.of_function(encode, stage.text._opened.abstract, ids).values())
+        parts["text"] = forward * (3 if stage.text.is_trained else 1)
+    return parts
+
+
+def _dit_flops(stage: Any, tokens: int, text_tokens: int) -> dict[str, float]:
+    from sora_jax.dit.flops import flops
+
+    counted = flops(stage.dit_config, tokens=tokens, text_tokens=text_tokens)
+    names = {"attention": "self-attention", "mlp": "MLP", "cross": "cross-attention"}
+    return {names.get(name, name): value for name, value in counted._asdict().items()}
+
+
+def check_heads(config: Any, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError for heads that do not divide over `tensor`."""
+    if config.stage != "dit":
+        return
+    heads, parts = config.dit.num_heads, mesh.shape["tensor"]
+    if heads % parts:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        near = sorted(divisors, key=lambda n: abs(n - parts))[:2]
+        raise ValueError(
+            f"dit.num_heads {heads} is not divisible by mesh.tensor {parts}; change "
+            f"config.mesh.tensor to {' or '.join(map(str, sorted(near)))}."
+        )
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
