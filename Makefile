@@ -37,6 +37,8 @@ tpu: $(TPU)/.installed
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/*.sh .ci/run
+	$(BIN)/hadolint launch/Containerfile
 
 format: $(VENV)/.test-installed
 	$(BIN)/ruff check --fix .
@@ -45,7 +47,7 @@ format: $(VENV)/.test-installed
 # The lock names packages, versions and hashes for every platform and Python, but no index.
 lock: $(VENV)/.uv
 	$(BIN)/uv pip compile -q --no-header --universal --generate-hashes --extra test \
-		--extra tensorboard --extra data --extra tpu pyproject.toml -o requirements.lock
+		--extra tensorboard --extra data --extra tpu --extra gpu pyproject.toml -o requirements.lock
 
 $(VENV)/.uv:
 	$(PYTHON) -c 'import sys; sys.exit("sora_jax needs Python 3.11 or later; set PYTHON=python3.12, say." if sys.version_info < (3, 11) else 0)'

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from configs import paperworld_vae
 from sora_jax.train.loop import train
 
 ROOT = Path(__file__).parents[1]
 LOCAL = str(ROOT / "launch" / "local.sh")
+RESTART = str(ROOT / "launch" / "restart.sh")
 
 
 def launch(*args, **env) -> subprocess.CompletedProcess:
@@ -35,15 +38,25 @@ def losses(workdir: Path) -> list[float]:
 
 def test_two_processes_train_as_one_with_two_devices(tmp_path):
     command = [sys.executable, "-m", "sora_jax.cli", "train", "--distributed"]
+    changes = {"num_steps": 3, "sample_every": 0, "batch_size": 4}
+    # One level, and AdamW: less than half of the program that the smoke variant compiles.
+    vae = {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": (1,), "temporal_downsample": ()}
     done = launch(
         *(2, *command, "--config", "configs/paperworld_vae.py:smoke"),
-        *("--workdir", tmp_path / "two", "--config.num_steps=3", "--config.sample_every=0"),
+        *("--workdir", tmp_path / "two", "--config.optim.name=adamw"),
+        *(f"--config.{key}={value}" for key, value in changes.items()),
+        *(f"--config.vae.{key}={value}" for key, value in vae.items()),
         JAX_NUM_CPU_DEVICES="1",
         JAX_PLATFORMS="cpu",
+        # As conftest.py has it: compiling is nearly all of it.
+        JAX_DISABLE_MOST_OPTIMIZATIONS="true",
+        JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
     )
     assert done.returncode == 0, done.stderr
     config = paperworld_vae.get_config("smoke").unlock()
-    config.num_steps, config.sample_every = 3, 0
+    config.update(changes)
+    config.vae.update(vae)
+    config.optim.name = "adamw"
     train(config, tmp_path / "one", devices=jax.devices()[:2])
     together = losses(tmp_path / "two")
     assert len(together) == 2
@@ -69,4 +82,71 @@ def test_every_process_is_told_its_number_and_the_same_coordinator():
 def test_a_missing_number_of_processes_is_explained():
     for args in ((), ("0", "true"), ("two", "true"), ("2",)):
         done = launch(*args)
-        assert done.returncode == 2 and "usage: launch/local.sh N COMMAND" in done.stderr
+        assert done.returncode == 2 and "usage: launch/local.sh [--restarts K] N" in done.stderr
+
+
+def counted(path: Path, *statuses: int) -> list[str]:
+    """A command that ends with each of `statuses` in turn, and notes its runs in `path`."""
+    ends = " ".join(map(str, statuses))
+    script = f'echo run >> {path}; ends=({ends}); exit "${{ends[$(wc -l < {path}) - 1]}}"'
+    return ["bash", "-c", script]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "runs"),
+    [
+        ((0,), 1),
+        ((75, 0), 2),
+        ((1, 137, 75, 0), 4),
+        ((75, 75, 75, 75, 0), 4),  # three restarts, and no more
+        ((2, 0), 1),  # a mistake
+        ((130, 0), 1),  # Ctrl-C
+        ((7, 0), 1),
+    ],
+)
+def test_a_command_runs_again_after_75_and_after_crashes_alone(statuses, runs, tmp_path):
+    command = counted(tmp_path / "runs", *statuses)
+    done = subprocess.run([RESTART, "--restarts", "3", "--wait", "0", "--", *command])
+    assert len((tmp_path / "runs").read_text().splitlines()) == runs
+    assert done.returncode == statuses[runs - 1]
+
+
+def test_a_long_run_begins_the_count_anew(tmp_path):
+    command = counted(tmp_path / "runs", 1, 1, 1, 0)
+    done = subprocess.run(
+        [RESTART, "--restarts", "1", "--wait", "0", "--fresh", "0", "--", *command]
+    )
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_is_passed_on_once_and_nothing_runs_again(number, status, tmp_path):
+    said = tmp_path / "said"
+    # As training does: the first signal saves, a second one would end it at once.
+    script = (
+        f"asked() {{ echo $1 >> {said}; ending=$2; }}; trap 'asked TERM 75' TERM; "
+        f"trap 'asked INT 130' INT; echo ready >> {said}; "
+        'until [ -n "$ending" ]; do sleep .05; done; sleep .5; exit $ending'
+    )
+    launcher = [LOCAL, "--restarts", "3", "2", "bash", "-c", script]
+    job = subprocess.Popen(launcher, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not said.exists() or len(said.read_text().split()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(number)
+    time.sleep(0.2)
+    job.send_signal(number)
+    assert job.wait(timeout=30) == status
+    assert said.read_text().split() == ["ready"] * 2 + [number.name.removeprefix("SIG")] * 2
+
+
+def test_all_processes_start_again_together(tmp_path):
+    script = (
+        f'echo "$JAX_PROCESS_ID" >> {tmp_path}/runs; '
+        f'if [ "$JAX_PROCESS_ID" = 1 ] && mkdir {tmp_path}/crashed 2>/dev/null; '
+        "then sleep .5; kill -KILL $$; fi; sleep 1"
+    )
+    done = launch("--restarts", "1", "2", "bash", "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert sorted((tmp_path / "runs").read_text().split()) == ["0", "0", "1", "1"]
