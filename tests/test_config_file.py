@@ -1,10 +1,16 @@
 """Config files: variants, overrides, and one-line errors that say what was meant."""
 
+import importlib
+import math
+import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from sora_jax import config_file
+from sora_jax.train.dit_stage import DiTStage
+from sora_jax.train.program import abstract_batch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = str(CONFIGS / "paperworld.py")
@@ -16,6 +22,79 @@ def test_every_config_has_a_full_and_a_smoke_variant(path):
     assert full.is_locked and smoke.is_locked
     if path != "data.py":  # which trains nothing
         assert smoke.num_steps < full.num_steps
+
+
+sys.path.insert(0, str(CONFIGS.parent))  # for `configs`, which is not installed
+PODS = [
+    (name, variant)
+    for name in ("wan", "t2v_1_3b", "t2v_5b", "t2v_14b", "staged", "sora_minute")
+    for variant in importlib.import_module(f"configs.{name}").SLICES
+    if variant != "full" or name.startswith("t2v")  # elsewhere a variant of another name
+]
+PARAMETERS = {1536: 1_418_996_800, 3072: 4_999_787_712, 5120: 14_288_491_584}  # of Wan, by width
+DEVICES_A_CHIP = {"tpu7x": 2}
+
+
+@pytest.fixture(scope="module", params=PODS, ids=[":".join(pod) for pod in PODS])
+def pod(request):
+    """(module, config, stage, devices) of a shipped config at full size; nothing is allocated."""
+    name, variant = request.param
+    module = importlib.import_module(f"configs.{name}")
+    config = config_file.load(f"{CONFIGS / name}.py:{variant}")
+    chip, _, topology = module.SLICES[variant].partition(":")
+    devices = math.prod(map(int, topology.split("x"))) * DEVICES_A_CHIP.get(chip, 1)
+    return module, config, DiTStage(config, abstract=True), devices
+
+
+def test_a_mesh_fills_its_slice_and_a_batch_its_mesh(pod):
+    _, config, _, devices = pod
+    mesh = config.mesh
+    assert mesh.fsdp == -1 and devices % (mesh.data * mesh.tensor * mesh.context) == 0
+    shards = devices // (mesh.tensor * mesh.context)
+    assert config.batch_size % (shards * config.optim.accumulate) == 0
+
+
+def test_a_row_takes_its_clips_and_wastes_little(pod):
+    module, config, stage, _ = pod
+    vae, data = stage.vae_config, config.data
+    parts = list(data.parts.values()) or [data]
+    tokens = []
+    for part in parts:
+        assert part.frames % vae.scale_factor_temporal == 1
+        f, h, w, _ = stage.latent_shape(part.frames, part.height, part.width)
+        assert (h * vae.scale_factor_spatial, w * vae.scale_factor_spatial) == (
+            (part.height, part.width)
+        )
+        assert h % 2 == w % 2 == 0  # patches of two
+        tokens.append(stage.tokens_of((f, h, w)))
+        assert f"{tokens[-1]:,}" in module.__doc__
+    assert max(tokens) <= data.pack.tokens
+    # Filled up by the longest clip, or by whole numbers of the parts.
+    fill = max(n * (data.pack.tokens // n) for n in tokens)
+    assert fill / data.pack.tokens > 0.95
+    assert data.pack.tokens % 1024 == data.pack.tokens % config.mesh.context == 0
+    assert data.pack.text_tokens >= config.text_tokens
+
+
+def test_the_state_has_the_parameters_of_the_published_models(pod):
+    _, config, stage, _ = pod
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    assert set(shapes) == {"dit"}  # the text is read from the cache
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PARAMETERS[config.dit.width]
+    rows = abstract_batch(config, stage)["tokens"].shape[:2]
+    assert rows == (config.batch_size, config.data.pack.tokens)
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in PODS))
+def test_the_twin_trains_as_the_model_does(name):
+    full, smoke = (config_file.load(f"{CONFIGS / name}.py{v}") for v in ("", ":smoke"))
+    stage = DiTStage(smoke, abstract=True)
+    assert smoke.data.batching == full.data.batching
+    assert smoke.dit.remat == full.dit.remat and smoke.optim.name == full.optim.name
+    clip = stage.tokens_of(stage.latent_shape(5, 64, 64)[:3])
+    assert 2 * clip == smoke.data.pack.tokens
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) < 1e6
 
 
 def test_overrides_take_the_type_of_the_default():
