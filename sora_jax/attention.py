@@ -2,47 +2,50 @@
 
 softmax(q k^T / sqrt(e) + bias) v, where a query sees the keys of its own segment id. A query
 whose segment holds no key gets a finite, meaningless row: give such padding no loss weight.
+
+On a mesh whose `context` axis cuts the tokens, heads and tokens change places around the kernel
+(Ulysses: Jacobs et al. 2023, arXiv:2309.14509) as far as heads divide, and keys go round in rings
+over the rest of the axis (ring_attention.py); nothing gathers keys whole.
 """
 
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from sora_jax import layers, sharding
-from sora_jax.blocked_attention import MASKED, RESIDUALS, blocked
+from sora_jax import layers, ring_attention, sharding
+from sora_jax.blocked_attention import MASKED, Keys
+from sora_jax.ring_attention import RESIDUALS, Kernel, Ring
 
-IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "splash", "reference")
+IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "flash", "reference")
+CONTEXTS = ("auto", "ulysses", "ring")
 
-# From this many queries and keys on, whole logits cost more than blocks, on a TPU or GPU.
-_BLOCKS_MIN_TOKENS = 1024
-_SPLASH_BLOCK = 512
-_SPLASH_LANES = 128
-# Segment of the tokens added to fill a block; no caller's id, not even -1 for padding.
-_FILL_SEGMENT = np.iinfo(np.int32).min
+# From this many queries on, whole logits cost more than tiles, on a TPU or GPU.
+_TILES_MIN_TOKENS = 1024
+_FILL_SEGMENT = -(2**31)  # of the tokens added for cuDNN; no caller's id, not even -1 for padding
 
 
 def select(
     implementation: str,
     dtype: str,
     *,
-    backend: str,
+    platform: str,
     head_dim: int,
     q_len: int,
-    kv_len: int,
     kv_bias: bool,
 ) -> str:
     """The kernel that will run: one of IMPLEMENTATIONS, but for "auto".
 
-    - "reference", "xla" (whole logits) and "blocked" take everything and are what they say.
-    - A `kv_bias` (cross-attention's weight of the padding) needs float32 logits, which these
-      have: "cudnn" and "splash" give way to "xla" there.
-    - "auto": cuDNN on a GPU for 16-bit operands and a head dimension that is a multiple of 8
-      up to 128; splash on a TPU from 1024 queries and keys on; where neither can, "blocked" from
-      as many on, and on CPUs always; "xla" for what is left.
+    - All but "cudnn" take everything and are what they say.
+    - A `kv_bias` (cross-attention's weight of the padding) needs float32 logits, which cuDNN's
+      masks do not give: it makes way for "blocked" or "xla" there.
+    - "auto": "blocked" on CPUs. On a TPU "flash" from 1024 queries on. On a GPU cuDNN, for 16-bit
+      operands and a head dimension that is a multiple of 8 up to 128; where it cannot, "blocked"
+      from as many queries on. "xla" for what is left.
 
     Raises:
       ValueError: for an unknown name, or for cuDNN with operands that it has no kernel for.
@@ -51,24 +54,25 @@ def select(
         raise ValueError(
             f"attention {implementation!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}."
         )
-    if implementation in ("reference", "xla", "blocked"):
-        return implementation
-    fallback = "blocked" if backend == "cpu" and implementation == "auto" else "xla"
-    if kv_bias:
-        return fallback
     cudnn_fits = dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
-    if implementation == "cudnn" and not cudnn_fits:
-        raise ValueError(
-            f"attention 'cudnn' has no kernel for {dtype} with head dimension {head_dim}; it takes "
-            "bfloat16 and head dimensions that are multiples of 8 up to 128: use 'xla'."
-        )
+    many = q_len >= _TILES_MIN_TOKENS
+    if implementation == "cudnn":
+        if kv_bias:
+            return "blocked" if many else "xla"
+        if not cudnn_fits:
+            raise ValueError(
+                f"attention 'cudnn' has no kernel for {dtype} with head dimension {head_dim}; it "
+                "takes bfloat16 and head dimensions that are multiples of 8 up to 128: use 'xla'."
+            )
     if implementation != "auto":
         return implementation
-    if backend in ("gpu", "cuda") and cudnn_fits:
+    if platform == "cpu":
+        return "blocked"
+    if platform in ("gpu", "cuda") and cudnn_fits and not kv_bias:
         return "cudnn"
-    if min(q_len, kv_len) >= _BLOCKS_MIN_TOKENS:
-        return "splash" if backend == "tpu" else "blocked"
-    return fallback
+    if not many:
+        return "xla"
+    return "flash" if platform == "tpu" else "blocked"
 
 
 def attention(
@@ -81,6 +85,7 @@ def attention(
     kv_bias: Float[Array, "b s"] | None = None,
     kv_axis: str = "tokens",
     implementation: str = "auto",
+    context: str = "auto",
     dtype: str = "float32",
     interpret: bool = False,
 ) -> Float[Array, "b n k e"]:
@@ -92,43 +97,138 @@ def attention(
         differentiated by callers.
       kv_axis: logical axis of the keys' tokens: "tokens" or "text_tokens".
       implementation: one of IMPLEMENTATIONS; see `select`.
+      context: how tokens on several devices meet, one of CONTEXTS; see `Exchange`.
       dtype: of the operands of both matrix products; logits and softmax are float32.
-      interpret: runs splash in Pallas' interpreter, for tests off TPU.
+      interpret: runs "flash" in Pallas' interpreter, for tests off TPU.
 
     Raises:
-      ValueError: for what `select` rejects, or for segment ids on one side only.
+      ValueError: for what `select` or `exchange` rejects, or segment ids on one side only.
     """
     if (q_segment_ids is None) != (kv_segment_ids is None):
         raise ValueError(
             "attention got segment ids for queries or keys only; give both or neither."
         )
+    platform = sharding.platform()
     kernel = select(
         implementation,
         dtype,
-        backend=jax.default_backend(),
+        platform=platform,
         head_dim=q.shape[-1],
         q_len=q.shape[1],
-        kv_len=k.shape[1],
         kv_bias=kv_bias is not None,
     )
     q = sharding.constrain(q, "batch", "tokens", "act_heads", None)
     k = sharding.constrain(k, "batch", kv_axis, "act_heads", None)
     v = sharding.constrain(v, "batch", kv_axis, "act_heads", None)
-    if kernel == "cudnn":
-        out = _cudnn(q, k, v, q_segment_ids, kv_segment_ids, dtype=dtype)
-    elif kernel == "splash":
-        out = _splash(q, k, v, q_segment_ids, kv_segment_ids, dtype=dtype, interpret=interpret)
-    elif kernel == "blocked":
-        out = _blocked(q, k, v, q_segment_ids, kv_segment_ids, kv_bias, dtype=dtype)
-    else:
+    if kernel in ("reference", "xla"):
         mask = _mask(q_segment_ids, kv_segment_ids)
         if kernel == "reference":
             out = _reference(q, k, v, mask, kv_bias)
         else:
             out = _xla(q, k, v, mask, kv_bias, dtype=dtype)
-    if kernel not in ("blocked", "splash"):  # which name their logits' sums too
         out = checkpoint_name(out, RESIDUALS)
-    return sharding.constrain(out, "batch", "tokens", "act_heads", None)
+    else:
+        keys = Keys(k.astype(dtype), v.astype(dtype), kv_segment_ids, kv_bias)
+        part = Kernel(kernel, dtype, platform, interpret)
+        if kernel == "cudnn":
+            q = q.astype(dtype)
+        else:  # scaled before it is rounded
+            q = (q.astype(jnp.float32) * part.query_scale(q.shape[-1])).astype(dtype)
+        out = _on_mesh(part, q, q_segment_ids, keys, kv_axis=kv_axis, context=context)
+    return sharding.constrain(out.astype(jnp.float32), "batch", "tokens", "act_heads", None)
+
+
+class Exchange(NamedTuple):
+    """How queries and keys cut over `size` devices of the context axis meet.
+
+    Groups of `ulysses` neighbours exchange heads for tokens; `ring` groups pass keys round.
+    """
+
+    ulysses: int = 1
+    ring: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.ulysses * self.ring
+
+
+def exchange(context: str, *, size: int, heads: int) -> Exchange:
+    """The exchange over `size` devices that have `heads` heads each.
+
+    "auto" takes Ulysses as far as heads divide, for it moves least, and rings over the rest.
+
+    Raises:
+      ValueError: for an unknown name, or too few heads for "ulysses" alone.
+    """
+    if context not in CONTEXTS:
+        raise ValueError(f"context {context!r} is unknown; use one of {', '.join(CONTEXTS)}.")
+    if context == "ulysses" and heads % size:
+        fitting = [d for d in range(1, heads + 1) if heads % d == 0]
+        raise ValueError(
+            f"dit.context 'ulysses' cuts {heads} heads (of each tensor shard) over mesh.context "
+            f"{size}, which does not divide them; use mesh.context of {fitting}, or 'auto'."
+        )
+    ulysses = 1 if context == "ring" else math.gcd(heads, size)
+    return Exchange(ulysses, size // ulysses)
+
+
+def _on_mesh(kernel: Kernel, q, q_ids, keys: Keys, *, kv_axis: str, context: str):
+    """`kernel` on each shard of the mesh, of queries and keys with heads whole or cut."""
+    mesh = sharding.current_mesh()
+    if mesh is None or mesh.size == 1:
+        return _local(kernel, q, q_ids, keys)
+    axis = sharding.CONTEXT
+    whole_text = kv_axis != "tokens"
+    names = {
+        "q": ("batch", "tokens", "act_heads", None),
+        "k": ("batch", None if whole_text else "tokens", "act_heads", None),
+        "q_ids": ("batch", "tokens"),
+        "ids": ("batch", None if whole_text else "tokens"),
+    }
+    spec = lambda name, x: None if x is None else sharding.fitted(mesh, x.shape, *names[name])  # noqa: E731
+    specs = (
+        spec("q", q),
+        spec("q_ids", q_ids),
+        Keys(spec("k", keys.k), spec("k", keys.v), spec("ids", keys.ids), spec("ids", keys.bias)),
+    )
+    heads = q.shape[2] // sharding.shards_of(mesh, specs[0], 2)
+    cut = sharding.shards_of(mesh, specs[0], 1)
+    # Not cut where tokens do not divide over the axis: each device has them all.
+    way = Exchange() if whole_text else exchange(context, size=cut, heads=heads)
+    if kernel.name == "cudnn" and way.ring > 1:
+        kernel = Kernel("blocked", kernel.dtype, kernel.platform)  # cuDNN tells no sums
+        q = (q.astype(jnp.float32) * kernel.query_scale(q.shape[-1])).astype(q.dtype)
+    ring = Ring(axis, way.size, way.ring)
+
+    def local(q, q_ids, keys):
+        if way.ulysses > 1:
+            groups = [list(range(i, i + way.ulysses)) for i in range(0, way.size, way.ulysses)]
+            swap = functools.partial(
+                jax.lax.all_to_all, axis_name=axis, axis_index_groups=groups, tiled=True
+            )
+            whole = functools.partial(swap, split_axis=2, concat_axis=1)
+            gather = functools.partial(
+                jax.lax.all_gather, axis_name=axis, axis=1, axis_index_groups=groups, tiled=True
+            )
+            ids, bias = jax.tree.map(gather, (keys.ids, keys.bias))
+            q, q_ids = whole(q), jax.tree.map(gather, q_ids)
+            keys = Keys(whole(keys.k), whole(keys.v), ids, bias)
+        out = _local(kernel, q, q_ids, keys, ring)
+        if way.ulysses > 1:
+            out = swap(out, split_axis=1, concat_axis=2)
+        return out
+
+    # The partitioner can neither see into a Pallas call nor cut a loop over tiles: without
+    # shard_map it would gather all.
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(
+        q, q_ids, keys
+    )
+
+
+def _local(kernel: Kernel, q, q_ids, keys: Keys, ring: Ring = ring_attention.ALONE):
+    if kernel.name == "cudnn":
+        return checkpoint_name(_cudnn(q, keys.k, keys.v, q_ids, keys.ids), RESIDUALS)
+    return ring_attention.attend(q, q_ids, keys, kernel, ring)
 
 
 def _mask(q_segment_ids, kv_segment_ids) -> jax.Array | None:
@@ -161,9 +261,8 @@ def _xla(q, k, v, mask, kv_bias, *, dtype):
     return out.swapaxes(1, 2)
 
 
-def _cudnn(q, k, v, q_segment_ids, kv_segment_ids, *, dtype):
+def _cudnn(q, k, v, q_segment_ids, kv_segment_ids):
     length = q.shape[1]
-    q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
     if q_segment_ids is not None:
         # With a mask, cuDNN's backward pass wants even lengths.
         q, q_segment_ids = _fill(q, q_segment_ids, multiple=2)
@@ -171,7 +270,7 @@ def _cudnn(q, k, v, q_segment_ids, kv_segment_ids, *, dtype):
         v, kv_segment_ids = _fill(v, kv_segment_ids, multiple=2)
     mask = _mask(q_segment_ids, kv_segment_ids)
     out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    return out[:, :length].astype(jnp.float32)
+    return out[:, :length]
 
 
 def _fill(x, segment_ids, *, multiple):
@@ -182,77 +281,3 @@ def _fill(x, segment_ids, *, multiple):
         return x, None
     ids = segment_ids.astype(jnp.int32)
     return x, jnp.pad(ids, ((0, 0), (0, fill)), constant_values=_FILL_SEGMENT)
-
-
-def _on_shards(local, q, k, v, q_segment_ids, kv_segment_ids, kv_bias=None):
-    """`local` of these arguments on each shard; keys and values are whole along `context`."""
-    mesh = sharding.current_mesh()
-    arguments = (q, k, v, q_segment_ids, kv_segment_ids, kv_bias)
-    if mesh is None or mesh.size == 1:
-        return local(*arguments)
-    queries, keys = ("tokens", "act_heads", None), (None, "act_heads", None)
-    axes = (queries, keys, keys, ("tokens",), (None,), (None,))
-    specs = tuple(
-        None if x is None else sharding._fit(sharding.spec("batch", *names), x.shape, mesh)
-        for x, names in zip(arguments, axes, strict=True)
-    )
-    # The partitioner can neither see into a Pallas call nor cut a loop over blocks: without
-    # shard_map it would gather all.
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(
-        *arguments
-    )
-
-
-def _blocked(q, k, v, q_segment_ids, kv_segment_ids, kv_bias, *, dtype):
-    local = lambda *arguments: blocked(*arguments, dtype)  # noqa: E731
-    return _on_shards(local, q, k, v, q_segment_ids, kv_segment_ids, kv_bias)
-
-
-def _splash(q, k, v, q_segment_ids, kv_segment_ids, *, dtype, interpret):
-    """jax's own splash attention on each shard."""
-    # Splash does not scale: done in float32, before the cast.
-    q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(dtype)
-    k, v = k.astype(dtype), v.astype(dtype)
-    local = functools.partial(_splash_shard, interpret=interpret)
-    return _on_shards(local, q, k, v, q_segment_ids, kv_segment_ids).astype(jnp.float32)
-
-
-def _splash_shard(q, k, v, q_segment_ids, kv_segment_ids, _, *, interpret):
-    # Imported here: Pallas costs a second that only TPUs need to pay.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    batch, q_len, heads, _ = q.shape
-    kv_len = k.shape[1]
-    q_block, kv_block = _block(q_len), _block(kv_len)
-    if q_segment_ids is None and (q_len % q_block or kv_len % kv_block):
-        q_segment_ids = jnp.zeros((batch, q_len), jnp.int32)
-        kv_segment_ids = jnp.zeros((batch, kv_len), jnp.int32)
-    q, q_segment_ids = _fill(q, q_segment_ids, multiple=q_block)
-    k, _ = _fill(k, kv_segment_ids, multiple=kv_block)
-    v, kv_segment_ids = _fill(v, kv_segment_ids, multiple=kv_block)
-    ids = None if q_segment_ids is None else splash.SegmentIds(q_segment_ids, kv_segment_ids)
-    mask = masks.MultiHeadMask([masks.FullMask((q.shape[1], k.shape[1]))] * heads)
-    kernel = splash.make_splash_mha(
-        mask,
-        block_sizes=splash.BlockSizes(
-            block_q=q_block,
-            block_kv=kv_block,
-            block_q_dkv=q_block,
-            block_kv_dkv=kv_block,
-            # Two kernels for the gradient: the fused one keeps a partial dq per block of keys.
-            block_q_dq=q_block,
-            block_kv_dq=kv_block,
-        ),
-        residual_checkpoint_name=RESIDUALS,
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)[:, :q_len]
-
-
-def _block(length: int) -> int:
-    """Block size for `length` tokens: a multiple of the TPU's 128 lanes, at most 512."""
-    return min(_SPLASH_BLOCK, -(-length // _SPLASH_LANES) * _SPLASH_LANES)

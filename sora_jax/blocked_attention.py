@@ -3,47 +3,52 @@
 The logits of one tile, some heads by some queries by all keys, exist at a time, and should fit
 the cache. The backward pass computes them again from the log of the softmax's denominator (Dao et
 al. 2022, arXiv:2205.14135, Algorithms 2 and 4; keys are not cut, so no running maximum is kept).
-Knows nothing of meshes or of which kernel is chosen.
+Knows nothing of meshes or of which kernel is chosen. `forward` and `backward` are apart, because
+ring attention calls them on parts of the keys, with the softmax's sums over all of them.
 
 Every product here contracts the last axis of its left operand: XLA's CPU backend runs bfloat16
 operands at full rate in that form alone, and computes the others in float32, at a third of it.
 """
 
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 # The logit of a pair that may not attend: finite, so that a row without keys is not NaN.
 MASKED = -1e30
-# Name of what the backward pass needs beside q, k and v, for policies of rematerialisation.
-RESIDUALS = "attention_out"
 QUERIES = 576  # a tile at most, and
 TILE_BYTES = 6_000_000  # of float32 logits, if one head has no more
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def blocked(
+class Keys(NamedTuple):
+    """What queries attend to: keys and values (b, s, h, e); ids and bias (b, s), or None."""
+
+    k: jax.Array
+    v: jax.Array
+    ids: jax.Array | None = None  # of segments
+    bias: jax.Array | None = None  # added to every logit of a key
+
+
+def forward(
     q,
-    k,
-    v,
-    q_segment_ids,
-    kv_segment_ids,
-    kv_bias,
+    q_ids,
+    keys: Keys,
+    *,
     dtype: str,
-    queries: int = QUERIES,
-    tile_bytes: int = TILE_BYTES,
+    out_dtype: str,
+    tile_bytes: int | None = None,
 ):
-    """softmax(q k^T / sqrt(e) + bias) v for q (b, n, h, e), k and v (b, s, h, e); float32.
+    """(out (b, n, h, e), log of the softmax's sums (b, h, n) in float32).
 
-    Segment ids (b, n) and (b, s), and `kv_bias` (b, s), may be None; none has a gradient.
+    Args:
+      q: (b, n, h, e), scaled; `q_ids` (b, n), with `keys.ids`, or None.
+      dtype: of the operands of both products.
+      out_dtype: of `out`.
+      tile_bytes: in place of TILE_BYTES.
     """
-    return _forward(q, k, v, q_segment_ids, kv_segment_ids, kv_bias, dtype, queries, tile_bytes)[0]
-
-
-def _forward(q, k, v, q_ids, kv_ids, kv_bias, dtype, queries, tile_bytes):
-    heads, size = _tile(q.shape, k.shape[1], queries, tile_bytes)
+    k, v, kv_ids, kv_bias = keys
+    heads, size = _tile(q.shape, k.shape[1], QUERIES, tile_bytes or TILE_BYTES)
     mask = _mask(q.shape[2], q_ids, kv_ids, kv_bias)
 
     def of_heads(arguments):
@@ -55,34 +60,48 @@ def _forward(q, k, v, q_ids, kv_ids, kv_bias, dtype, queries, tile_bytes):
             peak = jnp.max(logits, axis=-1, keepdims=True)
             p = jnp.exp(logits - peak)
             total = jnp.sum(p, axis=-1, keepdims=True)
-            return _product(p.astype(dtype), v_t) / total, peak + jnp.log(total)
+            out = _product(p.astype(dtype), v_t) / total
+            return out.astype(out_dtype), peak + jnp.log(total)
 
         out = _loop(of_queries, _cut((q, mask["q_ids"]), size))
         return jax.tree.map(lambda x: _join(x, q.shape[1]), out)
 
     arguments = (_rows(q, dtype), _rows(k, dtype), _columns(v, dtype), mask)
-    out, log_total = _loop(of_heads, jax.tree.map(lambda x: _split(x, heads), arguments))
-    # Named, so that a rematerialised block may keep them and need not attend again.
-    out, log_total = (
-        checkpoint_name(x.reshape(-1, *x.shape[2:]), RESIDUALS) for x in (out, log_total)
-    )
-    return _tokens_first(out, q.shape), (q, k, v, q_ids, kv_ids, kv_bias, out, log_total)
+    out, log_sum = _loop(of_heads, jax.tree.map(lambda x: _split(x, heads), arguments))
+    out = _tokens_first(out.reshape(-1, *out.shape[2:]), q.shape)
+    return out, log_sum.reshape(q.shape[0], q.shape[2], q.shape[1])
 
 
-def _backward(dtype, queries, tile_bytes, residuals, cotangent):
-    q, k, v, q_ids, kv_ids, kv_bias, out, log_total = residuals
-    heads, size = _tile(q.shape, k.shape[1], queries, tile_bytes)
+def backward(
+    q,
+    q_ids,
+    keys: Keys,
+    log_sum,
+    pull,
+    d_out,
+    *,
+    dtype: str,
+    tile_bytes: int | None = None,
+):
+    """Gradients of q, k and v, in float32.
+
+    Args:
+      log_sum: of the softmax over all keys, of which `keys` may be a part (b, h, n).
+      pull: sum over channels of `d_out` times the whole output (b, h, n).
+      d_out: gradient of the whole output (b, n, h, e).
+    """
+    k, v, kv_ids, kv_bias = keys
+    heads, size = _tile(q.shape, k.shape[1], QUERIES, tile_bytes or TILE_BYTES)
     mask = _mask(q.shape[2], q_ids, kv_ids, kv_bias)
-    # Of each row of the softmax: its probabilities times their gradients.
-    pull = jnp.sum(_rows(cotangent, "float32") * out, axis=-1, keepdims=True)
+    by_row = lambda x: x.reshape(-1, x.shape[2], 1)  # noqa: E731
 
     def of_heads(arguments):
         by_query, by_query_t, k, k_t, v, mask = arguments
 
         def of_queries(totals, arguments):
-            (q, d_out, pull, log_total, ids), (q_t, d_out_t) = arguments
-            p = jnp.exp(_logits(q, k, ids, mask) - log_total)
-            d_logits = (p * (_product(d_out, v) - pull) * q.shape[-1] ** -0.5).astype(dtype)
+            (q, d_out, pull, log_sum, ids), (q_t, d_out_t) = arguments
+            p = jnp.exp(_logits(q, k, ids, mask) - log_sum)
+            d_logits = (p * (_product(d_out, v) - pull)).astype(dtype)
             dk_t = _product(q_t, d_logits, rows=True)
             dv_t = _product(d_out_t, p.astype(dtype), rows=True)
             return jax.tree.map(jnp.add, totals, (dk_t, dv_t)), _product(d_logits, k_t)
@@ -93,18 +112,14 @@ def _backward(dtype, queries, tile_bytes, residuals, cotangent):
         return _join(dq, by_query[0].shape[1]), dk_t, dv_t
 
     arguments = (
-        (_rows(q, dtype), _rows(cotangent, dtype), pull, log_total),
-        (_columns(q, dtype), _columns(cotangent, dtype)),
+        (_rows(q, dtype), _rows(d_out, dtype), by_row(pull), by_row(log_sum)),
+        (_columns(q, dtype), _columns(d_out, dtype)),
         *(_rows(k, dtype), _columns(k, dtype), _rows(v, dtype)),
         mask,
     )
     grads = _loop(of_heads, jax.tree.map(lambda x: _split(x, heads), arguments))
     dq, dk_t, dv_t = (x.reshape(-1, *x.shape[2:]) for x in grads)
-    dq, dk, dv = _tokens_first(dq, q.shape), _columns_back(dk_t, k), _columns_back(dv_t, v)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
-
-
-blocked.defvjp(_forward, _backward)
+    return _tokens_first(dq, q.shape), _columns_back(dk_t, k), _columns_back(dv_t, v)
 
 
 def _tile(q_shape, kv_len: int, queries: int, tile_bytes: int) -> tuple[int, int]:
@@ -122,7 +137,7 @@ def _mask(heads: int, q_ids, kv_ids, kv_bias):
 
 
 def _logits(q, k, q_ids, mask):
-    logits = _product(q, k) * q.shape[-1] ** -0.5
+    logits = _product(q, k)
     if mask["kv_bias"] is not None:
         logits = logits + mask["kv_bias"].astype(jnp.float32)[:, None, :]
     if q_ids is not None:

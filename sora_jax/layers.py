@@ -8,37 +8,44 @@ the matrix units of TPUs, GPUs and CPUs alike.
 import contextlib
 import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from sora_jax import sharding
+
 Axes = Sequence[str | None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dot(x: jax.Array, w: jax.Array, dtype: str) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def dot(x: jax.Array, w: jax.Array, dtype: str, axes: tuple[str | None, ...] = ()) -> jax.Array:
     """x (..., i) @ w (i, o): operands cast to `dtype`, sums and result in float32.
 
     A custom gradient, because the transpose of a dot with float32 output would multiply a
     float32 cotangent with a low-precision operand, which no matrix unit does.
+
+    Args:
+      axes: logical axes of `w`. With them a mesh gathers its shards after the cast, and the
+        gradient, summed in float32, goes straight to the shards.
     """
-    return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+    return _dot_forward(x, w, dtype, axes)[0]
 
 
-def _dot_forward(x, w, dtype):
-    x_, w_ = x.astype(dtype), w.astype(dtype)
+def _dot_forward(x, w, dtype, axes):
+    x_, w_ = x.astype(dtype), sharding.gather_weight(w.astype(dtype), *axes)
     y = jnp.matmul(x_, w_, preferred_element_type=jnp.float32)
     return y, (x_, w_, jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
 
 
-def _dot_backward(dtype, residuals, dy):
+def _dot_backward(dtype, axes, residuals, dy):
     x, w, x_like, w_like = residuals
     dy = dy.astype(dtype)
     dx = jnp.matmul(dy, w.T, preferred_element_type=jnp.float32)
     dw = jnp.einsum("...i,...o->io", x, dy, preferred_element_type=jnp.float32)
+    dw = sharding.constrain(dw, *axes) if axes else dw
     return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
 
 
@@ -127,11 +134,15 @@ class Linear(nnx.Module):
         kernel = init(rngs.params(), (in_features, out_features), jnp.float32)
         self.kernel = nnx.Param(kernel, axes=tuple(axes))
         self.bias = nnx.Param(jnp.zeros(out_features), axes=(axes[-1],)) if bias else None
-        self.dtype = dtype
+        self.dtype, self.axes = dtype, tuple(axes)
 
-    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        y = dot(x, self.kernel[...], self.dtype)
-        return y if self.bias is None else y + _last(self.bias[...], y)
+    def __call__(
+        self, x: Float[Array, "*batch i"], *, order: Callable[[jax.Array], jax.Array] | None = None
+    ) -> Float[Array, "*batch o"]:
+        """`order` rearranges the output's channels, by doing so to the columns of the weights."""
+        order = order or (lambda columns: columns)
+        y = dot(x, order(self.kernel[...]), self.dtype, self.axes)
+        return y if self.bias is None else y + _last(order(self.bias[...]), y)
 
 
 class Embedding(nnx.Module):
@@ -170,10 +181,14 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width), axes=("norm",))
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    def __call__(
+        self, x: Float[Array, "*batch d"], *, order: Callable[[jax.Array], jax.Array] | None = None
+    ) -> Float[Array, "*batch d"]:
+        """`order` is that of the channels of `x`, as for `Linear`."""
         x = x.astype(jnp.float32)
         y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return y * _last(self.scale[...], y)
+        scale = self.scale[...]
+        return y * _last(scale if order is None else order(scale), y)
 
 
 def _last(vector: jax.Array, like: jax.Array) -> jax.Array:

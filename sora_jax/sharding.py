@@ -12,16 +12,20 @@ import os
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor", "context")
+CONTEXT = "context"
+MESH_AXES = ("data", "fsdp", "tensor", CONTEXT)
+# Those that cut weights for memory's sake: layers gather them before they multiply.
+STORAGE_AXES = ("fsdp", CONTEXT)
 
 # Logical axis -> mesh axes. `data` replicates weights (across slices), `fsdp` shards weights
-# and batch, `tensor` shards heads and MLP, `context` shards video tokens.
+# and batch, `tensor` shards heads and MLP, `context` shards video tokens, and weights once more.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp"),
-    "tokens": "context",
+    "tokens": CONTEXT,
     "text_tokens": None,
     "act_embed": None,
     "act_heads": "tensor",
@@ -31,12 +35,12 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "width": None,
     "channels": None,
     # weights
-    "embed": "fsdp",
+    "embed": ("fsdp", CONTEXT),
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
     "conv_in": None,
-    "conv_out": "fsdp",
+    "conv_out": ("fsdp", CONTEXT),
     "norm": None,
     "bias": None,
     "patch": None,
@@ -90,6 +94,10 @@ def make_mesh(
         raise ValueError(
             f"mesh sizes {sizes} do not multiply to the {len(devices)} devices; change config.mesh."
         )
+    if devices[0].platform == "tpu" and len(devices) > 1:
+        # Auto axes: Explicit ones reject ambiguous contractions.
+        types = (AxisType.Auto,) * len(MESH_AXES)
+        return Mesh(_on_torus(sizes, devices), MESH_AXES, axis_types=types)
     array = jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,
@@ -98,6 +106,31 @@ def make_mesh(
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
     )
     return array
+
+
+def _on_torus(sizes: dict[str, int], devices: list) -> np.ndarray:
+    """TPU devices, so that neighbours on a mesh axis are neighbours on the network.
+
+    An axis may take a part of one of the network's dimensions, which `jax.make_mesh` refuses;
+    between slices, over the data-centre network, only `data` goes.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"mesh.data {sizes['data']} is not divisible by the {slices} slices, which only `data` "
+            f"connects; change config.mesh.data to a multiple of {slices}."
+        )
+    inside = sizes | {"data": sizes["data"] // slices}
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(inside.values()),
+        (slices,) + (1,) * (len(sizes) - 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:
@@ -191,6 +224,42 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(
         x, NamedSharding(mesh, _fit(spec(*axes), x.shape, mesh))
     )
+
+
+def gather_weight(w: jax.Array, *axes: str | None) -> jax.Array:
+    """A weight of logical `axes`, whole along the axes that cut it for memory's sake alone."""
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1 or not axes:
+        return w
+    pspec = _without(_fit(spec(*axes), w.shape, mesh), STORAGE_AXES)
+    return jax.lax.with_sharding_constraint(w, NamedSharding(mesh, pspec))
+
+
+def _without(pspec: PartitionSpec, dropped: tuple[str, ...]) -> PartitionSpec:
+    entries = []
+    for names in pspec:
+        names_ = (names,) if isinstance(names, str) else (names or ())
+        names_ = tuple(name for name in names_ if name not in dropped)
+        entries.append(names_[0] if len(names_) == 1 else (names_ or None))
+    return PartitionSpec(*entries)
+
+
+def platform() -> str:
+    """Of the devices that the code traced now will run on; those of a plan may not be here."""
+    mesh = current_mesh()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def fitted(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+    """`spec` of an array of that shape: what does not divide over the mesh is replicated."""
+    return _fit(spec(*axes), shape, mesh)
+
+
+def shards_of(mesh: Mesh, pspec: PartitionSpec, dimension: int) -> int:
+    """Parts that `pspec` cuts that dimension into."""
+    names = pspec[dimension]
+    names = (names,) if isinstance(names, str) else (names or ())
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def named(mesh: Mesh, *axes: str | None) -> NamedSharding:

@@ -23,16 +23,9 @@ FLOORS = [
     {"generate", "convert"},
     {"text", "vae", "dit", "image"},
     {"attention", "layers", "checkpoint", "data"},
-    {
-        "diffusion",
-        "sharding",
-        "video_io",
-        "types",
-        "progress",
-        "blocked_attention",
-        "agreement",
-        "manifest",
-    },
+    {"ring_attention", "flash_attention", "diffusion", "sharding", "video_io", "types"}
+    | {"progress", "manifest", "agreement"},
+    {"blocked_attention", "chips", "compile_options"},
 ]
 # On one floor, but strangers to each other; so are all that stand in two of them.
 APART = {"data", "text", "vae", "dit", "image", "diffusion"}

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax import sharding
-from sora_jax.attention import MASKED, attention, select
+from sora_jax import flash_attention, sharding
+from sora_jax.attention import MASKED, Exchange, attention, exchange, select
 
-KERNELS = ["xla", "blocked", "splash"]
+KERNELS = ["xla", "blocked", "flash"]
 if jax.default_backend() == "gpu":
     KERNELS.append("cudnn")
 
@@ -89,7 +89,7 @@ def test_key_bias_is_a_multiplicity(segmented):
         kv_segment_ids=kv_ids[:, repeat] if segmented else None,
         implementation="reference",
     )
-    for kernel in ("reference", "xla", "blocked", "splash", "cudnn", "auto"):
+    for kernel in ("reference", "xla", "blocked", "flash", "cudnn", "auto"):
         out = attention(
             q,
             k,
@@ -98,20 +98,89 @@ def test_key_bias_is_a_multiplicity(segmented):
             **ids,
             kv_segment_ids=kv_ids if segmented else None,
             implementation=kernel,
+            interpret=True,
         )
         np.testing.assert_allclose(out, expected, atol=1e-5, err_msg=kernel)
 
 
-@pytest.mark.parametrize("kernel", ["xla", "blocked", "splash"])
-def test_mesh_equals_one_device(kernel):
+@pytest.mark.parametrize("biased", [False, True])
+def test_flash_visits_the_tiles_that_share_a_segment(biased, monkeypatch):
+    """Three tiles of queries and of keys, two parts of the backward pass, NaN where none is due."""
+    monkeypatch.setattr(flash_attention, "BLOCK", 128)
+    monkeypatch.setattr(flash_attention, "BACKWARD_BLOCK", 128)
+    monkeypatch.setattr(flash_attention, "BACKWARD_QUERIES", 256)
+    *qkv, cotangent = inputs(batch=2, n=384, s=384, k=1, e=16)
+    ids = jnp.stack([jnp.repeat(jnp.arange(3), 128), jnp.arange(384) // 100])
+    arguments = {"q_segment_ids": ids, "kv_segment_ids": ids}
+    if biased:
+        arguments["kv_bias"] = jnp.zeros((2, 384)).at[:, 7].set(np.log(3)).at[:, 9].set(MASKED)
+    expected = value_and_grads(*qkv, cotangent, implementation="reference", **arguments)
+    options = {"implementation": "flash", "interpret": True}
+    assert_close(value_and_grads(*qkv, cotangent, **options, **arguments), expected, 2e-5)
+    if not biased:
+        q, k, v = qkv
+        # Had queries of the first segment read another's tile, NaN would have reached them.
+        k, v = k.at[0, 128:].set(jnp.nan), v.at[0, 128:].set(jnp.nan)
+        got = value_and_grads(q, k, v, cotangent, **options, **arguments)
+        for x, want in zip(got, expected, strict=True):
+            np.testing.assert_allclose(x[0, :128], want[0, :128], atol=1e-4)
+
+
+MESHES = {
+    "fsdp, tensor, context": ({"fsdp": 2, "tensor": 2, "context": 2}, 2),
+    "ulysses 4": ({"fsdp": 2, "context": 4}, 4),
+    "ring 8": ({"fsdp": 1, "context": 8}, 1),
+    "ulysses 2 by ring 4": ({"fsdp": 1, "context": 8}, 2),
+    "tensor 2, ulysses 2 by ring 2": ({"fsdp": 1, "tensor": 2, "context": 4}, 4),
+    "tensor": ({"fsdp": 1, "tensor": 8}, 8),
+    "data and fsdp": ({"data": 2, "fsdp": 4}, 1),
+}
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_any_mesh_equals_one_device(mesh, segmented):
+    sizes, heads = MESHES[mesh]
+    *qkv, cotangent = inputs(batch=8 if "data" in sizes else 2, n=128, s=128, k=heads, e=16)
+    ids = segments(qkv[0].shape[0], 128, 3)
+    arguments = {"q_segment_ids": ids, "kv_segment_ids": ids} if segmented else {}
+    expected = value_and_grads(*qkv, cotangent, implementation="reference", **arguments)
+    with sharding.use_mesh(sharding.make_mesh(**sizes)):
+        got = value_and_grads(*qkv, cotangent, implementation="blocked", **arguments)
+    assert len(got[0].sharding.device_set) == 8
+    assert_close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "flash"])
+def test_other_kernels_on_a_mesh_equal_one_device(kernel):
     *qkv, cotangent = inputs(batch=2, n=128, s=128, k=2, e=16)
     ids = segments(2, 128, 2)
     arguments = {"q_segment_ids": ids, "kv_segment_ids": ids, "interpret": True}
     expected = value_and_grads(*qkv, cotangent, implementation="reference", **arguments)
-    with sharding.use_mesh(sharding.make_mesh(fsdp=2, tensor=2, context=2)):
+    with sharding.use_mesh(sharding.make_mesh(fsdp=1, tensor=2, context=4)):
         got = value_and_grads(*qkv, cotangent, implementation=kernel, **arguments)
-    assert len(got[0].sharding.device_set) == 8
     assert_close(got, expected, 2e-5)
+
+
+def test_keys_of_text_stay_whole_on_every_device():
+    q, k, v, cotangent = inputs(batch=2, n=128, s=13, k=2, e=16)
+    bias = jnp.zeros((2, 13)).at[:, 3].set(np.log(3))
+    arguments = {"kv_bias": bias, "kv_axis": "text_tokens"}
+    expected = value_and_grads(q, k, v, cotangent, implementation="reference", **arguments)
+    with sharding.use_mesh(sharding.make_mesh(fsdp=2, tensor=2, context=2)):
+        got = value_and_grads(q, k, v, cotangent, implementation="blocked", **arguments)
+    assert_close(got, expected, 1e-5)
+
+
+def test_exchange_takes_heads_as_far_as_they_divide():
+    assert exchange("auto", size=4, heads=40) == Exchange(4, 1)
+    assert exchange("auto", size=16, heads=40) == Exchange(8, 2)
+    assert exchange("auto", size=4, heads=3) == Exchange(1, 4)
+    assert exchange("ring", size=4, heads=40) == Exchange(1, 4)
+    with pytest.raises(ValueError, match=r"cuts 6 heads .* over mesh.context 4, .* \[1, 2, 3, 6\]"):
+        exchange("ulysses", size=4, heads=6)
+    with pytest.raises(ValueError, match="use one of auto, ulysses, ring"):
+        exchange("tree", size=4, heads=4)
 
 
 def test_accelerators_multiply_bfloat16_in_both_passes(monkeypatch):
@@ -131,27 +200,28 @@ def test_accelerators_multiply_bfloat16_in_both_passes(monkeypatch):
     [
         (("auto", "bfloat16", "cuda", 128, 4096, False), "cudnn"),
         (("auto", "bfloat16", "gpu", 128, 16, True), "xla"),
+        (("auto", "bfloat16", "gpu", 128, 4096, True), "blocked"),
         (("auto", "float32", "gpu", 128, 4096, False), "blocked"),
         (("auto", "float32", "gpu", 128, 512, False), "xla"),
         (("auto", "bfloat16", "gpu", 12, 4096, False), "blocked"),
-        (("auto", "bfloat16", "tpu", 128, 4096, False), "splash"),
+        (("auto", "bfloat16", "tpu", 128, 4096, False), "flash"),
+        (("auto", "bfloat16", "tpu", 128, 4096, True), "flash"),
         (("auto", "bfloat16", "tpu", 128, 512, False), "xla"),
         (("auto", "bfloat16", "cpu", 128, 16, False), "blocked"),
         (("auto", "bfloat16", "cpu", 128, 16, True), "blocked"),
-        (("splash", "float32", "cpu", 128, 16, False), "splash"),
-        (("splash", "bfloat16", "tpu", 128, 4096, True), "xla"),
+        (("flash", "float32", "cpu", 128, 16, False), "flash"),
+        (("cudnn", "bfloat16", "gpu", 128, 4096, True), "blocked"),
         (("reference", "bfloat16", "gpu", 128, 16, True), "reference"),
     ],
 )
 def test_select(arguments, expected):
-    implementation, dtype, backend, head_dim, length, kv_bias = arguments
+    implementation, dtype, platform, head_dim, length, kv_bias = arguments
     kernel = select(
         implementation,
         dtype,
-        backend=backend,
+        platform=platform,
         head_dim=head_dim,
         q_len=length,
-        kv_len=length,
         kv_bias=kv_bias,
     )
     assert kernel == expected
@@ -160,6 +230,6 @@ def test_select(arguments, expected):
 def test_unknown_kernel_and_one_sided_segments_are_refused():
     q, k, v, _ = inputs(n=4, s=4)
     with pytest.raises(ValueError, match="use one of auto, xla"):
-        attention(q, k, v, implementation="flash")
+        attention(q, k, v, implementation="splash")
     with pytest.raises(ValueError, match="both or neither"):
         attention(q, k, v, q_segment_ids=jnp.zeros((2, 4), jnp.int32))

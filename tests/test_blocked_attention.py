@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from sora_jax.attention import attention
-from sora_jax.blocked_attention import MASKED, _tile, blocked
+from sora_jax import blocked_attention
+from sora_jax.blocked_attention import MASKED, Keys, _tile
+from sora_jax.ring_attention import Kernel, attend
+
+
+def blocked(q, k, v, q_ids=None, kv_ids=None, bias=None, dtype="float32"):
+    q = q * Kernel("blocked", dtype, "cpu").query_scale(q.shape[-1])
+    return attend(q, q_ids, Keys(k, v, kv_ids, bias), Kernel("blocked", dtype, "cpu"))
 
 
 def arguments(b, n, s, h, e, dtype=np.float32):
@@ -22,7 +29,9 @@ def value_and_grads(f, q, k, v, cotangent):
 
 @pytest.mark.parametrize("queries, tile_bytes", [(7, 1), (7, 10_000), (8, 4 * 8 * 13 * 2), (64, 1)])
 @pytest.mark.parametrize("restricted", ["nothing", "segments", "bias", "both"])
-def test_tiles_equal_reference(queries, tile_bytes, restricted):
+def test_tiles_equal_reference(queries, tile_bytes, restricted, monkeypatch):
+    monkeypatch.setattr(blocked_attention, "QUERIES", queries)
+    monkeypatch.setattr(blocked_attention, "TILE_BYTES", tile_bytes)
     b, n, s, h, e = 2, 30, 13, 3, 8
     *qkv, cotangent = arguments(b, n, s, h, e)
     q_ids = kv_ids = bias = None
@@ -33,7 +42,7 @@ def test_tiles_equal_reference(queries, tile_bytes, restricted):
         bias = jnp.zeros((b, s)).at[0, 3].set(np.log(3)).at[1, 5].set(MASKED)
 
     def tiled(q, k, v):
-        return blocked(q, k, v, q_ids, kv_ids, bias, "float32", queries, tile_bytes)
+        return blocked(q, k, v, q_ids, kv_ids, bias)
 
     def reference(q, k, v):
         ids = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
@@ -47,12 +56,14 @@ def test_tiles_equal_reference(queries, tile_bytes, restricted):
 
 
 @pytest.mark.parametrize("b, n, s, h, e", [(1, 40, 40, 1, 64), (1, 1, 1, 1, 1), (3, 5, 2, 2, 12)])
-def test_bfloat16_runs_at_any_size(b, n, s, h, e):
+def test_bfloat16_runs_at_any_size(b, n, s, h, e, monkeypatch):
     """XLA's CPU backend refuses bfloat16 products whose transposes it has moved into them."""
+    monkeypatch.setattr(blocked_attention, "QUERIES", 16)
+    monkeypatch.setattr(blocked_attention, "TILE_BYTES", 1)
     *qkv, cotangent = arguments(b, n, s, h, e)
     grads = []
     for dtype in ("bfloat16", "float32"):
-        f = lambda q, k, v, dtype=dtype: blocked(q, k, v, None, None, None, dtype, 16, 1)  # noqa: E731
+        f = lambda q, k, v, dtype=dtype: blocked(q, k, v, dtype=dtype).astype(jnp.float32)  # noqa: E731
         grads.append(jax.jit(lambda *a, f=f: value_and_grads(f, *a))(*qkv, cotangent))
     for got, want in zip(*grads, strict=True):
         assert got.dtype == jnp.float32
@@ -60,19 +71,19 @@ def test_bfloat16_runs_at_any_size(b, n, s, h, e):
 
 
 def test_gradients_have_the_inputs_dtype():
-    q, k, v, cotangent = arguments(1, 4, 4, 2, 8, jnp.bfloat16)
-    out, dq, dk, dv = value_and_grads(
-        lambda *a: blocked(*a, None, None, None, "bfloat16"), q, k, v, cotangent.astype(jnp.float32)
+    out, *grads = value_and_grads(
+        lambda *a: blocked(*a, dtype="bfloat16"), *arguments(1, 4, 4, 2, 8, jnp.bfloat16)
     )
-    assert out.dtype == jnp.float32
-    assert {x.dtype for x in (dq, dk, dv)} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in (out, *grads)} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize("kernel_grad", [False, True])
-def test_a_tile_is_all_that_exists_at_once(kernel_grad):
+def test_a_tile_is_all_that_exists_at_once(kernel_grad, monkeypatch):
     """2,048 queries and keys of 4 heads have 64 MB of logits; a tile has 1 MB."""
     b, n, h, e = 1, 2048, 4, 16
-    f = lambda q, k, v: blocked(q, k, v, None, None, None, "float32", 128, 1_000_000)  # noqa: E731
+    monkeypatch.setattr(blocked_attention, "QUERIES", 128)
+    monkeypatch.setattr(blocked_attention, "TILE_BYTES", 1_000_000)
+    f = blocked
     if kernel_grad:
         f = jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 2), argnums=(0, 1, 2))
     memory = jax.jit(f).lower(*arguments(b, n, n, h, e)[:3]).compile().memory_analysis()

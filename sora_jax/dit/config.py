@@ -11,7 +11,19 @@ from sora_jax import attention
 DTYPES = ("float32", "bfloat16")
 QK_NORM = "rms_norm_across_heads"
 
+BLOCK_INPUT = "block_input"  # name of the residual stream as it enters a block
 _policies = jax.checkpoint_policies
+
+
+def _offload(*, keep: tuple[str, ...] = (), send: tuple[str, ...]):
+    return _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(keep),
+        names_which_can_be_offloaded=list(send),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
 # What a block keeps for its backward pass; the rest is computed again.
 REMAT: dict[str, Any] = {
     "none": None,  # everything: no rematerialisation
@@ -19,7 +31,12 @@ REMAT: dict[str, Any] = {
     "dots": _policies.dots_saveable,  # results of all matrix products, attention logits too
     "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,  # of the linear layers
     # The input and what attention gave, with what its own backward pass needs of it.
-    "attention_out": _policies.save_only_these_names("attention_out", attention.RESIDUALS),
+    "attention_out": _policies.save_only_these_names(attention.RESIDUALS),
+    # "full", and the input waits in the host's memory.
+    "offload": _offload(send=(BLOCK_INPUT,)),
+    # "attention_out" with the input in the host's memory, and with both there.
+    "attention_out_offload_input": _offload(keep=(attention.RESIDUALS,), send=(BLOCK_INPUT,)),
+    "attention_out_offload": _offload(send=(BLOCK_INPUT, attention.RESIDUALS)),
 }
 
 # Our name -> diffusers' name and the default of its class (the 14B model's).
@@ -60,6 +77,7 @@ class DiTConfig:
         modulation are float32.
       remat: a name in REMAT.
       attention: a name in `attention.IMPLEMENTATIONS`.
+      context: a name in `attention.CONTEXTS`: how tokens meet that lie on several devices.
 
     Raises:
       ValueError: for a value out of range.
@@ -84,6 +102,7 @@ class DiTConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    context: str = "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
@@ -122,6 +141,7 @@ class DiTConfig:
             ("dtype", DTYPES),
             ("remat", tuple(REMAT)),
             ("attention", attention.IMPLEMENTATIONS),
+            ("context", attention.CONTEXTS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(

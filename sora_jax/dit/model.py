@@ -14,17 +14,22 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax import layers, sharding, types
 from sora_jax.attention import attention
 from sora_jax.dit import embed, patchify, rope
-from sora_jax.dit.config import REMAT, DiTConfig
+from sora_jax.dit.config import BLOCK_INPUT, REMAT, DiTConfig
 
 _zeros = nnx.initializers.zeros_init()
 
 # Time of each token: per example, per token, or per cell of the grid of patches.
 Time = Float[Array, " b"] | Float[Array, "b n"] | Float[Array, "b f_grid h_grid w_grid"]
+
+
+def _pairs_apart(head_dim: int):
+    return functools.partial(rope.pairs_apart, head_dim=head_dim)
 
 
 class Attention(nnx.Module):
@@ -63,8 +68,10 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Queries from `x`, keys and values from `source`; `rotation` is rope's cos and sin."""
         heads = (self.config.num_heads, self.config.head_dim)
-        q = self.norm_q(self.q(x)).reshape(*x.shape[:2], *heads)
-        k = self.norm_k(self.k(source)).reshape(*source.shape[:2], *heads)
+        order = None if rotation is None else _pairs_apart(self.config.head_dim)
+        q = self.norm_q(self.q(x, order=order), order=order).reshape(*x.shape[:2], *heads)
+        k = self.norm_k(self.k(source, order=order), order=order)
+        k = k.reshape(*source.shape[:2], *heads)
         v = self.v(source).reshape(*source.shape[:2], *heads)
         if rotation is not None:
             q, k = rope.apply(q, *rotation), rope.apply(k, *rotation)
@@ -77,6 +84,7 @@ class Attention(nnx.Module):
             kv_bias=kv_bias,
             kv_axis=kv_axis,
             implementation=self.config.attention,
+            context=self.config.context,
             dtype=self.config.dtype,
         )
         if self.k_image is not None and image is not None:
@@ -134,6 +142,7 @@ class DiTBlock(nnx.Module):
         text_segment_ids: Int[Array, "b s"] | None = None,
         image: Float[Array, "b i d"] | None = None,
     ) -> Float[Array, "b n d"]:
+        x = checkpoint_name(x, BLOCK_INPUT)
         modulation = modulation + self.modulation[...][None, None]
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (modulation[:, :, i] for i in range(6))
         y = self.self_attention(

@@ -71,7 +71,8 @@ def test_bad_files_are_refused_in_one_line(change, message):
         ({"width": 1530}, "nearest are 1512 and 1536"),
         ({"remat": "some"}, "none, full, dots"),
         ({"dtype": "float16"}, "float32, bfloat16"),
-        ({"attention": "flash"}, "auto, xla"),
+        ({"attention": "splash"}, "auto, xla"),
+        ({"context": "tree"}, "auto, ulysses, ring"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(change, message):

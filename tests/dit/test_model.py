@@ -117,7 +117,7 @@ def assert_trees_close(got, expected, tolerance):
 
 def test_remat_equals_none():
     expected = loss_and_grads()
-    for policy in ("full", "dots_no_batch", "attention_out"):
+    for policy in ("full", "dots_no_batch", "attention_out", "attention_out_offload"):
         assert_trees_close(loss_and_grads(remat=policy), expected, 1e-5)
 
 
