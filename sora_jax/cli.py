@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_sample, _add_train, _add_eval, _add_data, _add_info, _add_convert):
+    for add in (_add_sample, _add_train, _add_plan, _add_eval, _add_data, _add_info, _add_convert):
         add(commands)
     return top
 
@@ -151,6 +151,12 @@ def _add_train(commands) -> None:
     train.add_argument(
         "--distributed", action="store_true", help="this is one process of several (see launch/)"
     )
+
+
+def _add_plan(commands) -> None:
+    from sora_jax import plan_command
+
+    plan_command.add(commands, _command)
 
 
 def _add_eval(commands) -> None:
@@ -311,14 +317,19 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     args = parser().parse_args([a for a in argv if not a.startswith("--config.")])
     args.overrides = overrides
-    if overrides and args.command != "train" and getattr(args, "action", "") not in CONFIGURED:
+    configured = args.command in ("train", "plan") or getattr(args, "action", "") in CONFIGURED
+    if overrides and not configured:
         print(
-            f"sora-jax: --config.{overrides[0]} is for `train`, `data build`, `data cache` and "
-            "`convert import` alone.",
+            f"sora-jax: --config.{overrides[0]} is for `train`, `plan`, `data build`, `data cache` "
+            "and `convert import` alone.",
             file=sys.stderr,
         )
         return 2
     try:
+        if args.command == "plan":
+            from sora_jax import plan_command
+
+            plan_command.prepare(args)
         setup_jax()
         args.run(args)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:

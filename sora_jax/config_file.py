@@ -33,6 +33,21 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config.lock()
 
 
+def topology(spec: str) -> str:
+    """The slice that `FILE.py:variant` says it is for, in its table SLICES.
+
+    Raises:
+      ValueError: it names none.
+    """
+    name, _, variant = spec.partition(":")
+    slices = getattr(_import(Path(name)), "SLICES", {})
+    if (variant or "full") not in slices:
+        raise ValueError(
+            f"--config {spec} names no slice that it is for; give one, as in --topology v5p:4x4x8."
+        )
+    return slices[variant or "full"]
+
+
 def _import(path: Path):
     # Run files say `from configs import base`, so the folder above theirs must be importable.
     root = str(path.resolve().parent.parent)

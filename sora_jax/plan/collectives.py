@@ -26,6 +26,7 @@ _COMPUTE = ("fusion", "convolution", "dot", "custom-call", "while", "reduce", "s
 _MESH = re.compile(
     r"replica_groups=@?mesh[\[<]([^\]>]*)[\]>]\s*(?:,?\s*device_ids=\(([^)]*)\))?\s*"
 )
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
 
@@ -56,16 +57,25 @@ def find(program: hlo.Program, devices: int) -> list[Collective]:
     found = []
     types = {i.name: i.type for body in program.computations.values() for i in body}
     for name, runs in program.runs.items():
+        chains: set[str] = set()
         instructions = program.computations[name]
         for position, instruction in enumerate(instructions):
             inner = _collective(instruction, program)
             if inner is None:
                 continue
+            channel = _CHANNEL.search(inner.rest)
+            if inner is not instruction and channel:
+                # The compiler cuts one collective into steps, each fused with other work.
+                if channel.group(1) in chains:
+                    continue
+                chains.add(channel.group(1))
             kind = inner.opcode.removesuffix("-start")
             groups = _groups(inner.rest, devices, kind)
             size = (
                 2 if kind == "collective-permute" and groups else len(groups[0] if groups else ())
             )
+            if kind == "all-reduce" and any("all-reduce-scatter" in c for c in instruction.called):
+                kind = "reduce-scatter"
             if size > 1:
                 operands = sum(hlo.shape_bytes(types.get(n, "")) for n in inner.operands)
                 sent = _sent(kind, inner, operands, size)
@@ -80,19 +90,11 @@ def _collective(instruction: hlo.Instruction, program: hlo.Program) -> hlo.Instr
         return instruction
     if instruction.opcode not in ("fusion", "custom-call"):
         return None  # what async-start wraps is counted where it stands, in a computation that runs
-    if instruction.opcode == "fusion" and "async_collective" in _label(instruction, "done"):
-        return None
     for called in instruction.called:
         for inner in program.computations.get(called, ()):
             if inner.opcode.removesuffix("-start") in KINDS:
                 return inner
     return None
-
-
-def _label(instruction: hlo.Instruction, word: str) -> str:
-    """The names of an instruction where `word` is among them, else nothing."""
-    names = " ".join((instruction.name, *instruction.called)).replace("-", "_")
-    return names if word in names else ""
 
 
 def _sent(kind: str, instruction: hlo.Instruction, operand_bytes: float, size: int) -> float:
@@ -110,7 +112,7 @@ def _sent(kind: str, instruction: hlo.Instruction, operand_bytes: float, size: i
 def _is_overlapped(start: hlo.Instruction, after: Sequence[hlo.Instruction]) -> bool:
     """Whether work stands between a started collective and the instruction that waits for it."""
     if start.opcode == "fusion":
-        # A collective fused with compute, or cut into the steps of an async collective fusion.
+        # Cut into steps that are fused with compute.
         return "async_collective" in " ".join((start.name, *start.called)).replace("-", "_")
     if not start.opcode.endswith("-start"):
         return False

@@ -1,0 +1,161 @@
+"""One plan: compiles the steps, and puts all that is known of them into plain values for JSON."""
+
+import math
+from typing import Any
+
+from sora_jax.chips import GIB
+from sora_jax.plan import published, roofline, steps, topology
+
+SHARE_OF_HBM = 0.9  # that a plan should stay below
+
+
+def plan(
+    config: Any,
+    *,
+    name: str,
+    topology_name: str,
+    slices: int = 1,
+    only: str | None = None,
+    price: float | None = None,
+) -> dict[str, Any]:
+    """The plan of `config` on a slice, as JSON takes it. Times are predicted.
+
+    Args:
+      name: of the config.
+      only: "train" or "sample"; None is both.
+      price: of one chip for an hour.
+
+    Raises:
+      ValueError: a topology that does not exist, or a config that does not divide over it.
+    """
+    slice_ = topology.describe(topology_name, slices)
+    result = {
+        "config": name,
+        "topology": topology_name,
+        "slices": slices,
+        "chips": slice_.chips,
+        "chip": slice_.chip.name,
+        "devices": len(slice_.devices),
+        "hbm_gib": slice_.chip.device_hbm / GIB,
+        "method": method(),
+    }
+    if only != "sample":
+        result["train"] = _train(config, slice_, price)
+    if only != "train":
+        host = topology.describe(topology.one_host(slice_.chip))
+        result["sample"] = _sample(config, host)
+    return result
+
+
+def method() -> dict[str, Any]:
+    """How the times are predicted, and how far off that was of steps that others measured."""
+    checks = {}
+    for step in published.STEPS:
+        check = published.predict(step)
+        checks[step.what] = {
+            "measured_s": step.seconds,
+            "predicted_s": check.predicted,
+            "error": check.error,
+            "parts_s": check.parts,
+        }
+    return {
+        "checks": checks,
+        "note": "predicted: nothing ran on a chip",
+    }
+
+
+def _train(config: Any, slice_: topology.Slice, price: float | None) -> dict[str, Any]:
+    mesh = dict(steps.mesh_of(config, slice_).shape)
+    base = {
+        "mesh": mesh,
+        "batch_size": config.batch_size,
+        "remat": config.dit.remat if config.stage == "dit" else "",
+    }
+    try:
+        step = steps.train(config, slice_)
+    except steps.TooLarge as error:
+        return base | too_large(error, config, mesh)
+    found = base | _step(step, slice_, config)
+    found["largest_batch"] = largest_batch(config, step, slice_)
+    if price is not None:
+        hours = 1000 * found["step_s"] / 3600
+        found["price"] = price
+        found["cost_1000_steps"] = hours * price * slice_.chips
+    return found
+
+
+def _sample(config: Any, host: topology.Slice) -> dict[str, Any]:
+    base = {"topology": host.name, "steps": config.sample.steps}
+    try:
+        step = steps.sample(config, host)
+    except steps.TooLarge as error:
+        return base | {"fits": False, "needed_gib": error.needed / GIB}
+    found = base | {"mesh": dict(step.mesh.shape)} | _step(step, host, config)
+    return found | {"denoise_s": found["step_s"] * config.sample.steps}
+
+
+def _step(step: steps.Step, slice_: topology.Slice, config: Any) -> dict[str, Any]:
+    head_dim = config.dit.width // config.dit.num_heads
+    found = roofline.predict(step, slice_, head_dim=head_dim)
+    limit = slice_.chip.device_hbm
+    executed = sum(step.counts.values())
+    model = sum(step.flops.values())
+    return {
+        "fits": step.memory["peak"] <= limit,
+        "hbm_share": step.memory["peak"] / limit,
+        "memory_gib": {kind: value / GIB for kind, value in step.memory.items()},
+        "aliased": step.aliased,
+        "flops": step.flops,
+        "executed_flops": dict(step.counts),
+        "recomputed": max(0.0, executed / model - 1) if model else 0.0,
+        "step_s": found.step,
+        "compute_s": found.compute,
+        "copies_s": found.largest_copies,
+        "attention_s": found.kernels,
+        "waiting_s": found.waiting,
+        "hidden_s": found.hidden,
+        "mfu": found.mfu,
+        "tokens_per_s_per_chip": step.tokens / found.step / slice_.chips,
+        "collectives": [c._asdict() for c in found.collectives],
+        "trace_compile_s": step.seconds,
+    }
+
+
+def largest_batch(config: Any, step: steps.Step, slice_: topology.Slice) -> dict[str, Any]:
+    """By the linear model of one compile: temporaries but for the gradients grow with the batch."""
+    rows = math.prod(step.mesh.shape[axis] for axis in ("data", "fsdp")) * config.optim.accumulate
+    gradients = step.memory["weights"]
+    growing = max(step.memory["temporaries"] - gradients, 0.0) + step.memory["batch"]
+    free = slice_.chip.device_hbm - step.memory["peak"] + growing
+    each = growing / max(1, config.batch_size // rows)
+    most = int(free / each) * rows if each else config.batch_size
+    return {"batch_size": max(most, 0), "by": "the linear model of one compile"}
+
+
+def too_large(error: steps.TooLarge, config: Any, mesh: dict[str, int]) -> dict[str, Any]:
+    """What is missing, and the knob that gives most by the kinds of memory."""
+    state = sum(error.memory.get(kind, 0.0) for kind in ("weights", "ema", "optimizer"))
+    rest = error.needed - sum(error.memory.values())
+    knobs = {}
+    if rest > 0:
+        if config.dit.remat != "full":
+            knobs["config.dit.remat=full"] = rest * 0.7
+        rows = config.batch_size // max(1, mesh["data"] * mesh["fsdp"] * config.optim.accumulate)
+        if rows > 1:
+            half = "config.optim.accumulate" if rows % 2 == 0 else "config.batch_size (smaller)"
+            value = f"={2 * config.optim.accumulate}" if rows % 2 == 0 else ""
+            knobs[half + value] = rest / 2
+        knobs["config.mesh.context twice as large (on as many devices: fsdp half)"] = rest / 2
+    if mesh["data"] > 1:
+        knobs["config.mesh.data=1 with a larger fsdp"] = state * (1 - 1 / mesh["data"])
+    knobs["a slice of twice as many chips"] = state / 2
+    best = max(knobs, key=knobs.get)
+    return {
+        "fits": False,
+        "needed_gib": error.needed / GIB,
+        "short_gib": (error.needed - error.limit) / GIB,
+        "memory_gib": {kind: value / GIB for kind, value in error.memory.items()}
+        | {"temporaries": rest / GIB},
+        "knob": best,
+        "knob_gib": knobs[best] / GIB,
+    }

@@ -1,0 +1,226 @@
+"""Ranks meshes, remat policies and batch sizes by predicted tokens a second, and compiles the best.
+
+Candidates are first judged in closed form, in milliseconds each: what cannot divide or cannot fit
+is dropped, the rest ranked; only the best few are compiled, and those figures count.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from sora_jax.chips import GIB, Chip
+from sora_jax.dit.flops import flops as dit_flops
+from sora_jax.plan import collectives, kernels, planning, published, report, topology
+from sora_jax.progress import Progress
+from sora_jax.train import program
+
+# Of a policy: (what a layer keeps, in widths of a token in bytes; forward passes of linear layers
+# and of attention done again). "attention_out" keeps the block's input in float32, and the output
+# of both attentions.
+_POLICIES = {
+    "none": (90.0, 0.0, 0.0),
+    "dots_no_batch": (56.0, 0.1, 1.0),
+    "attention_out": (8.0, 0.8, 0.0),
+    "full": (4.0, 1.0, 1.0),
+    "offload": (0.0, 1.0, 1.0),
+    "attention_out_offload": (0.0, 0.8, 0.0),
+}
+_WORKING_SET = 60.0  # of one layer while it is computed again: bytes a token and width
+_STATE = 16.0  # bytes a parameter: weights, EMA and two moments, in float32
+_BATCHES = (1, 2, 4, 8)  # rows of one group of devices
+
+
+class Candidate(NamedTuple):
+    mesh: dict[str, int]
+    remat: str
+    batch_size: int
+    memory: float  # bytes of one device
+    seconds: float
+    tokens: int
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second of the whole slice, predicted."""
+        return self.tokens / self.seconds
+
+
+class Workload(NamedTuple):
+    """What a config asks for, whatever the mesh."""
+
+    parameters: float
+    depth: int
+    width: int
+    heads: int
+    head_dim: int
+    ffn: int
+    tokens: int  # a row
+    linear: float  # forward FLOPs of a row but for self-attention
+    attention: float
+
+
+def workload(config: Any) -> Workload:
+    """Raises ValueError for a config that trains no diffusion transformer."""
+    if config.stage != "dit":
+        raise ValueError(f"--search is for stage 'dit', not {config.stage!r}.")
+    stage = program.STAGES["dit"](config, abstract=True)
+    batch = program.abstract_batch(config, stage)
+    dit = stage.dit_config
+    length = batch["text_emb" if stage.text.is_cached else "ids"].shape[1]
+    tokens = stage.tokens_per_clip(batch)
+    counted = dit_flops(dit, tokens=tokens, text_tokens=length)
+    d = dit.width
+    parameters = dit.depth * (8 * d * d + 2 * d * dit.ffn_dim) + 7 * d * d
+    return Workload(
+        *(float(parameters), dit.depth, d, dit.num_heads, dit.head_dim, dit.ffn_dim, tokens),
+        linear=counted.total - counted.attention,
+        attention=counted.attention,
+    )
+
+
+def meshes(devices: int, slices: int, heads: int) -> Iterator[dict[str, int]]:
+    """Every mesh of powers of two that heads divide over; `data` joins the slices alone."""
+    inside = devices // slices
+    sizes = [n for n in range(1, inside + 1) if inside % n == 0]
+    for tensor, context in itertools.product(sizes, sizes):
+        if inside % (tensor * context) or heads % tensor or tensor > 8:
+            continue
+        fsdp = inside // (tensor * context)
+        yield {"data": slices, "fsdp": fsdp, "tensor": tensor, "context": context}
+
+
+def candidates(config: Any, slice_: topology.Slice) -> list[Candidate]:
+    """Those that fit by the closed form, best first."""
+    work, found = workload(config), []
+    for mesh in meshes(len(slice_.devices), slice_.slices, work.heads):
+        if work.tokens % mesh["context"] and config.data.batching == "pack":
+            continue
+        for remat, rows in itertools.product(_POLICIES, _BATCHES):
+            one = judge(work, mesh, remat, rows, slice_)
+            if one.memory <= planning.SHARE_OF_HBM * slice_.chip.device_hbm:
+                found.append(one)
+    return sorted(found, key=lambda c: c.rate, reverse=True)
+
+
+def judge(
+    work: Workload, mesh: dict[str, int], remat: str, rows: int, slice_: topology.Slice
+) -> Candidate:
+    """Memory and time in closed form, by the rates of `published`."""
+    chip = slice_.chip
+    kept, again, attention_again = _POLICIES[remat]
+    shard = mesh["tensor"] * mesh["context"]
+    storage = mesh["fsdp"] * shard
+    token_bytes = rows * work.tokens / shard * work.width
+    memory = work.parameters * (_STATE + 4) / storage
+    memory += token_bytes * (kept * work.depth + _WORKING_SET)
+    linear = rows * work.linear * (3 + again) / shard
+    seconds = linear / (published.MATMUL * chip.device_flops)
+    seconds += sum(
+        products * rows * work.attention / shard / (chip.device_flops * rate)
+        for products, rate in (
+            (1 + attention_again, _rate("forward", chip, work)),
+            (2.5, _rate("backward", chip, work)),
+        )
+    )
+    seconds += published.ELEMENTWISE * token_bytes * work.depth * 0.75 / chip.device_hbm_bandwidth
+    busy = seconds
+    link = 2 * chip.ici_link * collectives.LINK_EFFICIENCY / chip.devices
+    cut = lambda n: (n - 1) / n  # noqa: E731
+    # Weights gathered for both passes, gradients scattered in float32; heads exchanged.
+    weights = work.parameters / mesh["tensor"] * (2 + 2 + 4)
+    moved = weights * cut(mesh["fsdp"] * mesh["context"]) / link
+    exchange = 16 * 2 * token_bytes * work.depth
+    if mesh["context"] > 1:
+        moved += exchange * cut(mesh["context"]) / link
+    if mesh["tensor"] > 1:
+        moved += 1.5 * exchange * cut(mesh["tensor"]) / link
+    if mesh["data"] > 1:
+        per_device = chip.dcn_host / (chip.chips_per_host * chip.devices)
+        moved += 2 * 4 * work.parameters / storage * cut(mesh["data"]) / per_device
+    # Half of it is taken as hidden.
+    seconds = busy + max(0.5 * moved, moved - busy)
+    batch = rows * mesh["data"] * mesh["fsdp"]
+    return Candidate(mesh, remat, batch, memory, seconds, batch * work.tokens)
+
+
+def _rate(way: str, chip: Chip, work: Workload) -> float:
+    return kernels.share_of_peak(f"flash_attention_{way}", chip, head_dim=work.head_dim)
+
+
+def search(
+    config: Any, *, name: str, topology_name: str, slices: int = 1, top: int = 2
+) -> dict[str, Any]:
+    """The ranking, and the plans of the best `top`, compiled.
+
+    Raises:
+      ValueError: nothing fits, or a topology that does not exist.
+    """
+    slice_ = topology.describe(topology_name, slices)
+    ranked = candidates(config, slice_)
+    if not ranked:
+        raise ValueError(
+            f"{name} does not fit {topology_name} with any mesh, remat policy or batch size; take "
+            "a larger slice."
+        )
+    chosen = _different(ranked, top)
+    plans = []
+    with Progress("compiling", total=len(chosen), unit="plans", alone=True) as progress:
+        for i, candidate in enumerate(chosen):
+            plans.append(
+                planning.plan(
+                    configured(config, candidate),
+                    name=name,
+                    topology_name=topology_name,
+                    slices=slices,
+                    only="train",
+                )
+            )
+            progress.update(i + 1, remat=candidate.remat)
+    fitting = [p for p in plans if p["train"]["fits"]]
+    fitting.sort(key=lambda p: p["train"]["tokens_per_s_per_chip"], reverse=True)
+    return {
+        "ranked": [c._asdict() | {"tokens_per_s": c.rate} for c in ranked[:20]],
+        "judged": len(ranked),
+        "plans": fitting + [p for p in plans if p not in fitting],
+    }
+
+
+def _different(ranked: list[Candidate], top: int) -> list[Candidate]:
+    """The best of every mesh and policy: batch sizes of one differ little."""
+    seen, chosen = set(), []
+    for candidate in ranked:
+        key = (tuple(candidate.mesh.values()), candidate.remat)
+        if key not in seen and len(chosen) < top:
+            seen.add(key)
+            chosen.append(candidate)
+    return chosen
+
+
+def configured(config: Any, candidate: Candidate) -> Any:
+    """`config` with the candidate's mesh, policy and batch size."""
+    changed = ConfigDict(config.to_dict())
+    changed.mesh.update(candidate.mesh)
+    changed.dit.remat = candidate.remat
+    changed.batch_size = candidate.batch_size * changed.optim.accumulate
+    return changed.lock()
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the ranking and the compiled plans."""
+    console = Console()
+    table = Table(title=f"best of {result['judged']} that fit by the closed form, predicted")
+    for column in ("mesh", "remat", "batch"):
+        table.add_column(column)
+    for column in ("GiB a device", "s a step", "tokens/s"):
+        table.add_column(column, justify="right")
+    for row in result["ranked"]:
+        mesh = " ".join(f"{k} {v}" for k, v in row["mesh"].items() if v > 1)
+        table.add_row(
+            *(mesh, row["remat"], str(row["batch_size"]), f"{row['memory'] / GIB:.1f}"),
+            *(f"{row['seconds']:.2f}", f"{row['tokens_per_s']:,.0f}"),
+        )
+    console.print(table)
+    report.compare(result["plans"], console)

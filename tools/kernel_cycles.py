@@ -1,0 +1,143 @@
+"""How many cycles attention kernels take on TPUs, by the compiler's own schedule of them.
+
+.venv-tpu/bin/python tools/kernel_cycles.py --topology v5p:2x2x1 --kernel flash --out FILE.json
+
+libtpu writes the final bundles (instruction words; one a cycle, where nothing waits for memory) of
+a kernel. Of its loop over tiles count what runs for every tile, without the parts behind a branch
+that hold no matrix product: those begin and end a row of tiles. The table that the figures went
+into is sora_jax/plan/kernels.py; nothing ran on a chip.
+"""
+
+import argparse
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from sora_jax.plan import topology
+
+BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s.*?:")
+BRANCH = re.compile(r"sbr\.rel \((!?)%\w+\) target = \$region(\d+)")
+REGION = re.compile(r"region (\d+)")
+# Operations over pairs of tokens: forward 4 T^2 e a head, and the backward passes.
+MATRIX = ("vmatmul", "vmatpush", "vdot")
+PRODUCTS = {
+    "flash_attention_forward": 2,
+    "flash_attention_backward": 5,
+    "splash_mha_fwd": 2,
+    "splash_mha_dq": 3,
+    "splash_mha_dkv": 4,
+}
+
+
+def steady_bundles(text: str) -> int:
+    """Bundles of the kernel's innermost loop, for a tile in the middle of a row."""
+    lines = [line for line in text.splitlines() if BUNDLE.match(line)]
+    begins = [i for i, line in enumerate(lines) if re.match(r"^\s*\w+\s+LB:", line)]
+    starts = {}
+    for i, line in enumerate(lines):
+        comment = line[line.rfind("/*") :] if "egion" in line else ""
+        for part in comment.split("::"):
+            if "tart" in part and (found := REGION.search(part)):
+                starts.setdefault(found.group(1), i)
+    loop = begins[-1]
+    end = next(
+        i
+        for i in range(len(lines) - 1, loop, -1)
+        if (m := BRANCH.search(lines[i])) and starts.get(m.group(2), loop + 1) <= loop
+    )
+    total, i = end - loop + 1, loop
+    while i < end:
+        branch = BRANCH.search(lines[i])
+        target = starts.get(branch.group(2)) if branch else None
+        # A target that is a join of paths carries its number in an "empty region" comment.
+        if target is not None and i < target <= end:
+            inside = lines[i + 1 : target]
+            if not any(
+                "vmatmul" in line or "vmatpush" in line or "vdot" in line for line in inside
+            ):
+                total -= len(inside)
+                i = target
+                continue
+        i += 1
+    return total
+
+
+def compile_kernels(args, folder: str) -> None:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    place = SingleDeviceSharding(devices[0])
+    shape = (1, args.tokens, 2, args.head_dim)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+    if args.kernel == "flash":
+        from sora_jax import flash_attention as flash
+        from sora_jax.blocked_attention import Keys
+
+        def forward(q, k, v):
+            keys = Keys(k, v, None, None)
+            return flash.forward(q, None, keys, dtype="bfloat16", out_dtype="bfloat16")
+
+        def backward(q, k, v, log_sum, pull, d_out):
+            keys = Keys(k, v, None, None)
+            return flash.backward(q, None, keys, log_sum, pull, d_out, dtype="bfloat16")
+
+        jax.jit(forward).lower(x, x, x).compile()
+        sums = jax.ShapeDtypeStruct((1, 2, args.tokens), jnp.float32, sharding=place)
+        jax.jit(backward).lower(x, x, x, sums, sums, x).compile()
+        return
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    n, (bq, bkv) = args.tokens, args.blocks
+    sizes = splash.BlockSizes(
+        block_q=bq, block_kv=bkv, block_kv_compute=min(bkv, 1024), block_q_dkv=bq,
+        block_kv_dkv=bkv, block_kv_dkv_compute=min(bkv, 1024), block_q_dq=bq, block_kv_dq=bkv,
+    )  # fmt: skip
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.FullMask((n, n))] * 2),
+        block_sizes=sizes, head_shards=1, q_seq_shards=1,
+    )  # fmt: skip
+    loss = lambda q, k, v: jnp.sum(kernel(q, k, v).astype(jnp.float32))  # noqa: E731
+    x = jax.ShapeDtypeStruct((2, n, args.head_dim), jnp.bfloat16, sharding=place)
+    jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--topology", required=True)
+    parser.add_argument("--kernel", default="flash", choices=("flash", "splash"))
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--blocks", type=int, nargs=2, default=(512, 512), metavar=("Q", "KV"))
+    parser.add_argument("--keep", metavar="DIR", help="folder for the dumped bundles")
+    parser.add_argument("--out", metavar="FILE.json")
+    args = parser.parse_args()
+    chip, _ = topology.parse(args.topology)
+    topology.prepare()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = args.keep or folder
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        compile_kernels(args, folder)
+        results = []
+        for file in sorted(Path(folder).glob("*final_bundles.txt")):
+            name = next((n for n in PRODUCTS if n in file.name), None)
+            if name is None or "schedule-analysis" in file.name or "gap" in file.name:
+                continue
+            results.append({"kernel": name, "bundles": steady_bundles(file.read_text())})
+    cores = 2 if chip.name in ("v4", "v5p") else 1  # in one device; each has its own heads
+    for result in results:
+        result |= {"chip": chip.name, "head_dim": args.head_dim, "blocks": list(args.blocks)}
+        result["products"] = PRODUCTS[result["kernel"]]
+        result["flops_per_cycle"] = chip.flops_per_cycle / cores
+        print(json.dumps(result))
+    if args.out:
+        Path(args.out).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
