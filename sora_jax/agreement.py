@@ -22,7 +22,8 @@ def gather(value: Any) -> list:
 
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([text.size], np.int32)).reshape(-1)
-    padded = np.zeros(max(sizes), np.uint8)
+    # To a power of two, so that few shapes are compiled for.
+    padded = np.zeros(1 << max(8, int(max(sizes) - 1).bit_length()), np.uint8)
     padded[: text.size] = text
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
@@ -41,21 +42,22 @@ class Flags:
     """
 
     def __init__(self, mesh: Mesh, count: int):
-        self._count, self._sent = count, None
         self._alone = jax.process_count() == 1
         if not self._alone:
             devices = mesh.devices.flatten()
             flat = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
             self._placement, self._shape = sharding.named(flat, "batch"), (len(devices), count)
             self._max = jax.jit(lambda x: jnp.max(x, axis=0), out_shardings=sharding.named(flat))
+            self._sent = self._send((0,) * count)  # compiles it, apart from the first step
 
     def exchange(self, *flags: int) -> tuple[int, ...]:
         """Sends `flags`; the agreed ones of this call (one process), or of the call before."""
         if self._alone:
             return flags
+        before, self._sent = self._sent, self._send(flags)
+        return tuple(int(flag) for flag in np.asarray(before.addressable_data(0)))
+
+    def _send(self, flags: tuple[int, ...]) -> jax.Array:
         row = np.array([flags], np.int32)
         sent = jax.make_array_from_callback(self._shape, self._placement, lambda index: row)
-        before, self._sent = self._sent, self._max(sent)
-        if before is None:
-            return (0,) * self._count
-        return tuple(int(flag) for flag in np.asarray(before.addressable_data(0)))
+        return self._max(sent)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sora_jax import cli, video_io
+from sora_jax.train.interrupts import Preempted
 
 
 def run(*args, capsys):
@@ -206,3 +207,19 @@ def test_import_writes_a_run_from_the_command_line(pipeline_folder, tmp_path, ca
     status, _, err = run(*base, *config, "--config.batch_size=7", capsys=capsys)
     assert status == 2 and "batch_size 7 is not divisible" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("kind", "status"), [(Preempted, 75), (KeyboardInterrupt, 130)])
+def test_a_run_that_was_ended_says_by_its_status_whether_to_start_it_again(
+    kind, status, monkeypatch, tmp_path, capsys
+):
+    def ended(args):
+        raise kind("stopped at step 9; the checkpoint is saved.")
+
+    monkeypatch.setattr(cli, "_train", ended)
+    args = ("train", "--config", "configs/base.py", "--workdir", tmp_path)
+    assert run(*args, capsys=capsys) == (
+        status,
+        "",
+        "sora-jax: stopped at step 9; the checkpoint is saved.\n",
+    )

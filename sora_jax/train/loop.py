@@ -74,6 +74,7 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
                 loader.set_state(position)
             if counted:
                 skips.set_state(counted)
+            flags = Flags(mesh, 2)
 
         first = int(state.step)
         clock.resumed(first)
@@ -85,7 +86,7 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
         signals = opened.enter_context(interrupts.Interrupts())
         progress = Progress("training", total=config.num_steps, start=first)
         opened.enter_context(progress)
-        rates, window, flags = Rates(), Window(skips), Flags(mesh, 2)
+        rates, window = Rates(), Window(skips)
         compiled: set = set()  # shapes of batches
         traced = 0
 
@@ -112,7 +113,8 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
                 step, metrics, records=functools.partial(loader.records, loader.batches_read - 1)
             )
 
-            stopping, traced = flags.exchange(signals.requested, tracer.asked)
+            with clock.phase("step"):
+                stopping, traced = flags.exchange(signals.requested, tracer.asked)
             last = stopping or step == config.num_steps
             saving = last or step % config.checkpoint_every == 0
             showing = config.sample_every and not stopping
@@ -140,7 +142,7 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
                 clock.write()
             if showing:
                 with clock.phase("preview"):
-                    preview.write(stage, config, state.ema, frozen, batch, workdir, step=step)
+                    preview.write(stage, config, state.averaged, frozen, batch, workdir, step=step)
                     plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
             if saving or copying:
                 place = {"data": loader.get_state(), "meta": meta_of(config, skips)}

@@ -15,6 +15,7 @@ import numpy as np
 
 from sora_jax import chips, video_io
 
+
 def peak_flops(device: jax.Device) -> float | None:
     """Peak dense bfloat16 FLOP/s of `device`, or None where no data sheet is known (CPUs)."""
     chip = chips.of_kind(device.device_kind)

@@ -10,6 +10,7 @@ import optax
 
 from sora_jax.train.optimizer import OptimConfig, hold
 from sora_jax.train.state import TrainState
+from sora_jax.train.storage import add_updates, on_device
 
 # (params, frozen, batch, key) -> (scalar loss, metrics)
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -42,7 +43,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, co
             (loss, metrics), grads = value_and_grad(params, frozen, *inputs)
             return jax.tree.map(jnp.add, total, (loss, grads)), metrics
 
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        zeros = (jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape), params))
         total, metrics = jax.lax.scan(body, zeros, (micro, keys))
         loss, grads = jax.tree.map(lambda x: x / config.accumulate, total)
         # A bucket of t without examples is NaN in some micro-batches; the loss is never left out.
@@ -53,25 +54,27 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, co
     ):
         key = jax.random.fold_in(seed_key, state.step)
         (loss, metrics), grads = gradients(state.params, frozen, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         sound = jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= limit)
 
         def kept(new, old):
             return jax.tree.map(lambda x, y: jnp.where(sound, x, y), new, old)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = kept(optax.apply_updates(state.params, updates), state.params)
+        old_moments = on_device(state.opt_state) if config.offload else state.opt_state
+        updates, opt_state = optimizer.update(grads, old_moments, state.params)
+        params = kept(add_updates(state.params, updates, jax.random.fold_in(key, 1)), state.params)
         # Early averages would remember the initial weights: let the window grow with the step.
         decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        averaged = params if config.ema_decay else ()
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, averaged)
         metrics = metrics | {
             "train/loss": loss,
             "train/grad_norm": norm,
-            "train/param_norm": optax.global_norm(params),
+            "train/param_norm": optax.tree.norm(params),
             "train/skipped": 1.0 - sound,
         }
         metrics |= group_norms("grad_norm", grads) | group_norms("param_norm", params)
-        opt_state, ema = kept(opt_state, state.opt_state), kept(ema, state.ema)
+        opt_state, ema = kept(opt_state, old_moments), kept(ema, state.ema)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return train_step
@@ -83,4 +86,4 @@ def group_norms(name: str, tree) -> dict[str, jax.Array]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         groups.setdefault("/".join([name, *parts[:2]]), []).append(leaf)
-    return {group: optax.global_norm(leaves) for group, leaves in groups.items()}
+    return {group: optax.tree.norm(leaves) for group, leaves in groups.items()}

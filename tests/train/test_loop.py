@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -54,20 +55,19 @@ def test_two_steps_and_resume_and_two_equal_four_bitwise(
     config = {"dit": dit_config, "vae": vae_config}[stage]
     devices = None if stage == "dit" else ONE
     config.num_steps, config.checkpoint_every, config.sample_every = 4, 4, 0
+    begun = time.perf_counter()
     train(config, tmp_path / "straight", devices=devices)
+    goodput_adds_up(tmp_path / "straight", time.perf_counter() - begun)
 
     with monkeypatch.context() as patch:
         interrupt_in_step(patch, STOP_AFTER, number)
-        with pytest.raises(KeyboardInterrupt, match="stopped at step 2; the checkpoint is saved"):
+        with pytest.raises(KeyboardInterrupt, match="at step 2; the checkpoint is saved") as end:
             train(config, tmp_path / "resumed", devices=devices)
+    assert getattr(end.value, "exit_code", 130) == (130 if number == signal.SIGINT else 75)
     assert saved_state(tmp_path / "resumed")[0] == STOP_AFTER
     train(config, tmp_path / "resumed", devices=devices)
 
-    step, straight = saved_state(tmp_path / "straight")
-    again, resumed = saved_state(tmp_path / "resumed")
-    assert step == again == 4 and set(straight) == set(resumed)
-    for path, value in straight.items():
-        np.testing.assert_array_equal(value, resumed[path], err_msg=path)
+    assert_same_end(tmp_path / "straight", tmp_path / "resumed")
     # The losses tell that the data came in the same order, too: each step has other clips, and the
     # last row is the mean of steps 3 and 4 in both.
     ours, theirs = rows(tmp_path / "straight"), rows(tmp_path / "resumed")
@@ -76,10 +76,76 @@ def test_two_steps_and_resume_and_two_equal_four_bitwise(
     assert ours[-1]["train/loss"] == theirs[-1]["train/loss"]
 
 
+def goodput_adds_up(workdir: Path, wall: float):
+    told = json.loads((workdir / "goodput.json").read_text())
+    assert sum(told["seconds"].values()) == pytest.approx(told["wall_seconds"], rel=1e-6)
+    assert told["wall_seconds"] == pytest.approx(wall, rel=0.01, abs=0.2)
+    assert told["seconds"]["compile"] > told["seconds"]["save"] > 0 == told["seconds"]["lost"]
+    assert told["step"] == 4 and told["goodput"] == told["seconds"]["step"] / told["wall_seconds"]
+
+
+def assert_same_end(one: Path, other: Path):
+    """The newest checkpoints are of step 4, and the same bit for bit."""
+    (step, straight), (again, resumed) = saved_state(one), saved_state(other)
+    assert step == again == 4 and set(straight) == set(resumed)
+    for path, value in straight.items():
+        np.testing.assert_array_equal(value, resumed[path], err_msg=path)
+
+
+def test_a_crash_goes_on_from_the_local_copy_or_from_before_a_damage_and_tells_what_it_lost(
+    dit_config, tmp_path, monkeypatch, capsys
+):
+    dit_config.num_steps, dit_config.profile.steps = 4, (2, 2)
+    train(dit_config, tmp_path / "straight", devices=ONE)
+    assert list((tmp_path / "straight" / "profile").rglob("*.xplane.pb"))
+    dit_config.profile.steps = ()
+    dit_config.local_checkpoint_dir, dit_config.local_checkpoint_every = str(tmp_path / "disk"), 1
+
+    place, calls = loop.loaders.to_global, []
+
+    def crashing(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("the host is gone")
+        return place(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.loaders, "to_global", crashing)
+        with pytest.raises(RuntimeError, match="gone"):
+            train(dit_config, tmp_path / "crashed", devices=ONE)
+    assert saved_state(tmp_path / "crashed")[0] == 2
+    capsys.readouterr()
+    train(dit_config, tmp_path / "crashed", devices=ONE)
+    assert "going on from step 3, of the hosts' own copies" in capsys.readouterr().err
+    assert_same_end(tmp_path / "straight", tmp_path / "crashed")
+
+    # Without copies, and with a damaged last step, it goes on from step 2.
+    dit_config.local_checkpoint_dir, dit_config.log_every = "", 2
+    file = tmp_path / "crashed" / "checkpoints" / "4" / "meta" / "metadata"
+    file.write_bytes(file.read_bytes().replace(b"skips", b"skipz"))
+    (tmp_path / "crashed" / "trace").touch()
+    capsys.readouterr()
+    train(dit_config, tmp_path / "crashed", devices=ONE)
+    told = capsys.readouterr().err
+    assert "going on with another config: log_every 1 -> 2, local_checkpoint_dir" in told
+    assert (tmp_path / "crashed" / "checkpoints" / "damaged-4").is_dir()
+    assert not (tmp_path / "crashed" / "trace").exists()
+    assert list((tmp_path / "crashed" / "profile").rglob("*.xplane.pb"))
+    assert_same_end(tmp_path / "straight", tmp_path / "crashed")
+    goodput = json.loads((tmp_path / "crashed" / "goodput.json").read_text())
+    assert goodput["runs"] == 3 and goodput["seconds"]["lost"] > 0
+
+    dit_config.seed = 1
+    with pytest.raises(ValueError, match=r"crashed holds a run of another config: seed 0, not 1;"):
+        train(dit_config, tmp_path / "crashed", devices=ONE)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(dit_config, tmp_path):
     dit_config.optim.update(peak_lr=1e15, warmup_steps=0)
     dit_config.checkpoint_every = 1
-    with pytest.raises(FloatingPointError, match=r"train/\w+ is (nan|inf) at step [234]; lower"):
+    with pytest.raises(
+        FloatingPointError, match=r"train/\w+ is (nan|inf) at step [234]; lower.*rec"
+    ):
         train(dit_config, tmp_path, devices=ONE)
     step, state = saved_state(tmp_path)
     assert step < 4

@@ -1,5 +1,6 @@
 """Metrics on disk, rates, and the picture of the loss."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -103,6 +104,28 @@ def test_tensorboard_gets_the_same_values(tmp_path, monkeypatch):
     with metrics.MetricWriter(tmp_path) as writer:
         writer.write(7, {"train/loss": 0.5, "bucket": math.nan})
     assert SummaryWriter.written == [("open", str(tmp_path)), ("train/loss", 0.5, 7), "close"]
+
+
+def test_weights_and_biases_gets_them_under_the_name_of_the_run(tmp_path, monkeypatch):
+    seen = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: seen.append((values, step)), finish=lambda: seen.append("finish")
+    )
+    fake = types.SimpleNamespace(init=lambda **options: seen.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        metrics.importlib.util, "find_spec", lambda name: True if name == "wandb" else found(name)
+    )
+    options = {"wandb_project": "videos", "run_id": "abc", "config": {"seed": 0}}
+    with metrics.MetricWriter(tmp_path, **options) as writer:
+        writer.write(7, {"train/loss": 0.5, "bucket": math.nan})
+    opened, logged, closed = seen
+    assert opened["project"] == "videos" and opened["id"] == "abc" and opened["config"]["seed"] == 0
+    assert logged == ({"train/loss": 0.5}, 7) and closed == "finish"
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"wandb_project 'videos': wandb is not installed; `pip"):
+        metrics.MetricWriter(tmp_path, wandb_project="videos")
 
 
 def test_without_tensorboard_only_jsonl_is_written(tmp_path, monkeypatch):
