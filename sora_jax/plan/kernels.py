@@ -41,15 +41,19 @@ TILES = {
         *(512, 1024, 5), {"v4": 4483, "v5e": 4483, "v5p": 4483, "v6e": 2742, "v7x": 2935}
     ),
     # jax's own, at its usual blocks; for the check against steps that others measured.
-    "splash_mha_fwd": Tile(512, 512, 2, {"v5p": 1454}),
-    "splash_mha_dq": Tile(512, 512, 3, {"v5p": 1658}),
-    "splash_mha_dkv": Tile(512, 512, 4, {"v5p": 2143}),
+    "splash_mha_fwd": Tile(512, 512, 2, {"v5p": 1454, "v7x": 989}),
+    "splash_mha_dq": Tile(512, 512, 3, {"v5p": 1658, "v7x": 1062}),
+    "splash_mha_dkv": Tile(512, 512, 4, {"v5p": 2143, "v7x": 1453}),
 }
 _CHANNELS = 128
 
 
-def share_of_peak(kernel: str, chip: Chip, *, head_dim: int) -> float:
-    """Share of the chip's peak FLOP/s at which `kernel` does the operations that count."""
+def share_of_peak(kernel: str, chip: Chip, *, head_dim: int, per_step: float = 1.0) -> float:
+    """Share of the chip's peak FLOP/s at which `kernel` does the operations that count.
+
+    Args:
+      per_step: tiles that one grid step works through, where they are larger than the table's.
+    """
     tile = TILES.get(kernel)
     if tile is None or chip.name not in tile.bundles:
         return UNKNOWN * min(1.0, head_dim / chip.matrix_unit)
@@ -57,5 +61,5 @@ def share_of_peak(kernel: str, chip: Chip, *, head_dim: int) -> float:
     operations = 2 * tile.products * tile.queries * tile.keys
     # Heads of fewer channels fill up their lanes; of the unit's rows a head takes its channels.
     busy = operations * max(_CHANNELS, chip.matrix_unit) / per_cycle
-    cycles = max(tile.bundles[chip.name], busy) + GRID_STEP * chip.clock
+    cycles = max(tile.bundles[chip.name], busy) + GRID_STEP * chip.clock / per_step
     return operations * min(head_dim, _CHANNELS) / per_cycle / cycles

@@ -3,7 +3,8 @@
 Their programs are not ours, so these are predicted in closed form, by the same rates: matrix
 products at `MATMUL` of peak, attention kernels by their cycles, elementwise work by bytes,
 collectives by bytes over links. No figure is fitted to the steps. What is assumed of them: jax's
-splash attention in tiles of 512 x 512, and every collective waited for.
+splash attention, in its default tiles of 512 x 512 on v5p and on v7x in those of 3024 x 2048 that
+their configuration names for newer chips, and every collective waited for.
 """
 
 from typing import NamedTuple
@@ -29,6 +30,7 @@ class Published(NamedTuple):
     rows: float  # of `tokens` tokens, in one step
     context: int  # devices that share a row
     seconds: float
+    tiles: float = 1.0  # of 512 x 512 in a grid step of their attention
     depth: int = 40
     width: int = 5120
     ffn: int = 13824
@@ -45,7 +47,7 @@ STEPS = (
     Published(
         "Wan2.1-14B, 81 frames of 720p, batch 32 on 64 v7x chips",
         "MaxDiffusion",
-        *("v7x", 64, 32, 4, 24.58),
+        *("v7x", 64, 32, 4, 24.58, 3024 * 2048 / 512**2),
     ),
 )
 
@@ -70,7 +72,7 @@ def predict(step: Published) -> Check:
     attention = t * t * d
     layers = {
         "matrix products": 4 * linear * share / (MATMUL * chip.device_flops),
-        "attention": attention * share / chip.device_flops * _attention_passes(chip, step.head_dim),
+        "attention": attention * share / chip.device_flops * _attention_passes(step, chip),
         "elementwise": ELEMENTWISE * t * d * share / chip.device_hbm_bandwidth,
         "collectives": _collectives(step, chip),
     }
@@ -78,12 +80,12 @@ def predict(step: Published) -> Check:
     return Check(sum(parts.values()), step.seconds, parts)
 
 
-def _attention_passes(chip: chips.Chip, head_dim: int) -> float:
+def _attention_passes(step: Published, chip: chips.Chip) -> float:
     """Operations over T^2 D, each over its kernel's share of peak: forward twice, then seven
     products in two kernels."""
     passes = (("splash_mha_fwd", 2 * 4), ("splash_mha_dq", 6), ("splash_mha_dkv", 8))
     return sum(
-        operations / kernels.share_of_peak(name, chip, head_dim=head_dim)
+        operations / kernels.share_of_peak(name, chip, head_dim=step.head_dim, per_step=step.tiles)
         for name, operations in passes
     )
 

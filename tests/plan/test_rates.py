@@ -1,0 +1,201 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from sora_jax import chips, config_file
+from sora_jax.plan import count, kernels, planning, published, report, search, steps, topology
+from sora_jax.train import program
+
+
+def chip(name):
+    return next(c for c in chips.CHIPS if c.name == name)
+
+
+def test_products_are_counted_through_loops_and_recomputation():
+    def loss(w, x):
+        def layer(x, w):
+            return jnp.sin(x @ w), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, w)[0])
+
+    w, x = jnp.zeros((5, 16, 16)), jnp.zeros((8, 16))
+    one = 2 * 8 * 16 * 16
+    assert count.of_function(loss, w, x)["matmul"] == 5 * one
+    # Forward, again in the backward pass, and two products there.
+    assert count.of_function(jax.grad(loss, argnums=(0, 1)), w, x)["matmul"] == 5 * 4 * one
+
+
+def test_convolutions_and_branches_are_counted():
+    def f(x, k):
+        y = jax.lax.conv(x, k, (1, 1), "SAME")
+        return jax.lax.cond(y[0, 0, 0, 0] > 0, lambda y: y[0, 0] @ y[0, 1], lambda y: y[0, 0], y)
+
+    found = count.of_function(f, jnp.zeros((1, 3, 8, 8)), jnp.zeros((4, 3, 3, 3)))
+    assert found == {"conv": 2 * 4 * 8 * 8 * 3 * 9, "matmul": 2 * 8**3}
+
+
+def test_kernels_count_by_their_grid_and_one_of_a_tiles_ways():
+    def kernel(x, y, out):
+        @pl.when(pl.program_id(0) == 0)
+        def first():
+            out[...] = x[...] @ y[...]
+
+        @pl.when(pl.program_id(0) > 0)
+        def rest():
+            out[...] = x[...] @ y[...] + 1
+
+    def f(x, y):
+        whole = pl.BlockSpec((8, 8), lambda i: (0, 0))
+        return pl.pallas_call(
+            kernel,
+            grid=(3,),
+            in_specs=[whole, whole],
+            out_specs=whole,
+            out_shape=jax.ShapeDtypeStruct((8, 8), jnp.float32),
+            name="tile_kernel",
+            interpret=True,
+        )(x, y)
+
+    found = count.of_function(f, jnp.zeros((8, 8)), jnp.zeros((8, 8)))
+    assert found == {"tile_kernel": 3 * 2 * 8**3} and found.kernels == 3 * 2 * 8**3
+
+
+def test_a_kernel_is_bound_by_its_words_or_by_the_matrix_unit():
+    v5p, v7x = chip("v5p"), chip("v7x")
+    step = kernels.GRID_STEP * v5p.clock
+    share = kernels.share_of_peak("flash_attention_forward", v5p, head_dim=128)
+    assert share == pytest.approx(4096 / (4594 + step))
+    # 4,483 words, but 5 products of 512 x 1024 x 128 take 5,120 cycles of four units.
+    share = kernels.share_of_peak("flash_attention_backward", v5p, head_dim=128)
+    assert share == pytest.approx(5120 / (5120 + step))
+    # On a unit of 256 a head of 128 channels cannot pass half of peak.
+    assert kernels.share_of_peak("flash_attention_backward", v7x, head_dim=128) < 0.5
+    # Heads of 64 channels cost what those of 128 do.
+    half = kernels.share_of_peak("flash_attention_forward", v5p, head_dim=64)
+    assert half == pytest.approx(4096 / (4594 + step) / 2)
+
+
+@pytest.mark.parametrize("step", published.STEPS, ids=lambda step: step.chip)
+def test_published_steps_are_predicted_within_ten_percent(step):
+    check = published.predict(step)
+    assert abs(check.error) < 0.10
+    assert sum(check.parts.values()) == pytest.approx(check.predicted)
+
+
+def test_clocks_are_those_that_the_data_sheets_imply():
+    clocks = {c.name: round(c.clock / 1e9, 2) for c in chips.CHIPS if c.topology}
+    assert clocks == {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "v7x": 2.2}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("v5q:4x4x8", "no chip 'v5q'; did you mean v5"),
+        ("v7x:2x2x1", "did you mean tpu7x"),
+        ("v5p", "write a shape in chips, as in v5p:4x4x4"),
+        ("v5p:4by4", "write a shape in chips"),
+        ("v5p:4x4", "did you mean v5p:"),
+        ("v6e:3x3", "multiples of 2x2 .a host.; did you mean v6e:2x4"),
+        ("v6e:0x4", "write a shape"),
+    ],
+)
+def test_a_topology_that_does_not_exist_is_explained(name, says):
+    with pytest.raises(ValueError, match=says):
+        topology.parse(name)
+
+
+def test_the_suggested_topology_exists():
+    for sizes in ((3, 3), (5, 7), (1, 1), (300, 2)):
+        name = topology.nearest(chip("v6e"), sizes)
+        assert topology.parse(name)[0].name == "v6e"
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: CompileTimeHbmOom: Used 108.33G of 95.74G hbm.", 108.33),
+        ("RESOURCE_EXHAUSTED: required for HLO temporaries (2.00T) exceeds (95.74G)", 2048),
+        ("RESOURCE_EXHAUSTED: ... 16.19G exceeds 15.75G", 16.19),
+        ("INTERNAL: 3G of 4G", None),
+    ],
+)
+def test_what_a_refused_program_needs_is_read(message, gib):
+    needed = steps.memory_needed(message)
+    assert needed == (None if gib is None else pytest.approx(gib * 2**30))
+
+
+def test_heads_that_do_not_divide_are_told_with_the_nearest_that_do():
+    config = config_file.load("configs/wan.py:smoke")
+    mesh = jax.make_mesh((4,), ("tensor",))
+    with pytest.raises(ValueError, match=r"num_heads 2 .* mesh.tensor 4; .* to 1 or 2"):
+        steps.check_heads(config, mesh)
+
+
+@pytest.fixture(scope="module")
+def slice_():
+    one = chip("v5p")
+    return topology.Slice("v5p:2x2x4", one, 1, tuple(range(16)), (2, 2, 4))
+
+
+def test_too_little_memory_names_the_knob_that_gives_most(slice_):
+    config = config_file.load("configs/wan.py:t2v_14b", ["dit.remat=none", "batch_size=16"])
+    gib = 2.0**30
+    memory = {"weights": 3 * gib, "ema": 3 * gib, "optimizer": 6 * gib}
+    error = steps.TooLarge(120 * gib, 95 * gib, memory)
+    mesh = {"data": 1, "fsdp": 16, "tensor": 1, "context": 1}
+    told = planning.too_large(error, config, mesh)
+    assert told["short_gib"] == pytest.approx(25) and told["knob"] == "config.dit.remat=full"
+    # Where the state is most of it, copies of it are what to get rid of.
+    memory = {"weights": 28 * gib, "ema": 28 * gib, "optimizer": 56 * gib}
+    told = planning.too_large(
+        steps.TooLarge(120 * gib, 95 * gib, memory), config, mesh | {"data": 4}
+    )
+    assert told["knob"] == "config.mesh.data=1 with a larger fsdp"
+
+
+def test_search_ranks_what_divides_and_fits(slice_):
+    config = config_file.load("configs/wan.py:t2v_14b", ["dit.remat=full"])
+    ranked = search.candidates(config, slice_)
+    rates = [c.rate for c in ranked]
+    assert ranked and rates == sorted(rates, reverse=True)
+    for candidate in ranked:
+        assert np.prod(list(candidate.mesh.values())) == 16
+        assert 40 % candidate.mesh["tensor"] == 0
+        assert candidate.memory <= planning.SHARE_OF_HBM * slice_.chip.device_hbm
+    # Keeping everything takes tokens cut up: a whole row of 32k on one chip does not fit.
+    whole = [c for c in ranked if c.mesh["context"] * c.mesh["tensor"] == 1]
+    assert {c.remat for c in whole} and "none" not in {c.remat for c in whole}
+    best = search.configured(config, ranked[0])
+    assert best.mesh.fsdp == ranked[0].mesh["fsdp"] and best.dit.remat == ranked[0].remat
+    assert best.batch_size % (best.mesh.data * best.mesh.fsdp) == 0
+
+
+def test_flops_by_part_add_up_to_what_training_counts():
+    config = config_file.load("configs/wan.py:t2v_1.3b")
+    stage = program.STAGES["dit"](config, abstract=True)
+    batch = program.abstract_batch(config, stage)
+    parts = steps.flops_by_part(config, stage, batch)
+    assert "VAE" not in parts and "text" not in parts  # both come from the cache
+    assert sum(parts.values()) == pytest.approx(stage.flops(batch))
+
+
+def test_the_table_shows_what_does_not_fit_and_what_does():
+    plan = {
+        "config": "a.py",
+        "topology": "v5p:2x2x1",
+        "slices": 1,
+        "hbm_gib": 95.0,
+        "train": {
+            "fits": False,
+            "needed_gib": 120.0,
+            "short_gib": 25.0,
+            "knob": "x",
+            "knob_gib": 9.0,
+        },
+    }
+    rows = report.rows(plan, "train")
+    assert (
+        rows["fits"] == "NO: needs 120.0 of 95.0 GiB" and "x (about 9.0" in rows["what helps most"]
+    )

@@ -1,0 +1,114 @@
+"""With libtpu: `make tpu`."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax import cli, compile_options, config_file, sharding
+from sora_jax.plan import planning, steps, topology
+
+SMOKE = ["dit.dtype=bfloat16", "dit.remat=full", "batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def plan():
+    config = config_file.load("configs/wan.py:smoke", [*SMOKE, "mesh.context=2"])
+    return planning.plan(config, name="smoke", topology_name="v5e:2x2", price=1.2)
+
+
+def test_the_real_train_step_fits_and_its_state_aliases(plan):
+    train = plan["train"]
+    assert train["fits"] and train["hbm_share"] < 0.05 and train["aliased"] >= 0.98
+    memory = train["memory_gib"]
+    assert memory["optimizer"] == pytest.approx(2 * memory["weights"], rel=1e-3)
+    assert memory["ema"] == pytest.approx(memory["weights"])
+    assert memory["peak"] > memory["temporaries"] > 0
+    assert train["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1, "context": 2}
+
+
+def test_times_add_up_and_cost_follows(plan):
+    train = plan["train"]
+    parts = train["compute_s"] + train["attention_s"] + train["waiting_s"]
+    assert train["step_s"] == pytest.approx(parts)
+    assert 0 < train["mfu"] < 1
+    assert train["cost_1000_steps"] == pytest.approx(1000 * train["step_s"] / 3600 * 1.2 * 4)
+
+
+def test_gradients_cross_fsdp_and_tokens_context(plan):
+    over = {axis for row in plan["train"]["collectives"] for axis in row["axes"]}
+    assert over <= {"fsdp", "context"} and "fsdp" in over and "context" in over
+    assert all(row["bytes"] > 0 and row["seconds"] > 0 for row in plan["train"]["collectives"])
+
+
+def test_the_sample_step_compiles_for_one_host(plan):
+    sample = plan["sample"]
+    assert sample["fits"] and sample["mesh"]["tensor"] == 2
+    assert sample["denoise_s"] == pytest.approx(2 * sample["step_s"])
+    assert sum(sample["flops"].values()) < sum(plan["train"]["flops"].values())
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_compiler_takes_the_options_of_each_chip(name):
+    slice_ = topology.describe(name)
+    mesh = sharding.make_mesh(fsdp=len(slice_.devices), devices=slice_.devices)
+    rows = sharding.named(mesh, "batch")
+    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=rows)
+    options = compile_options.of_mesh(mesh)
+    assert options
+    compiled = jax.jit(lambda x: x @ x.T, compiler_options=options).lower(x).compile()
+    assert "all-gather" in compiled.as_text()
+
+
+def test_an_axis_may_take_a_part_of_a_torus_dimension():
+    slice_ = topology.describe("v5p:4x4x8")
+    mesh = sharding.make_mesh(fsdp=64, context=2, devices=slice_.devices)
+    pairs = np.array([[d.coords for d in row] for row in mesh.devices.reshape(64, 2)])
+    # Those that share a row of tokens are neighbours.
+    assert (np.abs(pairs[:, 0] - pairs[:, 1]).sum(axis=1) == 1).all()
+
+
+def test_only_data_crosses_slices():
+    slice_ = topology.describe("v5e:2x2", 2)
+    mesh = sharding.make_mesh(data=2, fsdp=4, devices=slice_.devices)
+    numbers = [{d.slice_index for d in half.flat} for half in mesh.devices]
+    assert numbers == [{0}, {1}]
+    with pytest.raises(ValueError, match=r"mesh.data 1 is not divisible by the 2 slices"):
+        sharding.make_mesh(fsdp=8, devices=slice_.devices)
+
+
+def test_too_little_memory_is_told_by_how_much():
+    config = config_file.load(
+        "configs/wan.py:smoke", [*SMOKE, "dit.width=8192", "dit.ffn_dim=32768", "dit.depth=16"]
+    )
+    with pytest.raises(steps.TooLarge, match=r"GiB more than the 15.8 GiB") as told:
+        steps.train(config, topology.describe("v5e:2x2"))
+    assert told.value.needed > told.value.limit == pytest.approx(15.75 * 2**30)
+
+
+def test_the_command_writes_json(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    command = ["plan", "--config", "configs/wan.py:smoke", "--topology", "v5e:2x2"]
+    command += ["--only", "train", "--json", str(out), "--config.batch_size=4"]
+    assert cli.main(command) == 0
+    assert json.loads(out.read_text())["train"]["batch_size"] == 4
+    shown = capsys.readouterr().out
+    assert "predicted: nothing ran on a chip" in shown and "published measured steps" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--topology", "v5e:2x3"], "did you mean v5e:"),
+        (["--topology", "v5e:2x2", "--slices", "0"], "--slices 0 must be 1 or more"),
+        (["--topology", "v5e:2x2", "--config.batch_size=6"], "batch_size 6 is not divisible"),
+        (["--topology", "v5e:2x2", "--price", "-1"], "--price -1 must be 0 or more"),
+        ([], "names no slice that it is for"),
+    ],
+)
+def test_bad_input_is_one_line(given, says, capsys):
+    assert cli.main(["plan", "--config", "configs/wan.py:smoke", *given]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
