@@ -58,8 +58,11 @@ run() {
   [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus '$gpus': give a number, 1 or more."
   [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts '$restarts': give a number, 0 or more."
   (($#)) || fail "no command; write it after --, such as -- sora-jax train --config ..."
-  local command=("$@")
-  if [[ "${1-} ${2-}" == "sora-jax train" && " $* " != *" --distributed "* ]]; then
+  local command=("$@") word distributed=''
+  for word in "$@"; do
+    if [[ $word == --distributed ]]; then distributed=yes; fi
+  done
+  if [[ "${1-} ${2-}" == "sora-jax train" && -z $distributed ]]; then
     command=(sora-jax train --distributed "${@:3}")
   fi
   if [[ -z $dry && -n $(squeue --noheader --me --name="$name") ]]; then

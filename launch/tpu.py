@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="VARIABLE=NAME",
         help="set VARIABLE to the secret NAME of Secret Manager, on the hosts; may be repeated",
     )
+    add("--extras", metavar="A,B", help="of pyproject.toml, beside tpu; such as wandb")
     add("--restarts", type=int, default=10, metavar="K", help="of the command, in a row")
     add("--poll", type=float, default=60, metavar="S", help="seconds between looks of `watch`")
     add("--dry-run", action="store_true", help="print every command, run none")
@@ -157,8 +158,11 @@ def setup(sh: shell.Shell, args) -> None:
         "rm -rf sora_jax/src && mkdir -p sora_jax/src && tar -xzf sora_jax.tar.gz -C sora_jax/src"
     )
     sh.run(*on_hosts(args, "bash", "-c", unpack))
-    disk = [f"--{name}={value}" for name in ("bucket", "nfs") if (value := getattr(args, name))]
-    sh.run(*worker(args, "setup", *(part for item in disk for part in item.split("=", 1))))
+    options = []
+    for name in ("extras", "bucket", "nfs"):
+        if value := getattr(args, name):
+            options += [f"--{name}", value]
+    sh.run(*worker(args, "setup", *options))
 
 
 def run(sh: shell.Shell, args, command: list[str]) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a TPU VM, called by launch/tpu.py over ssh: installs, starts, stops and tells how a run is.
 #
-#   worker.sh setup [--bucket NAME | --nfs SERVER:/SHARE]
+#   worker.sh setup [--extras A,B] [--bucket NAME | --nfs SERVER:/SHARE]
 #   worker.sh start RUN [--restarts K] [--logs DIR] [--secret VARIABLE=NAME] ... -- COMMAND ...
 #   worker.sh stop RUN
 #   worker.sh state RUN      one line: worker HOST WORD [STATUS], and the last line of the log
@@ -33,12 +33,22 @@ mount_at() { # bucket|nfs SOURCE
 }
 
 setup() {
+  local extras=tpu
+  while (($#)); do
+    case $1 in
+      --extras) extras+=,${2-} ;;
+      --bucket) mount_at bucket "${2-}" ;;
+      --nfs) mount_at nfs "${2-}" ;;
+      *) fail "unknown option $1." ;;
+    esac
+    shift $(($# < 2 ? $# : 2))
+  done
   command -v uv >/dev/null ||
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   export PATH=$HOME/.local/bin:$PATH
   [[ -x $home/venv/bin/python ]] || uv venv --quiet --python "$python" "$home/venv"
   cd "$home/src"
-  uv pip install --quiet --python "$home/venv/bin/python" -c requirements.lock '.[tpu]'
+  uv pip install --quiet --python "$home/venv/bin/python" -c requirements.lock ".[$extras]"
   "$home/venv/bin/sora-jax" --help >/dev/null
   echo "worker $(hostname) ready"
 }
@@ -120,14 +130,6 @@ state() {
 }
 
 case ${1-} in
-  setup)
-    shift
-    case ${1-} in
-      --bucket) mount_at bucket "${2-}" ;;
-      --nfs) mount_at nfs "${2-}" ;;
-    esac
-    setup
-    ;;
-  start | stop | state) "$@" ;;
+  setup | start | stop | state) "$@" ;;
   *) fail "unknown action '${1-}'; see the head of this file." ;;
 esac

@@ -120,7 +120,14 @@ def test_a_long_run_begins_the_count_anew(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_is_passed_on_once_and_nothing_runs_again(number, status, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [((RESTART, "--"), 1), ((LOCAL, "2"), 2), ((LOCAL, "--restarts", "3", "2"), 2)],
+    ids=["restart", "local", "both"],
+)
+def test_a_signal_is_passed_on_once_and_nothing_runs_again(
+    launcher, processes, number, status, tmp_path
+):
     said = tmp_path / "said"
     # As training does: the first signal saves, a second one would end it at once.
     script = (
@@ -128,17 +135,18 @@ def test_a_signal_is_passed_on_once_and_nothing_runs_again(number, status, tmp_p
         f"trap 'asked INT 130' INT; echo ready >> {said}; "
         'until [ -n "$ending" ]; do sleep .05; done; sleep .5; exit $ending'
     )
-    launcher = [LOCAL, "--restarts", "3", "2", "bash", "-c", script]
-    job = subprocess.Popen(launcher, start_new_session=True)
+    job = subprocess.Popen([*launcher, "bash", "-c", script], start_new_session=True)
     deadline = time.monotonic() + 30
-    while not said.exists() or len(said.read_text().split()) < 2:
+    while not said.exists() or len(said.read_text().split()) < processes:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     job.send_signal(number)
     time.sleep(0.2)
     job.send_signal(number)
     assert job.wait(timeout=30) == status
-    assert said.read_text().split() == ["ready"] * 2 + [number.name.removeprefix("SIG")] * 2
+    assert said.read_text().split() == (
+        ["ready"] * processes + [number.name.removeprefix("SIG")] * processes
+    )
 
 
 def test_all_processes_start_again_together(tmp_path):

@@ -425,6 +425,22 @@ def test_a_slurm_job_queues_again_after_75_and_after_crashes(status, count, job,
     assert (["scontrol", "requeue", "17"] in fakes.calls) == again
 
 
+def test_a_worker_installs_the_lock_with_a_python_of_its_own(host, fakes, tmp_path):
+    for name in ("uv", "gcsfuse", "sudo", "mountpoint"):
+        path = fakes.folder / name
+        path.write_text(FAKE.format(python=sys.executable))
+        path.chmod(0o755)
+    fakes.answer([["mountpoint"], "", 1])
+    venv = tmp_path / "sora_jax" / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "sora-jax").symlink_to("/bin/true")
+    assert "ready" in host("setup", "--extras", "wandb", "--bucket", "data")
+    calls = {call[0]: call for call in fakes.calls if call[:2] != ["uv", "venv"]}
+    assert calls["gcsfuse"] == ["gcsfuse", "--implicit-dirs", "data", "/mnt/sora"]
+    assert ["uv", "venv", "--quiet", "--python", "3.12", str(venv)] in fakes.calls
+    assert calls["uv"][-3:] == ["-c", "requirements.lock", ".[tpu,wandb]"]
+
+
 def test_slurm_hands_in_a_name_once(fakes):
     args = ("run", "--nodes", "2", "--gpus", "4", "--", *TRAIN)
     assert fakes.run("slurm.sh", *args).returncode == 0
