@@ -11,7 +11,7 @@ EXAMPLES = """examples:
   sora-jax plan --config configs/t2v_14b.py --topology v5p:8x8x8 --only train --price 4.2
   sora-jax plan --config configs/t2v_1_3b.py --topology v6e:8x8 --search --config.batch_size=64
 
-Topologies: v4, v5p and tpu7x of three dimensions, v5e and v6e of two, in chips. All times are
+Topologies: v5p and tpu7x of three dimensions, v5e and v6e of two, in chips. All times are
 predicted: nothing runs on a chip."""
 
 

@@ -15,6 +15,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from sora_jax import chips
 from sora_jax.plan import topology
 
 BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s.*?:")
@@ -75,16 +76,20 @@ def compile_kernels(args, folder: str) -> None:
     shape = (1, args.tokens, 2, args.head_dim)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
     if args.kernel == "flash":
-        from sora_jax import flash_attention as flash
+        from sora_jax import flash
         from sora_jax.blocked_attention import Keys
+
+        wide = chips.of_kind(devices[0].device_kind).matrix_unit > args.head_dim
 
         def forward(q, k, v):
             keys = Keys(k, v, None, None)
-            return flash.forward(q, None, keys, dtype="bfloat16", out_dtype="bfloat16")
+            how = {"dtype": "bfloat16", "out_dtype": "bfloat16", "wide": wide}
+            return flash.forward(q, None, keys, **how)
 
         def backward(q, k, v, log_sum, pull, d_out):
             keys = Keys(k, v, None, None)
-            return flash.backward(q, None, keys, log_sum, pull, d_out, dtype="bfloat16")
+            how = {"dtype": "bfloat16", "out_dtype": "bfloat16"}
+            return flash.backward(q, None, keys, log_sum, pull, d_out, **how)
 
         jax.jit(forward).lower(x, x, x).compile()
         sums = jax.ShapeDtypeStruct((1, 2, args.tokens), jnp.float32, sharding=place)

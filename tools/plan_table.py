@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # 720p of 81 frames as one row, on four chips: the shape that others published.
 _ROW = ("data.batching=fixed", "data.frames=81", "data.width=1280", "data.height=720")
-_FOUR = (*_ROW, "batch_size=1", "mesh.fsdp=1", "mesh.context=4")
+_FOUR = (*_ROW, "batch_size=1", "mesh.fsdp=1", "mesh.context=4", "optim.ema_decay=0.0")
+_HALVES = ("optim.param_dtype=bfloat16", "optim.moment_dtype=bfloat16")
 # name, config, topology, slices, overrides
 PLANS = (
     ("t2v_14b", "configs/t2v_14b.py", "v5p:8x8x8", 1, ()),
@@ -24,7 +25,11 @@ PLANS = (
     ("t2v_5b", "configs/t2v_5b.py", "v5p:4x4x8", 1, ()),
     ("t2v_1_3b", "configs/t2v_1_3b.py", "v6e:16x16", 1, ()),
     ("sora_minute_480p", "configs/sora_minute.py:480p", "v5p:8x8x8", 1, ()),
-    ("wan_14b_row", "configs/wan.py:t2v_14b", "v5p:2x2x1", 1, _FOUR),
+    ("wan_14b_row", "configs/wan.py:t2v_14b", "v5p:2x2x1", 1, (*_FOUR, *_HALVES)),
+    (
+        *("wan_14b_row_out", "configs/wan.py:t2v_14b", "v5p:2x2x1", 1),
+        (*_FOUR, *_HALVES, "dit.remat=attention_out"),
+    ),
     ("t2v_14b_v7x", "configs/t2v_14b.py", "tpu7x:4x8x8", 1, ()),
     ("t2v_5b_v6e", "configs/t2v_5b.py", "v6e:16x16", 1, ("mesh.context=4",)),
     ("t2v_1_3b_v5e", "configs/t2v_1_3b.py", "v5e:16x16", 1, ()),

@@ -23,9 +23,8 @@ LINK_EFFICIENCY = 0.9
 # Between the cores of one TPU7x chip, against one link (Google's page on TPU7x).
 CORE_LINK = 6
 _COMPUTE = ("fusion", "convolution", "dot", "custom-call", "while", "reduce", "sort")
-_MESH = re.compile(
-    r"replica_groups=@?mesh[\[<]([^\]>]*)[\]>]\s*(?:,?\s*device_ids=\(([^)]*)\))?\s*"
-)
+_ORDER = r"(?:\[[\d,]+\]<=)?\[[\d,]+\](?:T\([\d,]+\))?"  # of device numbers
+_MESH = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(({_ORDER})\))?\s*")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
@@ -145,12 +144,13 @@ def _groups(rest: str, devices: int, kind: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Device numbers of the form [groups,size]<=[dims]T(permutation)."""
-    found = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    shape, dims = ([int(n) for n in found.group(i).split(",")] for i in (1, 2))
+    """Device numbers of the form [shape]<=[dims]T(permutation); without a shape they are flat."""
+    found = re.match(r"(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    dims = [int(n) for n in found.group(2).split(",")]
     numbers = np.arange(np.prod(dims)).reshape(dims)
     if found.group(3):
         numbers = numbers.transpose([int(n) for n in found.group(3).split(",")])
+    shape = [int(n) for n in found.group(1).split(",")] if found.group(1) else [-1]
     return numbers.reshape(shape)
 
 
@@ -159,9 +159,8 @@ def _mesh_groups(mesh: re.Match, rest: str, devices: int) -> tuple[tuple[int, ..
     axes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", mesh.group(1)))
     sizes = {name: int(size) for name, size in axes.items()}
     numbers = np.arange(int(np.prod(list(sizes.values()))))
-    order = re.search(r"device_ids=\((\[[^)]*)\)?", mesh.group(0) + mesh.group(1))
-    if order:
-        numbers = _iota(order.group(1)).reshape(-1)
+    if mesh.group(2):
+        numbers = _iota(mesh.group(2)).reshape(-1)
     inside = re.match(r"\{([^}]*)\}", rest[mesh.end() :])
     dims, grouped = [], []
     named = {m[0]: (int(m[1] or 1), int(m[2] or 0)) for m in _AXIS.findall(inside.group(1))}

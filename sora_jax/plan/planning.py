@@ -91,6 +91,7 @@ def _sample(config: Any, host: topology.Slice) -> dict[str, Any]:
     except steps.TooLarge as error:
         return base | {"fits": False, "needed_gib": error.needed / GIB}
     found = base | {"mesh": dict(step.mesh.shape)} | _step(step, host, config)
+    found["decode_flops"] = steps.decode_flops(config)
     return found | {"denoise_s": found["step_s"] * config.sample.steps}
 
 
@@ -122,10 +123,11 @@ def _step(step: steps.Step, slice_: topology.Slice, config: Any) -> dict[str, An
 
 
 def largest_batch(config: Any, step: steps.Step, slice_: topology.Slice) -> dict[str, Any]:
-    """By the linear model of one compile: temporaries but for the gradients grow with the batch."""
+    """By the linear model of one compile: all but state and gradients grows with the batch."""
     rows = math.prod(step.mesh.shape[axis] for axis in ("data", "fsdp")) * config.optim.accumulate
+    fixed = sum(step.memory.get(k, 0.0) for k in ("weights", "ema", "optimizer", "frozen"))
     gradients = step.memory["weights"]
-    growing = max(step.memory["temporaries"] - gradients, 0.0) + step.memory["batch"]
+    growing = max(step.memory["peak"] - fixed - gradients, 0.0)
     free = slice_.chip.device_hbm - step.memory["peak"] + growing
     each = growing / max(1, config.batch_size // rows)
     most = int(free / each) * rows if each else config.batch_size

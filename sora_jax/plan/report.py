@@ -48,6 +48,13 @@ def summary(plans: Sequence[dict[str, Any]], kind: str) -> Table:
     return table
 
 
+def seconds(value: float) -> str:
+    """In a unit that shows three digits."""
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{1e3 * value:.3g} ms"
+
+
 def rows(plan: dict[str, Any], kind: str) -> dict[str, str]:
     """What the summary says of one plan: name -> value."""
     part, limit = plan[kind], plan["hbm_gib"]
@@ -68,12 +75,12 @@ def rows(plan: dict[str, Any], kind: str) -> dict[str, str]:
     memory = part.get("memory_gib", {})
     kinds = [k for k in _ORDER if k in memory] + [k for k in memory if k not in _ORDER]
     for name in kinds:
-        if memory[name] >= 0.005:
+        if memory[name] >= 0.005 or name == "peak":
             found[f"GiB, {name}"] = f"{memory[name]:.2f}"
     if "step_s" not in part:
         return found
     found["state that aliases"] = f"{part['aliased']:.1%}"
-    found["step, predicted"] = f"{part['step_s']:.3f} s"
+    found["step, predicted"] = seconds(part["step_s"])
     for name, key in (
         ("  compiled by XLA", "compute_s"),
         ("    copies among it", "copies_s"),
@@ -81,17 +88,19 @@ def rows(plan: dict[str, Any], kind: str) -> dict[str, str]:
         ("  waiting for collectives", "waiting_s"),
         ("  (collectives hidden)", "hidden_s"),
     ):
-        found[name] = f"{part[key]:.3f} s"
+        found[name] = seconds(part[key])
     found["MFU, predicted"] = f"{part['mfu']:.1%}"
     found["tokens/s a chip"] = f"{part['tokens_per_s_per_chip']:,.0f}"
+    if "decode_flops" in part:
+        found["VAE decode, TFLOP"] = f"{part['decode_flops'] / 1e12:,.4g}"
     if "denoise_s" in part:
-        found[f"{part['steps']} steps"] = f"{part['denoise_s']:.1f} s"
+        found[f"{part['steps']} steps"] = seconds(part["denoise_s"])
     if "largest_batch" in part:
         found["largest batch that fits"] = f"{part['largest_batch']['batch_size']}"
     if "cost_1000_steps" in part:
         found[f"1,000 steps at ${part['price']:g} a chip-hour"] = f"${part['cost_1000_steps']:,.0f}"
-    seconds = part["trace_compile_s"]
-    found["traced, compiled here"] = f"{seconds['trace']:.0f} s, {seconds['compile']:.0f} s"
+    spent = part["trace_compile_s"]
+    found["traced, compiled here"] = f"{spent['trace']:.0f} s, {spent['compile']:.0f} s"
     return found
 
 
@@ -103,10 +112,10 @@ def flops(part: dict[str, Any]) -> Table:
     table.add_column("share", justify="right")
     total = sum(part["flops"].values())
     for name, value in part["flops"].items():
-        table.add_row(name, f"{value / 1e12:,.1f}", f"{value / total:.1%}")
-    table.add_row("model, in all", f"{total / 1e12:,.1f}", "", style="bold")
+        table.add_row(name, f"{value / 1e12:,.4g}", f"{value / total:.1%}")
+    table.add_row("model, in all", f"{total / 1e12:,.4g}", "", style="bold")
     for name, value in part["executed_flops"].items():
-        table.add_row(f"executed, {name}", f"{value / 1e12:,.1f}", "")
+        table.add_row(f"executed, {name}", f"{value / 1e12:,.4g}", "")
     table.add_row("computed again", "", f"{part['recomputed']:.1%}")
     return table
 
@@ -116,16 +125,16 @@ def collectives(part: dict[str, Any]) -> Table:
     table = Table(title="collectives of a step, from the compiled program")
     for name in ("kind", "over"):
         table.add_column(name)
-    for name in ("number", "GiB a device sends", "asynchronous", "s, predicted"):
+    for name in ("number", "GiB a device sends", "asynchronous", "time, predicted"):
         table.add_column(name, justify="right")
     for row in part["collectives"]:
         table.add_row(
             row["kind"],
             ", ".join(row["axes"]),
             f"{row['count']:.0f}",
-            f"{row['bytes'] / 2**30:.3f}",
+            f"{row['bytes'] / 2**30:.3g}",
             f"{row['overlapped']:.0%}",
-            f"{row['seconds']:.3f}",
+            seconds(row["seconds"]),
         )
     return table
 

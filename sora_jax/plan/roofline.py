@@ -105,7 +105,7 @@ def _compute_seconds(program: hlo.Program, chip: Chip) -> tuple[float, float]:
 
 
 def _collective_sums(program: hlo.Program, step: Any, slice_: Slice) -> list[CollectiveSum]:
-    places = slice_.places(step.mesh.devices.flat)
+    places = slice_.places(list(step.mesh.devices.flat))
     grouped: dict[tuple, list[tuple[float, float, float, float]]] = collections.defaultdict(list)
     for found in collectives.find(program, step.mesh.size):
         axes = collectives.axes_of(found, dict(step.mesh.shape))

@@ -13,6 +13,7 @@ from jax.errors import JaxRuntimeError
 
 from sora_jax import compile_options, sharding
 from sora_jax.diffusion import guidance, sampler, times
+from sora_jax.generate import conditions
 from sora_jax.plan import count
 from sora_jax.plan.topology import Slice
 from sora_jax.train import program
@@ -120,7 +121,7 @@ def sample(config: Any, slice_: Slice) -> Step:
 
     def step(state, i, params, text_emb, text_mask):
         dit = nnx.merge(stage.dit_graphdef, params)
-        velocity = lambda x, t: dit(x, t, text_emb, text_mask=text_mask)  # noqa: E731
+        velocity = conditions.conditioned(dit, text_emb, text_mask, conditions.Conditions())
         guided = guidance.guided_velocity(velocity, config=guide)
         solver = sampler.make_solver(guided, table, solver=config.sample.solver, model_times=told)
         return solver.step(state, i)
@@ -165,13 +166,8 @@ def _compile(
         raise TooLarge(needed, slice_.chip.device_hbm, memory) from error
     done = time.perf_counter()
     stats = compiled.memory_analysis()
-    peak = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-        + stats.generated_code_size_in_bytes
-    )
+    # Temporaries do not all live at once: the peak is less than what the kinds add up to.
+    peak = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
     memory = memory | {
         "temporaries": float(stats.temp_size_in_bytes),
         "program": float(stats.generated_code_size_in_bytes),
@@ -228,6 +224,15 @@ def flops_by_part(config: Any, stage: Any, batch: dict[str, Any]) -> dict[str, f
         forward = sum(count.of_function(encode, stage.text._opened.abstract, ids).values())
         parts["text"] = forward * (3 if stage.text.is_trained else 1)
     return parts
+
+
+def decode_flops(config: Any) -> float:
+    """Of the VAE making one video of `config.data`'s size; counted, not compiled."""
+    stage = program.STAGES[config.stage](config, abstract=True)
+    latent = stage.latent_shape(config.data.frames, config.data.height, config.data.width)
+    vae, x = stage.vae, jax.ShapeDtypeStruct((1, *latent), jnp.float32)
+    decode = lambda params, x: nnx.merge(vae.graphdef, params).decode(x)  # noqa: E731
+    return sum(count.of_function(decode, vae.abstract, x).values())
 
 
 def _dit_flops(stage: Any, tokens: int, text_tokens: int) -> dict[str, float]:
