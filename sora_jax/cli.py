@@ -336,7 +336,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sora-jax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"sora-jax: {interrupt or 'stopped; no partial file is left.'}", file=sys.stderr)
+        if not getattr(interrupt, "quiet", False):
+            print(f"sora-jax: {interrupt or 'stopped; no partial file is left.'}", file=sys.stderr)
         return getattr(interrupt, "exit_code", 130)  # a run that SIGTERM ended has its own
     return 0
 

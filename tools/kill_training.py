@@ -1,12 +1,13 @@
 """Kills processes of a training run at random moments, and compares what comes out in the end.
 
-python tools/kill_training.py --processes 2 --kills 20 --out DIR [--other 4]
+python tools/kill_training.py --processes 2 --kills 20 --out DIR [--other 4] [--minutes 30]
 
 A small VAE learns Paperworld on four simulated devices, once undisturbed, once with SIGKILL to a
 random process at random moments: between starting and a few steps later, or while a checkpoint is
 being written. After each kill the others are killed too, as a launcher does, and all start again.
-The final weights, moments and EMA must be the same bit for bit. With --other a third run changes
-to that number of processes half-way; it must agree to 1e-6. Prints the figures as JSON.
+The final weights, moments and EMA must be the same bit for bit. With --other a third run changes to
+that number of processes half-way; it must agree to 1e-6. DIR keeps the undisturbed run for the next
+time. Prints the figures as JSON.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 DEVICES = 4
-EVERY = 4  # steps between checkpoints
+EVERY = 3  # steps between checkpoints
 MOST_FAILED = 10
 SETTINGS = (
     *("batch_size=8", "log_every=1", f"checkpoint_every={EVERY}", "sample_every=0"),
@@ -113,14 +114,18 @@ def is_saving(workdir: Path) -> bool:
 
 
 def disturbed(
-    workdir: Path, *, processes: int, steps: int, kills: int, seed: int
+    workdir: Path, *, processes: int, steps: int, kills: int, minutes: float, seed: int
 ) -> tuple[list[dict], int]:
-    """Trains with `kills` kills: what was killed when, and how many starts failed by themselves."""
+    """Trains with `kills` kills: what was killed when, and how many starts failed by themselves.
+
+    After `minutes` nothing more is killed.
+    """
     draw, told, failed = random.Random(seed), [], 0
-    while len(told) < kills:
+    until = time.monotonic() + 60 * minutes
+    while len(told) < kills and time.monotonic() < until:
         job = Job(workdir, processes=processes, steps=steps)
         before = rows(workdir)
-        in_save, after = draw.random() < 0.5, draw.randrange(0, 2 * EVERY)
+        in_save, after = draw.random() < 0.5, draw.randrange(0, EVERY + 2)
         victim = draw.randrange(processes)
         while job.running() and rows(workdir) < before + after:
             time.sleep(0.05)
@@ -181,15 +186,21 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--other", type=int, default=0, help="processes of the second half")
+    parser.add_argument("--minutes", type=float, default=1e9, help="of killing at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    shutil.rmtree(args.out, ignore_errors=True)
     options = {"processes": args.processes, "steps": args.steps}
     begun = time.time()
-    Job(args.out / "straight", **options).finish()
+    if not (args.out / "straight" / "checkpoints" / str(args.steps)).is_dir():
+        shutil.rmtree(args.out, ignore_errors=True)
+        Job(args.out / "straight", **options).finish()
+    for name in ("killed", "other"):
+        shutil.rmtree(args.out / name, ignore_errors=True)
     wanted = state(args.out / "straight", args.steps)
-    told, failed = disturbed(args.out / "killed", **options, kills=args.kills, seed=args.seed)
+    told, failed = disturbed(
+        args.out / "killed", **options, kills=args.kills, minutes=args.minutes, seed=args.seed
+    )
     unequal, largest = difference(wanted, state(args.out / "killed", args.steps))
     result = {
         "processes": args.processes,

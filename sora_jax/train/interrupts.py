@@ -4,6 +4,8 @@ import signal
 import threading
 from typing import Any
 
+import jax
+
 RESTART = 75  # exit status (EX_TEMPFAIL) that asks the launcher to start the run again
 NONE, TERMINATED, INTERRUPTED = 0, 1, 2  # by whom; of several processes' the largest counts
 
@@ -15,9 +17,14 @@ class Preempted(KeyboardInterrupt):
 
 
 def end(reason: int, step: int) -> KeyboardInterrupt:
-    """What to raise for `reason` when the checkpoint of `step` is saved."""
+    """What to raise for `reason` when the checkpoint of `step` is saved.
+
+    Its `quiet` is true in all processes but the first, which prints it for all.
+    """
     kind = Preempted if reason == TERMINATED else KeyboardInterrupt
-    return kind(f"stopped at step {step}; the checkpoint is saved.")
+    interrupt = kind(f"stopped at step {step}; the checkpoint is saved.")
+    interrupt.quiet = jax.process_index() != 0
+    return interrupt
 
 
 class Interrupts:

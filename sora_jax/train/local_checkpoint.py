@@ -18,12 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from sora_jax import agreement
 from sora_jax.checkpoint import flat
 
 _KEPT = 2  # processes may be killed with different ones complete
 _DIGEST = 64  # bytes
+ROOM = 3.2  # free space wanted, in sizes of what a process holds: one more is written beside two
 
 
 class LocalCheckpointer:
@@ -84,6 +86,8 @@ class LocalCheckpointer:
             os.replace(partial, self._folder / str(header["step"]))
             for step in self._steps()[:-_KEPT]:
                 (self._folder / str(step)).unlink()
+        except OSError as error:  # a full disk, say: the shared checkpoints are still there
+            logging.warning("%s: no copy of step %d: %s.", self._folder, header["step"], error)
         except BaseException as error:
             self._error = error
 

@@ -16,7 +16,7 @@ from sora_jax.agreement import Flags
 from sora_jax.checkpoint import Checkpointer
 from sora_jax.data import loader as loaders
 from sora_jax.progress import Progress
-from sora_jax.train import interrupts, preview, startup
+from sora_jax.train import interrupts, local_checkpoint, preview, startup
 from sora_jax.train.batches import make_loader
 from sora_jax.train.goodput import Goodput
 from sora_jax.train.local_checkpoint import LocalCheckpointer
@@ -224,4 +224,5 @@ def check_room(config, workdir: Path, program: Program) -> None:
     whole, mine = startup.state_bytes(program.shapes, program.placement)
     startup.check_room(workdir / "checkpoints", whole, key="--workdir")
     if folder := config.get("local_checkpoint_dir", ""):
-        startup.check_room(Path(folder), mine, key="config.local_checkpoint_dir", everywhere=True)
+        key, room = "config.local_checkpoint_dir", local_checkpoint.ROOM
+        startup.check_room(Path(folder), mine, key=key, room=room, everywhere=True)

@@ -146,8 +146,10 @@ def state_bytes(shapes, placement) -> tuple[int, int]:
     return whole, mine
 
 
-def check_room(folder: Path, needed: int, *, key: str, everywhere: bool = False) -> None:
-    """Makes `folder` and tries whether `ROOM` times `needed` bytes can be written to it.
+def check_room(
+    folder: Path, needed: int, *, key: str, room: float = ROOM, everywhere: bool = False
+) -> None:
+    """Makes `folder` and tries whether `room` times `needed` bytes can be written to it.
 
     Args:
       needed: bytes of what is to be saved.
@@ -160,19 +162,19 @@ def check_room(folder: Path, needed: int, *, key: str, everywhere: bool = False)
     """
     problem = None
     if everywhere or jax.process_index() == 0:
-        problem = _no_room(Path(folder), needed, key)
+        problem = _no_room(Path(folder), needed, room, key)
     problems = [p for p in agreement.gather(problem) if p]
     if problems:
         raise ValueError(problems[0])
 
 
-def _no_room(folder: Path, needed: int, key: str) -> str | None:
+def _no_room(folder: Path, needed: int, room: float, key: str) -> str | None:
     there = folder
     while not there.exists():
         there = there.parent
     try:
         free = shutil.disk_usage(there).free
-        if free >= ROOM * needed:
+        if free >= room * needed:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
@@ -182,7 +184,7 @@ def _no_room(folder: Path, needed: int, key: str) -> str | None:
         return f"{key} {folder}: {error.strerror}; give a folder that this process may write to."
     return (
         f"{key} {folder} has {free / 1e9:.1f} GB free, checkpoints of {needed / 1e9:.2f} GB want "
-        f"{ROOM * needed / 1e9:.1f} GB; make room, or give another folder."
+        f"{room * needed / 1e9:.1f} GB; make room, or give another folder."
     )
 
 

@@ -78,6 +78,18 @@ def test_copies_of_another_run_or_mesh_are_not_taken(saved, tmp_path, tree, plac
     assert [p.name for p in (tmp_path / "sora_jax-0-of-1").iterdir()] == ["1"]
 
 
+def test_a_full_disk_costs_a_copy_and_not_the_run(saved, placed, monkeypatch, caplog):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local_checkpoint.os, "replace", full)
+        saved.save(4, placed[0], data={}, meta={})
+        saved.wait()
+    assert "no copy of step 4: No space left" in caplog.text
+    assert saved.newest(*placed[1:], above=-1) == 3
+
+
 def test_only_a_step_that_every_process_has_is_taken(saved, placed, monkeypatch):
     for theirs, expected in (([2], 2), ([3, 4], 3), ([], None)):
         monkeypatch.setattr(

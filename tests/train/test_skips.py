@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sora_jax.data import loader as loaders
+from sora_jax.data import packing
 from sora_jax.train.optimizer import make_optimizer
 from sora_jax.train.skips import SkipConfig, Skips
 from sora_jax.train.state import make_init
@@ -107,3 +109,36 @@ def test_a_skipped_step_changes_the_step_count_and_nothing_else():
     assert len(groups) == 2
     whole = np.sqrt(sum(float(value) ** 2 for value in groups.values()))
     np.testing.assert_allclose(whole, first["train/grad_norm"], rtol=1e-6)
+
+
+class Numbers:
+    """Record i is its number."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return {"number": np.int64(index)}
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_the_loader_tells_which_records_a_batch_showed(planned):
+    if planned:
+        lengths = packing.Lengths(np.arange(10) % 3 + 1, np.ones(10, int))
+        plan = packing.PackPlan(lengths, packing.PackSettings(4, 9, 4, 4, rows=2), seed=1)
+        loader = loaders.make_planned_loader(
+            Numbers(),
+            plan,
+            collate=lambda rows: {"number": np.array([r["number"] for row in rows for r in row])},
+            seed=1,
+        )
+    else:
+        loader = loaders.make_loader(Numbers(), batch_size=4, seed=1)
+    seen = []
+    for n in range(6):  # two epochs, each of an order of its own
+        assert loader.batches_read == n
+        seen.append(next(loader)["number"].tolist())
+        assert loader.records(n) == seen[-1]
+    order = [number for batch in seen for number in batch][:10]
+    assert sorted(order) != order
+    loader.close()
