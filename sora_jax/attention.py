@@ -129,7 +129,9 @@ def attention(
         out = checkpoint_name(out, RESIDUALS)
     else:
         keys = Keys(k.astype(dtype), v.astype(dtype), kv_segment_ids, kv_bias)
-        part = Kernel(kernel, dtype, platform, interpret)
+        chip = sharding.chip() if platform == "tpu" else None
+        wide = chip is not None and chip.matrix_unit > q.shape[-1]
+        part = Kernel(kernel, dtype, platform, wide, interpret)
         if kernel == "cudnn":
             q = q.astype(dtype)
         else:  # scaled before it is rounded

@@ -81,9 +81,10 @@ def backward(
     d_out,
     *,
     dtype: str,
+    out_dtype: str,
     tile_bytes: int | None = None,
 ):
-    """Gradients of q, k and v, in float32.
+    """Gradients of q, k and v, in `out_dtype`.
 
     Args:
       log_sum: of the softmax over all keys, of which `keys` may be a part (b, h, n).
@@ -119,7 +120,8 @@ def backward(
     )
     grads = _loop(of_heads, jax.tree.map(lambda x: _split(x, heads), arguments))
     dq, dk_t, dv_t = (x.reshape(-1, *x.shape[2:]) for x in grads)
-    return _tokens_first(dq, q.shape), _columns_back(dk_t, k), _columns_back(dv_t, v)
+    grads = _tokens_first(dq, q.shape), _columns_back(dk_t, k), _columns_back(dv_t, v)
+    return tuple(x.astype(out_dtype) for x in grads)
 
 
 def _tile(q_shape, kv_len: int, queries: int, tile_bytes: int) -> tuple[int, int]:

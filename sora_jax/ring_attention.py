@@ -30,21 +30,23 @@ class Kernel:
       name: "blocked" or "flash".
       dtype: of the operands of its products, and of its result.
       platform: that the kernel runs on.
+      wide: see `flash.forward`.
       interpret: runs "flash" in Pallas' interpreter, for tests off TPU.
     """
 
     name: str
     dtype: str
     platform: str
+    wide: bool = False
     interpret: bool = False
 
     def query_scale(self, head_dim: int) -> float:
         """What queries are to be multiplied with beforehand."""
         if self.name == "blocked":
             return head_dim**-0.5
-        from sora_jax import flash_attention
+        from sora_jax import flash
 
-        return flash_attention.query_scale(head_dim)
+        return flash.query_scale(head_dim)
 
     def _module(self):
         if self.name == "blocked":
@@ -52,17 +54,20 @@ class Kernel:
             options = {} if on_cpu else {"tile_bytes": _ACCELERATOR_TILE_BYTES}
             return blocked_attention, options
         # Imported here: Pallas costs a second that only TPUs need to pay.
-        from sora_jax import flash_attention
+        from sora_jax import flash
 
-        return flash_attention, {"interpret": self.interpret}
+        return flash, {"interpret": self.interpret}
 
     def forward(self, q, q_ids, keys: Keys, *, out_dtype: str):
         module, options = self._module()
+        options |= {"wide": self.wide} if self.name == "flash" else {}
         return module.forward(q, q_ids, keys, dtype=self.dtype, out_dtype=out_dtype, **options)
 
-    def backward(self, q, q_ids, keys: Keys, *sums):
+    def backward(self, q, q_ids, keys: Keys, *sums, out_dtype: str):
         module, options = self._module()
-        return module.backward(q, q_ids, keys, *sums, dtype=self.dtype, **options)
+        return module.backward(
+            q, q_ids, keys, *sums, dtype=self.dtype, out_dtype=out_dtype, **options
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +129,12 @@ def _weight(log_share):
 def _backward(kernel: Kernel, ring: Ring, residuals, d_out):
     q, q_ids, keys, out, log_sum = residuals
     pull = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    part = lambda keys: kernel.backward(q, q_ids, keys, log_sum, pull, d_out)  # noqa: E731
+    # What is to be added, or sent around, is in float32.
+    out_dtype = kernel.dtype if ring.size == 1 else "float32"
+
+    def part(keys):
+        return kernel.backward(q, q_ids, keys, log_sum, pull, d_out, out_dtype=out_dtype)
+
     dq, *d_keys = part(keys)
     moving = keys
     for _ in range(ring.size - 1):

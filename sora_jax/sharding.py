@@ -15,6 +15,8 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sora_jax import chips
+
 CONTEXT = "context"
 MESH_AXES = ("data", "fsdp", "tensor", CONTEXT)
 # Those that cut weights for memory's sake: layers gather them before they multiply.
@@ -250,6 +252,13 @@ def platform() -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
+def chip() -> chips.Chip | None:
+    """What is known of the devices of `platform`."""
+    mesh = current_mesh()
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return chips.of_kind(device.device_kind)
+
+
 def fitted(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
     """`spec` of an array of that shape: what does not divide over the mesh is replicated."""
     return _fit(spec(*axes), shape, mesh)
@@ -309,6 +318,15 @@ def tree_shardings(tree, mesh: Mesh):
 
     return jax.tree_util.tree_map_with_path(
         one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+
+
+def in_host_memory(shardings, shapes):
+    """`shardings` of the same arrays in the hosts' memory; scalars stay where they are."""
+    return jax.tree.map(
+        lambda where, leaf: where.with_memory_kind("pinned_host") if leaf.ndim else where,
+        shardings,
+        shapes,
     )
 
 

@@ -23,7 +23,7 @@ FLOORS = [
     {"generate", "convert"},
     {"text", "vae", "dit", "image"},
     {"attention", "layers", "checkpoint", "data"},
-    {"ring_attention", "flash_attention", "diffusion", "sharding", "video_io", "types"}
+    {"ring_attention", "flash", "diffusion", "sharding", "video_io", "types"}
     | {"progress", "manifest", "agreement"},
     {"blocked_attention", "chips", "compile_options"},
 ]

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax import flash_attention, sharding
+from sora_jax import ring_attention, sharding
 from sora_jax.attention import MASKED, Exchange, attention, exchange, select
+from sora_jax.blocked_attention import Keys
+from sora_jax.flash import tiles
+from sora_jax.ring_attention import Kernel
 
 KERNELS = ["xla", "blocked", "flash"]
 if jax.default_backend() == "gpu":
@@ -106,9 +109,9 @@ def test_key_bias_is_a_multiplicity(segmented):
 @pytest.mark.parametrize("biased", [False, True])
 def test_flash_visits_the_tiles_that_share_a_segment(biased, monkeypatch):
     """Three tiles of queries and of keys, two parts of the backward pass, NaN where none is due."""
-    monkeypatch.setattr(flash_attention, "BLOCK", 128)
-    monkeypatch.setattr(flash_attention, "BACKWARD_BLOCK", 128)
-    monkeypatch.setattr(flash_attention, "BACKWARD_QUERIES", 256)
+    monkeypatch.setattr(tiles, "BLOCK", 128)
+    monkeypatch.setattr(tiles, "BACKWARD_BLOCK", 128)
+    monkeypatch.setattr(tiles, "BACKWARD_QUERIES", 256)
     *qkv, cotangent = inputs(batch=2, n=384, s=384, k=1, e=16)
     ids = jnp.stack([jnp.repeat(jnp.arange(3), 128), jnp.arange(384) // 100])
     arguments = {"q_segment_ids": ids, "kv_segment_ids": ids}
@@ -124,6 +127,28 @@ def test_flash_visits_the_tiles_that_share_a_segment(biased, monkeypatch):
         got = value_and_grads(q, k, v, cotangent, **options, **arguments)
         for x, want in zip(got, expected, strict=True):
             np.testing.assert_allclose(x[0, :128], want[0, :128], atol=1e-4)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_flash_with_bfloat16_exponentials_and_sums_of_products(biased, monkeypatch):
+    """As v6e and v7x run it; three tiles a block."""
+    monkeypatch.setattr(tiles, "BLOCK", 128)
+    *qkv, cotangent = inputs(batch=1, n=200, s=384, k=2, e=16)
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv)
+    q_ids, kv_ids = jnp.arange(200)[None] // 120, jnp.arange(384)[None] // 230
+    bias = jnp.zeros((1, 384)).at[:, 7].set(np.log(3)) if biased else None
+    arguments = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids, "kv_bias": bias}
+    expected = value_and_grads(*qkv, cotangent, implementation="reference", **arguments)
+    for wide in (False, True):
+        kernel = Kernel("flash", "bfloat16", "cpu", wide=wide, interpret=True)
+
+        def attend(q, k, v, kernel=kernel):
+            q = (q.astype(jnp.float32) * kernel.query_scale(16)).astype(jnp.bfloat16)
+            return ring_attention.attend(q, q_ids, Keys(k, v, kv_ids, bias), kernel)
+
+        out, vjp = jax.vjp(attend, q, k, v)
+        got = (out, *vjp(cotangent.astype(jnp.bfloat16)))
+        assert_close([x.astype(jnp.float32) for x in got], expected, 2e-2)
 
 
 MESHES = {

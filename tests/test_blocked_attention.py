@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.attention import attention
 from sora_jax import blocked_attention
+from sora_jax.attention import attention
 from sora_jax.blocked_attention import MASKED, Keys, _tile
 from sora_jax.ring_attention import Kernel, attend
 

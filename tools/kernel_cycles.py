@@ -32,35 +32,56 @@ PRODUCTS = {
 }
 
 
-def steady_bundles(text: str) -> int:
-    """Bundles of the kernel's innermost loop, for a tile in the middle of a row."""
+def loops(lines: list[str], starts: dict[str, int]) -> list[tuple[int, int]]:
+    """(first, last) line of every loop, outer ones first."""
+    found = []
+    for first, line in enumerate(lines):
+        if not re.match(r"^\s*\w+\s+LB:", line):
+            continue
+        back = [
+            i
+            for i in range(first, len(lines))
+            if (m := BRANCH.search(lines[i])) and starts.get(m.group(2)) == first
+        ]
+        found.append((first, back[-1] if back else len(lines) - 1))
+    return found
+
+
+def steady_bundles(text: str) -> tuple[int, int]:
+    """Bundles of a tile in the middle of a row, and of a grid step beside its tiles."""
     lines = [line for line in text.splitlines() if BUNDLE.match(line)]
-    begins = [i for i, line in enumerate(lines) if re.match(r"^\s*\w+\s+LB:", line)]
-    starts = {}
+    starts: dict[str, int] = {}
     for i, line in enumerate(lines):
         comment = line[line.rfind("/*") :] if "egion" in line else ""
         for part in comment.split("::"):
             if "tart" in part and (found := REGION.search(part)):
                 starts.setdefault(found.group(1), i)
-    loop = begins[-1]
-    end = next(
-        i
-        for i in range(len(lines) - 1, loop, -1)
-        if (m := BRANCH.search(lines[i])) and starts.get(m.group(2), loop + 1) <= loop
-    )
-    total, i = end - loop + 1, loop
+    spans = [span for span in loops(lines, starts) if _products(lines[span[0] : span[1]])]
+    outer, inner = spans[0], spans[-1]
+    if inner == outer:
+        return _steady(lines, starts, outer), 0
+    return _steady(lines, starts, inner), _steady(lines, starts, outer, hole=inner)
+
+
+def _products(lines: list[str]) -> bool:
+    return any(word in line for line in lines for word in MATRIX)
+
+
+def _steady(lines, starts, span, hole=None) -> int:
+    """Bundles of a loop without `hole`, and without parts behind a branch that hold no product."""
+    first, end = span
+    total, i = end - first + 1, first
     while i < end:
+        if hole and i == hole[0]:
+            total -= hole[1] - hole[0] + 1
+            i = hole[1] + 1
+            continue
         branch = BRANCH.search(lines[i])
         target = starts.get(branch.group(2)) if branch else None
-        # A target that is a join of paths carries its number in an "empty region" comment.
-        if target is not None and i < target <= end:
-            inside = lines[i + 1 : target]
-            if not any(
-                "vmatmul" in line or "vmatpush" in line or "vdot" in line for line in inside
-            ):
-                total -= len(inside)
-                i = target
-                continue
+        if target is not None and i < target <= end and not _products(lines[i + 1 : target]):
+            total -= target - i - 1
+            i = target
+            continue
         i += 1
     return total
 
@@ -133,10 +154,11 @@ def main() -> None:
             name = next((n for n in PRODUCTS if n in file.name), None)
             if name is None or "schedule-analysis" in file.name or "gap" in file.name:
                 continue
-            results.append({"kernel": name, "bundles": steady_bundles(file.read_text())})
+            tile, beside = steady_bundles(file.read_text())
+            results.append({"kernel": name, "tile": tile, "beside": beside})
     cores = 2 if chip.name in ("v4", "v5p") else 1  # in one device; each has its own heads
     for result in results:
-        result |= {"chip": chip.name, "head_dim": args.head_dim, "blocks": list(args.blocks)}
+        result |= {"chip": chip.name, "head_dim": args.head_dim}
         result["products"] = PRODUCTS[result["kernel"]]
         result["flops_per_cycle"] = chip.flops_per_cycle / cores
         print(json.dumps(result))

@@ -1,0 +1,201 @@
+"""The backward pass: five products of every tile, in one visit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from sora_jax.blocked_attention import Keys
+from sora_jax.flash import tiles as tiling
+
+
+def backward(
+    q,
+    q_ids,
+    keys: Keys,
+    log_sum,
+    pull,
+    d_out,
+    *,
+    dtype: str,
+    out_dtype: str,
+    interpret: bool = False,
+):
+    """Gradients of q, k and v, in `out_dtype`.
+
+    Args:
+      log_sum: of the softmax over all keys, of which `keys` may be a part (b, h, n).
+      pull: sum over channels of `d_out` times the whole output (b, h, n).
+      d_out: gradient of the whole output (b, n, h, e).
+    """
+    shape, kv_length = q.shape, keys.k.shape[1]
+    parts = -(-shape[1] // tiling.BACKWARD_QUERIES)
+    part = -(-shape[1] // parts)
+    tile = (tiling.block(part, tiling.BACKWARD_BLOCK), tiling.block(kv_length))
+    part = tiling.round_up(part, tile[0])
+    q, q_ids, keys = tiling.prepare(q, q_ids, keys, dtype, tile=tile, queries=parts * part)
+    fill = q.shape[2] - shape[1]
+    d_out = tiling.pad(d_out.astype(dtype).swapaxes(1, 2), 3, q.shape[3] - shape[3])
+    queries = {
+        "q": q,
+        "q_ids": q_ids,
+        "d_out": tiling.pad(d_out, 2, fill),
+        # A row's sums lie along the lanes, as the tile of logits has them.
+        "log_sum": tiling.rows(tiling.pad(log_sum * tiling.LOG2_E, 2, fill)),
+        "pull": tiling.rows(tiling.pad(pull, 2, fill)),
+    }
+    call = functools.partial(
+        _backward_call, keys=keys, tile=tile, dtype=dtype, out_dtype=out_dtype, interpret=interpret
+    )
+    if parts == 1:
+        dq, dk, dv = call(queries, None)
+    else:
+        axes = {"q": 2, "q_ids": 1, "d_out": 2, "log_sum": 3, "pull": 3}
+        cut = {
+            name: None if x is None else tiling.cut(x, axes[name], parts)
+            for name, x in queries.items()
+        }
+
+        def one(sums, queries):
+            dq, *sums = call(queries, sums)
+            return sums, dq
+
+        zeros = jnp.zeros(keys.k.shape, jnp.float32)
+        (dk, dv), dq = jax.lax.scan(one, [zeros, zeros], cut)
+        dq, dk = jnp.moveaxis(dq, 0, 2).reshape(q.shape), dk / tiling.LOG2_E
+    dq, dk, dv = (x.swapaxes(1, 2)[..., : shape[3]].astype(out_dtype) for x in (dq, dk, dv))
+    return dq[:, : shape[1]], dk[:, :kv_length], dv[:, :kv_length]
+
+
+def _backward_call(
+    queries: dict, sums, *, keys: Keys, tile: tuple[int, int], dtype, out_dtype, interpret: bool
+):
+    """(dq, dk, dv) of `queries`; those of keys and values are added to `sums`, if there are any."""
+    b, h, n, e = queries["q"].shape
+    tiles = n // tile[0]
+    steps = tiling.tiles_a_step(tiles)
+    count = (tiles // steps, keys.k.shape[2] // tile[1])
+    queries_block = tile[0] * steps
+    segmented, biased = keys.ids is not None, keys.bias is not None
+    scalars = tiling.segments_of(keys.ids, queries["q_ids"], tile[::-1], steps) if segmented else ()
+    of_queries = pl.BlockSpec(
+        (None, None, queries_block, e), lambda b, h, j, i, *s: (b, h, tiling.near(i, s, b, j), 0)
+    )
+    of_sums = pl.BlockSpec(
+        (None, None, tiling.SUBLANES, queries_block),
+        lambda b, h, j, i, *s: (b, h, 0, tiling.near(i, s, b, j)),
+    )
+    of_keys = pl.BlockSpec((None, None, tile[1], e), lambda b, h, j, i, *s: (b, h, j, 0))
+    inputs = [
+        (queries["q"], of_queries),
+        (queries["d_out"], of_queries),
+        (queries["log_sum"], of_sums),
+        (queries["pull"], of_sums),
+        (keys.k, of_keys),
+        (keys.v, of_keys),
+    ]
+    columns = pl.BlockSpec((None, tile[1], tiling.LANES), lambda b, h, j, i, *s: (b, j, 0))
+    if segmented:
+        rows = pl.BlockSpec(
+            (None, tiling.SUBLANES, queries_block),
+            lambda b, h, j, i, *s: (b, 0, tiling.near(i, s, b, j)),
+        )
+        inputs += [(tiling.rows(queries["q_ids"]), rows), (tiling.columns(keys.ids), columns)]
+    if biased:
+        inputs.append((tiling.columns(keys.bias), columns))
+    aliases = {}
+    if sums is not None:
+        aliases = {len(scalars) + len(inputs) + i: 1 + i for i in range(2)}
+        inputs += [(x, of_keys) for x in sums]
+    last = count[1] - 1
+    keys_dtype = out_dtype if sums is None else jnp.float32
+    return pl.pallas_call(
+        functools.partial(
+            _backward_kernel,
+            size=tile[0],
+            steps=steps,
+            summed=sums is not None,
+            segmented=segmented,
+            biased=biased,
+            precision=tiling.precision(dtype),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(b, h, count[1], count[0]),
+            in_specs=[spec for _, spec in inputs],
+            out_specs=[
+                # The same block until the last keys, so that nothing is written before.
+                pl.BlockSpec(
+                    (None, None, queries_block, e),
+                    lambda b, h, j, i, *s: (b, h, jnp.where(j == last, i, 0), 0),
+                ),
+                of_keys,
+                of_keys,
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((count[0], queries_block, e), jnp.float32),  # of all queries
+                pltpu.VMEM((tile[1], e), jnp.float32),
+                pltpu.VMEM((tile[1], e), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(queries["q"].shape, out_dtype),
+            jax.ShapeDtypeStruct(keys.k.shape, keys_dtype),
+            jax.ShapeDtypeStruct(keys.v.shape, keys_dtype),
+        ],
+        input_output_aliases=aliases,
+        compiler_params=tiling.compiler_params(),
+        name="flash_attention_backward",
+        interpret=interpret,
+    )(*scalars, *(x for x, _ in inputs))
+
+
+def _backward_kernel(
+    *refs, size: int, steps: int, summed: bool, segmented: bool, biased: bool, precision
+):
+    """Logits and their gradients are transposed, keys by queries."""
+    refs = iter(refs)
+    scalars = tuple(next(refs) for _ in range(6)) if segmented else ()
+    q, d_out, log_sum, pull, k, v = (next(refs) for _ in range(6))
+    ids = (next(refs), next(refs)) if segmented else None
+    bias = next(refs) if biased else None
+    sums = (next(refs), next(refs)) if summed else None
+    dq, dk, dv, dq_all, dk_sum, dv_sum = refs
+    b, j, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(i == 0)
+    def _():
+        dk_sum[...] = sums[0][...] if summed else jnp.zeros_like(dk_sum)
+        dv_sum[...] = sums[1][...] if summed else jnp.zeros_like(dv_sum)
+
+    @pl.when(j == 0)
+    def _():
+        dq_all[i] = jnp.zeros(dq.shape, jnp.float32)
+
+    def visit(step, masked: bool):
+        part = tiling.part_of(step, size, steps)
+        logits = tiling.dot(k[...], q[part], (1, 1), precision)
+        if biased:
+            logits += bias[:, :1]
+        p = jnp.exp2(logits - log_sum[:1, part])
+        if masked:
+            p = jnp.where(ids[1][:, :1] == ids[0][:1, part], p, 0.0)
+        dv_sum[...] += tiling.dot(p.astype(v.dtype), d_out[part], (1, 0), precision)
+        d_logits = p * (tiling.dot(v[...], d_out[part], (1, 1), precision) - pull[:1, part])
+        d_logits = d_logits.astype(q.dtype)
+        dk_sum[...] += tiling.dot(d_logits, q[part], (1, 0), precision)
+        dq_all[i, part] += tiling.dot(d_logits, k[...], (0, 0), precision)
+
+    tiling.visit_shared(visit, scalars, b, j, i, steps)
+
+    # Logits were exponents of two, of which exponents of e have the gradient 1 / log2(e).
+    @pl.when(i == pl.num_programs(3) - 1)
+    def _():
+        dk[...] = (dk_sum[...] if summed else dk_sum[...] / tiling.LOG2_E).astype(dk.dtype)
+        dv[...] = dv_sum[...].astype(dv.dtype)
+
+    @pl.when(j == pl.num_programs(2) - 1)
+    def _():
+        dq[...] = (dq_all[i] / tiling.LOG2_E).astype(dq.dtype)
