@@ -96,7 +96,11 @@ def get_config() -> ConfigDict:
     c.dit.num_heads = 6
     c.dit.ffn_dim = 1536
     c.dit.dtype = "float32"  # operands of matrix products; "bfloat16" on accelerators
-    c.dit.remat = "none"  # rematerialisation policy of the blocks
+    # What blocks keep for the backward pass: "none" recomputes nothing, "full" all; or "dots",
+    # "dots_no_batch", "attention_out"; "offload", "attention_out_offload_input" and
+    # "attention_out_offload" send the input, or both, to the hosts' memory.
+    c.dit.remat = "none"
+    c.dit.context = "auto"  # tokens over mesh.context: "ulysses", "ring", or both as heads divide
 
     c.diffusion = ConfigDict()
     c.diffusion.kind = "logit_normal"  # distribution of t: "logit_normal" or "uniform"
@@ -119,7 +123,11 @@ def get_config() -> ConfigDict:
     c.optim.weight_decay = 0.01  # on matrices and kernels alone
     c.optim.grad_clip = 1.0  # global norm
     c.optim.accumulate = 1  # micro-batches a step
-    c.optim.ema_decay = 0.999
+    c.optim.ema_decay = 0.999  # 0 keeps no average
+    # Matrices between steps: "bfloat16" takes half the memory, and rounds each update at random.
+    c.optim.param_dtype = "float32"
+    c.optim.moment_dtype = "float32"  # of the optimizer's moments: or "bfloat16"
+    c.optim.offload = False  # moments wait in the hosts' memory
     c.optim.freeze = ()  # parameter paths held as they are, such as ("vae/encoder",)
 
     c.sample = ConfigDict()  # previews, and the defaults written into exports

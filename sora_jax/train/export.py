@@ -219,7 +219,9 @@ def restore(run: str | Path, weights: str):
         config = ConfigDict(json.loads(meta["config"]))
         stage = STAGES[config.stage](config)
         shapes = jax.eval_shape(stage.init, jax.random.key(0))
-        params = checkpointer.restore_part(shapes, under="ema" if weights == "ema" else "params")
+        averaged = weights == "ema" and config.optim.ema_decay
+        under = "ema" if averaged else "params"
+        params = checkpointer.restore_part(shapes, under=under)
     return config, params
 
 

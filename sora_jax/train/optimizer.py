@@ -10,6 +10,7 @@ from flax import nnx
 from sora_jax.train.muon import scale_by_muon
 
 NAMES = ("adamw", "muon")
+DTYPES = ("float32", "bfloat16")
 MUON_BETA = 0.95
 
 
@@ -32,6 +33,9 @@ class OptimConfig:
     accumulate: int
     ema_decay: float
     freeze: Sequence[str] = ()
+    param_dtype: str = "float32"
+    moment_dtype: str = "float32"
+    offload: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "freeze", tuple(self.freeze))  # JSON knows lists only
@@ -45,6 +49,11 @@ class OptimConfig:
             raise ValueError(f"optim.ema_decay {self.ema_decay} must be in [0, 1).")
         if self.warmup_steps < 0:
             raise ValueError(f"optim.warmup_steps {self.warmup_steps} must be 0 or more.")
+        for name in ("param_dtype", "moment_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(
+                    f"optim.{name} {getattr(self, name)!r} is unknown; use {' or '.join(DTYPES)}."
+                )
         if self.grad_clip <= 0:
             raise ValueError(f"optim.grad_clip {self.grad_clip} must be positive, for example 1.")
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sora_jax import compile_options, sharding
+from sora_jax.train import storage
 from sora_jax.train.dit_stage import DiTStage
 from sora_jax.train.optimizer import OptimConfig, make_optimizer
 from sora_jax.train.state import TrainState, abstract_state, make_init
@@ -41,9 +42,9 @@ def build(config, mesh: Mesh, *, abstract: bool = False) -> Program:
     check_batch(config, mesh)
     optim = OptimConfig(**config.optim)
     stage = STAGES[config.stage](config, abstract=abstract)
-    optimizer = make_optimizer(optim, config.num_steps)
-    init = make_init(stage.init, optimizer)
-    shapes, placement = abstract_state(init, mesh)
+    optimizer = storage.stored(make_optimizer(optim, config.num_steps), optim.moment_dtype)
+    init = make_init(stage.init, optimizer, optim)
+    shapes, placement = abstract_state(init, mesh, offload=optim.offload)
     step = jax.jit(
         make_train_step(stage.loss, optimizer, optim),
         donate_argnums=0,
