@@ -18,48 +18,78 @@ UNKNOWN = 0.5
 _CORES = {"v4": 2, "v5p": 2}
 
 
+class Words(NamedTuple):
+    """What libtpu schedules on one chip.
+
+    Args:
+      tile: bundles of a tile.
+      beside: bundles of a grid step beside its tiles.
+      products: that it does of a tile, each 2 x queries x keys x 128 operations.
+    """
+
+    tile: int
+    beside: int
+    products: int
+
+
 class Tile(NamedTuple):
     """A tile of `queries` by `keys` at 128 channels a head.
 
     Args:
-      products: of a tile; each is 2 x queries x keys x channels operations.
-      bundles: by chip.
+      passes: products of which each keeps a matrix unit busy, whatever of its columns it uses.
+      per_step: tiles that one grid step works through.
+      words: by chip.
     """
 
     queries: int
     keys: int
-    products: int
-    bundles: dict[str, int]
+    passes: int
+    per_step: int
+    words: dict[str, Words]
 
 
+# libtpu 0.0.42, 8,192 tokens. v5e has a core of v5p's. On a matrix unit of 256 columns the forward
+# kernel also sums, which is one product more. Rows of 75,776 tokens make two tiles a step.
 TILES = {
-    # libtpu 0.0.42, 8,192 tokens. v4 and v5e have v5p's cores.
     "flash_attention_forward": Tile(
-        *(1024, 1024, 2), {"v4": 4594, "v5e": 4594, "v5p": 4594, "v6e": 3569, "v7x": 3958}
+        *(1024, 1024, 2, 2),
+        {
+            "v5e": Words(4510, 91, 2),
+            "v5p": Words(4510, 91, 2),
+            "v6e": Words(3305, 36, 3),
+            "v7x": Words(4335, 148, 3),
+        },
     ),
     "flash_attention_backward": Tile(
-        *(512, 1024, 5), {"v4": 4483, "v5e": 4483, "v5p": 4483, "v6e": 2742, "v7x": 2935}
+        *(512, 1024, 5, 2),
+        {
+            "v5e": Words(4301, 199, 5),
+            "v5p": Words(4301, 199, 5),
+            "v6e": Words(2698, 43, 5),
+            "v7x": Words(2677, 223, 5),
+        },
     ),
     # jax's own, at its usual blocks; for the check against steps that others measured.
-    "splash_mha_fwd": Tile(512, 512, 2, {"v5p": 1454, "v7x": 989}),
-    "splash_mha_dq": Tile(512, 512, 3, {"v5p": 1658, "v7x": 1062}),
-    "splash_mha_dkv": Tile(512, 512, 4, {"v5p": 2143, "v7x": 1453}),
+    "splash_mha_fwd": Tile(*(512, 512, 2, 1), {"v5p": Words(1454, 0, 2), "v7x": Words(989, 0, 2)}),
+    "splash_mha_dq": Tile(*(512, 512, 3, 1), {"v5p": Words(1658, 0, 3), "v7x": Words(1062, 0, 3)}),
+    "splash_mha_dkv": Tile(*(512, 512, 4, 1), {"v5p": Words(2143, 0, 4), "v7x": Words(1453, 0, 4)}),
 }
 _CHANNELS = 128
 
 
-def share_of_peak(kernel: str, chip: Chip, *, head_dim: int, per_step: float = 1.0) -> float:
+def share_of_peak(kernel: str, chip: Chip, *, head_dim: int, per_step: float = 0.0) -> float:
     """Share of the chip's peak FLOP/s at which `kernel` does the operations that count.
 
     Args:
-      per_step: tiles that one grid step works through, where they are larger than the table's.
+      per_step: tiles that one grid step works through, in place of the table's.
     """
     tile = TILES.get(kernel)
-    if tile is None or chip.name not in tile.bundles:
+    if tile is None or chip.name not in tile.words:
         return UNKNOWN * min(1.0, head_dim / chip.matrix_unit)
+    words, pairs = tile.words[chip.name], tile.queries * tile.keys
     per_cycle = chip.flops_per_cycle / _CORES.get(chip.name, 1)
-    operations = 2 * tile.products * tile.queries * tile.keys
-    # Heads of fewer channels fill up their lanes; of the unit's rows a head takes its channels.
-    busy = operations * max(_CHANNELS, chip.matrix_unit) / per_cycle
-    cycles = max(tile.bundles[chip.name], busy) + GRID_STEP * chip.clock / per_step
-    return operations * min(head_dim, _CHANNELS) / per_cycle / cycles
+    # Heads of fewer channels fill up their lanes; of a wider unit they take their channels.
+    busy = 2 * tile.passes * pairs * max(_CHANNELS, chip.matrix_unit) / per_cycle
+    step = words.beside + GRID_STEP * chip.clock
+    cycles = max(words.tile, busy) + step / (per_step or tile.per_step)
+    return 2 * words.products * pairs * min(head_dim, _CHANNELS) / per_cycle / cycles
