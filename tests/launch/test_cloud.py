@@ -1,6 +1,6 @@
 """The launchers of clouds: what they would run, what they do run, and what follows from it.
 
-gcloud, kubectl and Slurm are programs that note their arguments and answer as a test tells them.
+gcloud, kubectl and Slurm are conftest.py's: they note their arguments and answer as they are told.
 Goldens: SORA_JAX_UPDATE_GOLDENS=1 writes them anew; look at the difference before it is committed.
 """
 
@@ -10,77 +10,15 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jsonschema
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-GOLDENS = Path(__file__).parent / "goldens" / "launch"
+GOLDENS = Path(__file__).parents[1] / "goldens" / "launch"
 SCHEMA = json.loads((GOLDENS / "jobset.schema.json").read_text())
-# Notes its arguments and input, and gives the answers of answers.json in order: the first whose
-# words are all among the arguments, [words, text, status]; one that is not the last of its words
-# is used once.
-FAKE = """#!{python}
-import json, os, sys
-here = os.path.dirname(os.path.abspath(__file__))
-name = os.path.basename(sys.argv[0])
-call = [name, *sys.argv[1:]]
-text = "" if sys.stdin.isatty() or name not in ("kubectl",) else sys.stdin.read()
-with open(here + "/calls", "a") as f:
-    f.write(json.dumps(call) + "\\n")
-if text:
-    open(here + "/stdin", "w").write(text)
-path = here + "/answers.json"
-answers = json.load(open(path)) if os.path.exists(path) else []
-for i, (words, answer, status) in enumerate(answers):
-    if all(any(word in part for part in call) for word in words):
-        if any(later[0] == words for later in answers[i + 1:]):
-            json.dump(answers[:i] + answers[i + 1:], open(path, "w"))
-        print(answer)
-        sys.exit(status)
-"""
-
-
-class Fakes:
-    """Programs on the PATH in the place of real ones."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir()
-        for name in ("gcloud", "kubectl", "sbatch", "srun", "squeue", "scontrol", "scancel"):
-            path = folder / name
-            path.write_text(FAKE.format(python=sys.executable))
-            path.chmod(0o755)
-        self.env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
-
-    def answer(self, *answers):
-        (self.folder / "answers.json").write_text(json.dumps(answers))
-
-    @property
-    def calls(self) -> list[list[str]]:
-        path = self.folder / "calls"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def run(self, script: str, *args: str, **env) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [LAUNCH / script, *args],
-            env=self.env | env,
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            timeout=120,
-        )
-
-
-@pytest.fixture
-def fakes(tmp_path) -> Fakes:
-    return Fakes(tmp_path / "bin")
-
-
 TPU = ("--name", "wan", "--zone", "us-east5-a", "--type", "v5p:4x4x8")
 GKE = ("--name", "wan", "--type", "v5p:4x4x8", "--image", "registry/sora:1")
 TRAIN = ("sora-jax", "train", "--config", "configs/t2v_5b.py", "--workdir", "/mnt/sora/my run")
@@ -176,6 +114,15 @@ def test_kubectl_gets_the_manifest_that_the_dry_run_shows(fakes):
     assert done.returncode == 0, done.stderr
     assert fakes.calls == [["kubectl", "apply", "--filename", "-"]]
     assert json.loads((fakes.folder / "stdin").read_text()) == manifest(*MANIFESTS[0])
+
+
+def test_gke_follows_the_log_of_the_first_host(fakes):
+    fakes.answer([["logs"], "step 1", 3])
+    done = fakes.run("gke.py", "watch", "--name", "wan")
+    assert done.returncode == 3 and "step 1" in done.stdout
+    logs = fakes.calls[-1]
+    assert "--follow" in logs
+    assert any("job-completion-index=0" in word for word in logs)
 
 
 def test_what_is_there_is_not_made_again_and_what_is_not_is_not_deleted(fakes):
@@ -339,115 +286,6 @@ def test_delete_of_nothing_is_done(fakes):
     fakes.answer([["describe"], "", 1])
     assert fakes.run("tpu.py", "delete", *TPU).returncode == 0
     assert [call[4] for call in fakes.calls] == ["describe"]
-
-
-@pytest.fixture
-def host(fakes, tmp_path):
-    """A TPU VM's home: worker(action, ...) calls its worker.sh."""
-    home = tmp_path / "sora_jax"
-    (home / "src").mkdir(parents=True)
-    (home / "src" / "launch").symlink_to(LAUNCH)
-
-    def worker(*args: str) -> str:
-        done = subprocess.run(
-            [LAUNCH / "worker.sh", *args],
-            env=fakes.env | {"SORA_JAX_HOME": str(home)},
-            text=True, capture_output=True, timeout=60,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return worker
-
-
-def until(condition, what: str):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what} in 30 s"
-        time.sleep(0.05)
-
-
-def test_a_worker_runs_tells_and_ends(host, tmp_path):
-    go, logs = tmp_path / "go", tmp_path / "logs"
-    script = f"until [ -e {go} ]; do sleep .05; done; echo it is $1"
-    assert "absent" in host("state", "a")
-    host("start", "a", "--logs", str(logs), "--", "bash", "-c", script, "bash", "done")
-    assert "running" in host("state", "a")
-    assert "runs already" in host("start", "a", "--", "false")
-    go.touch()
-    until(lambda: "ended 0" in host("state", "a"), "end")
-    assert "it is done" in host("state", "a")
-    until(lambda: any(logs.glob("*.log")), "copy of the log")
-    host("start", "a", "--restarts", "0", "--", "bash", "-c", "exit 3")
-    until(lambda: "ended 3" in host("state", "a"), "status")
-
-
-def test_a_worker_that_is_stopped_saves_and_stays_so(host):
-    save = "trap 'echo saved; exit 75' TERM; echo ready; while true; do sleep .05; done"
-    host("start", "a", "--", "bash", "-c", save)
-    until(lambda: "ready" in host("state", "a"), "start")
-    host("stop", "a")
-    until(lambda: "stopped" in host("state", "a"), "stop")
-    assert "saved" in host("state", "a")
-
-
-def test_secrets_are_read_on_the_host_and_written_nowhere(host, fakes, tmp_path):
-    fakes.answer([["secrets", "access", "--secret=wandb"], "hunter2", 0])
-    seen = tmp_path / "seen"
-    check = f'[ "$KEY" = hunter2 ] && tr "\\0" " " </proc/$PPID/cmdline >{seen}'
-    host("start", "a", "--secret", "KEY=wandb", "--restarts", "0", "--", "bash", "-c", check)
-    until(lambda: "ended" in host("state", "a"), "end")
-    assert "ended 0" in host("state", "a")
-    for path in (tmp_path / "sora_jax" / "run").rglob("*"):
-        assert path.is_dir() or "hunter2" not in path.read_text()
-    assert "restart.sh" in seen.read_text()
-    assert "hunter2" not in json.dumps(fakes.calls)
-
-
-@pytest.mark.parametrize(
-    ("status", "count", "job", "again"),
-    [
-        (0, 0, "RUNNING", False),
-        (75, 99, "RUNNING", True),
-        (75, 0, "CANCELLED", False),
-        (1, 2, "RUNNING", True),
-        (137, 3, "RUNNING", False),
-        (2, 0, "RUNNING", False),
-        (130, 0, "RUNNING", False),
-    ],
-)
-def test_a_slurm_job_queues_again_after_75_and_after_crashes(status, count, job, again, fakes):
-    fakes.answer([["srun"], "", status], [["squeue"], job, 0])
-    numbers = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(count)}
-    done = fakes.run("slurm.sh", "job", "3", *TRAIN, **numbers)
-    assert done.returncode == status
-    assert fakes.calls[0] == ["srun", "--kill-on-bad-exit=1", "--label", *TRAIN]
-    assert (["scontrol", "requeue", "17"] in fakes.calls) == again
-
-
-def test_a_worker_installs_the_lock_with_a_python_of_its_own(host, fakes, tmp_path):
-    for name in ("uv", "gcsfuse", "sudo", "mountpoint"):
-        path = fakes.folder / name
-        path.write_text(FAKE.format(python=sys.executable))
-        path.chmod(0o755)
-    fakes.answer([["mountpoint"], "", 1])
-    venv = tmp_path / "sora_jax" / "venv"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin" / "sora-jax").symlink_to("/bin/true")
-    assert "ready" in host("setup", "--extras", "wandb", "--bucket", "data")
-    calls = {call[0]: call for call in fakes.calls if call[:2] != ["uv", "venv"]}
-    assert calls["gcsfuse"] == ["gcsfuse", "--implicit-dirs", "data", "/mnt/sora"]
-    assert ["uv", "venv", "--quiet", "--python", "3.12", str(venv)] in fakes.calls
-    assert calls["uv"][-3:] == ["-c", "requirements.lock", ".[tpu,wandb]"]
-
-
-def test_slurm_hands_in_a_name_once(fakes):
-    args = ("run", "--nodes", "2", "--gpus", "4", "--", *TRAIN)
-    assert fakes.run("slurm.sh", *args).returncode == 0
-    assert [call[0] for call in fakes.calls] == ["squeue", "sbatch"]
-    fakes.answer([["squeue"], "17", 0])
-    assert fakes.run("slurm.sh", *args).returncode == 0
-    assert [call[0] for call in fakes.calls] == ["squeue", "sbatch", "squeue"]
 
 
 @pytest.mark.parametrize(
