@@ -94,6 +94,28 @@ def run(args: Namespace) -> None:
             report.compare(result["plans"])
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    plans = result.get("plans", [result])
+    if not any(fits(plan) for plan in plans):
+        raise ValueError(shortage(plans[0]))
+
+
+def fits(plan: dict[str, Any]) -> bool:
+    return all(plan[kind]["fits"] for kind in ("train", "sample") if kind in plan)
+
+
+def shortage(plan: dict[str, Any]) -> str:
+    """One line: how much memory is missing, and what helps most."""
+    kind = next(k for k in ("train", "sample") if k in plan and not plan[k]["fits"])
+    part, limit = plan[kind], plan["hbm_gib"]
+    where = part.get("topology", plan["topology"])
+    needed = part.get("needed_gib", limit)
+    line = (
+        f"the {kind} step of {plan['config']} does not fit {where}: it needs {needed:.1f} GiB a "
+        f"device, {needed - limit:.1f} more than the {limit:.1f} that there are"
+    )
+    if "knob" not in part:
+        return f"{line}; take a slice of larger hosts."
+    return f"{line}; what helps most is {part['knob']}, by about {part['knob_gib']:.1f} GiB."
 
 
 def prepare(args: Namespace) -> None:

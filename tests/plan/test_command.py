@@ -48,3 +48,21 @@ def test_bad_arguments_are_one_line(given, says, monkeypatch, capsys):
     assert cli.main(command) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_a_plan_that_does_not_fit_is_one_line_with_the_best_knob(monkeypatch, capsys, tmp_path):
+    from sora_jax.plan import planning, report
+
+    short = {"fits": False, "needed_gib": 120.0, "short_gib": 24.3, "knob": "x=1", "knob_gib": 9.0}
+    plan = {"config": "a.py", "topology": "v5p:4x4x8", "slices": 1, "hbm_gib": 95.7}
+    shown = []
+    monkeypatch.setattr(plan_command, "prepare", lambda args: None)
+    monkeypatch.setattr(planning, "plan", lambda *args, **kwargs: plan | {"train": short})
+    monkeypatch.setattr(report, "show", shown.append)
+    out = tmp_path / "plan.json"
+    command = ["plan", "--config", "configs/t2v_5b.py", "--topology", "v5p:4x4x8"]
+    assert cli.main([*command, "--json", str(out)]) == 2
+    assert len(shown) == 1 and out.exists()
+    error = capsys.readouterr().err
+    assert "needs 120.0 GiB a device, 24.3 more than the 95.7" in error
+    assert "what helps most is x=1, by about 9.0 GiB" in error and error.count("\n") == 1

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from sora_jax import chips, config_file
+from sora_jax import chips, config_file, flash
+from sora_jax.blocked_attention import Keys
+from sora_jax.dit.config import REMAT
 from sora_jax.plan import count, kernels, planning, published, report, search, steps, topology
 from sora_jax.train import program
 
@@ -75,6 +77,25 @@ def test_a_kernel_is_bound_by_its_words_or_by_the_matrix_unit():
     # Heads of 64 channels cost what those of 128 do.
     half = kernels.share_of_peak("flash_attention_forward", v5p, head_dim=64)
     assert half == pytest.approx(4096 / (4510 + (91 + step) / 2) / 2)
+
+
+def test_the_table_knows_the_kernels_by_name_and_products():
+    """Of the kernels as they are traced, for rows of two tiles."""
+    shape = jax.ShapeDtypeStruct((1, 2048, 3, 128), jnp.bfloat16)
+    types = {"dtype": "bfloat16", "out_dtype": "bfloat16"}
+
+    def traced(wide):
+        forward = lambda q, k, v: flash.forward(q, None, Keys(k, v, None, None), wide=wide, **types)  # noqa: E731
+        return count.of_function(forward, shape, shape, shape)
+
+    one = 2 * 3 * 2048**2 * 128
+    words = kernels.TILES["flash_attention_forward"].words
+    for wide, name in ((False, "v5p"), (True, "v6e")):
+        assert traced(wide) == {"flash_attention_forward": words[name].products * one}
+
+
+def test_search_knows_policies_of_the_model_alone():
+    assert set(search._POLICIES) <= set(REMAT)
 
 
 @pytest.mark.parametrize("step", published.STEPS, ids=lambda step: step.chip)
