@@ -34,7 +34,7 @@ def of_jaxpr(jaxpr: Any) -> Counts:
 
 def _walk(jaxpr: Any, times: float, total: Counts, kernel: str) -> None:
     branches = []
-    for equation in jaxpr.eqns:
+    for equation in _live(jaxpr):
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             total[kernel or "matmul"] += times * _dot(equation)
@@ -54,6 +54,17 @@ def _walk(jaxpr: Any, times: float, total: Counts, kernel: str) -> None:
     # A tile of a kernel takes one of several ways, each behind a condition of its own.
     for choices in [sum(branches, ())] if kernel and branches else branches:
         _add_largest(choices, times, total, kernel)
+
+
+def _live(jaxpr: Any) -> list[Any]:
+    """Equations that a result needs: XLA drops the rest, such as what a policy saved."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, jax_core.Literal)}
+    found = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not needed.isdisjoint(equation.outvars):
+            found.append(equation)
+            needed.update(v for v in equation.invars if not isinstance(v, jax_core.Literal))
+    return found[::-1]
 
 
 def _add_largest(branches: Any, times: float, total: Counts, kernel: str) -> None:

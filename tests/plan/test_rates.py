@@ -2,11 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import pallas as pl
 
 from sora_jax import chips, config_file, flash
 from sora_jax.blocked_attention import Keys
-from sora_jax.dit.config import REMAT
+from sora_jax.dit.config import REMAT, DiTConfig
+from sora_jax.dit.model import DiT
 from sora_jax.plan import count, kernels, planning, published, report, search, steps, topology
 from sora_jax.train import program
 
@@ -27,6 +29,32 @@ def test_products_are_counted_through_loops_and_recomputation():
     assert count.of_function(loss, w, x)["matmul"] == 5 * one
     # Forward, again in the backward pass, and two products there.
     assert count.of_function(jax.grad(loss, argnums=(0, 1)), w, x)["matmul"] == 5 * 4 * one
+
+
+def test_what_no_result_needs_does_not_count():
+    def f(x):
+        _ = x @ x
+        return x @ x + 1
+
+    assert count.of_function(f, jnp.zeros((8, 8)))["matmul"] == 2 * 8**3
+
+
+def test_kept_attention_counts_once():
+    def executed(remat):
+        config = DiTConfig(
+            **{"depth": 3, "width": 256, "num_heads": 2, "ffn_dim": 256, "freq_dim": 64},
+            **{"text_dim": 64, "text_len": 64, "dtype": "bfloat16"},
+            attention="flash",
+            remat=remat,
+        )
+        graph, params = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), nnx.Param)
+        x, text = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 8, 32, 32, 16), (1, 64, 64)))
+        loss = lambda p, x, text: jnp.sum(nnx.merge(graph, p)(x, jnp.ones(1), text) ** 2)  # noqa: E731
+        return count.of_function(lambda *a: jax.grad(loss)(*a), params, x, text)
+
+    full, kept = executed("full"), executed("attention_out")
+    assert full["flash_attention_forward"] == 2 * kept["flash_attention_forward"] > 0
+    assert full["flash_attention_backward"] == kept["flash_attention_backward"] > 0
 
 
 def test_convolutions_and_branches_are_counted():
