@@ -47,7 +47,7 @@ format: $(VENV)/.test-installed
 # The lock names packages, versions and hashes for every platform and Python, but no index.
 lock: $(VENV)/.uv
 	$(BIN)/uv pip compile -q --no-header --universal --generate-hashes --extra test \
-		--extra tensorboard --extra data --extra tpu --extra gpu pyproject.toml -o requirements.lock
+		--extra tensorboard --extra wandb --extra data --extra tpu --extra gpu pyproject.toml -o requirements.lock
 
 $(VENV)/.uv:
 	$(PYTHON) -c 'import sys; sys.exit("sora_jax needs Python 3.11 or later; set PYTHON=python3.12, say." if sys.version_info < (3, 11) else 0)'
