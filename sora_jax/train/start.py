@@ -98,7 +98,10 @@ def start_from(config, program: Program, state: TrainState) -> TrainState:
         )
     params = jax.device_put(params, {name: placement.params[name] for name in params})
     params = state.params | params  # a discriminator starts anew
-    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
+    ema = jax.tree.map(jnp.copy, params) if jax.tree.leaves(state.ema) else state.ema
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True)
+    stored = [leaf.astype(like.dtype) for leaf, like in leaves]  # as config.optim.param_dtype says
+    return state._replace(params=jax.tree.unflatten(jax.tree.structure(params), stored), ema=ema)
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

@@ -25,10 +25,11 @@ _SHOWN = 6  # differing keys that are listed
 # the data.
 _FIXED = (
     *("stage", "seed", "batch_size", "data", "vae", "text", "text_tokens", "dit"),
-    *("optim.name", "optim.freeze", "vae_loss.adversarial"),
+    *("optim.name", "optim.freeze", "optim.param_dtype", "optim.moment_dtype"),
+    "vae_loss.adversarial",
 )
 # Below them, what may change all the same: places, readers, and how the same thing is computed.
-_FREE = {"path", "cache", "cache_clips", "threads", "workers", "dtype", "remat"}
+_FREE = {"path", "cache", "cache_clips", "threads", "workers", "dtype", "remat", "context"}
 
 
 def check_settings(config) -> None:
