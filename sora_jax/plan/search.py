@@ -18,17 +18,19 @@ from sora_jax.plan import collectives, kernels, planning, published, report, top
 from sora_jax.progress import Progress
 from sora_jax.train import program
 
-# Of a policy: (what a layer keeps, in widths of a token in bytes; forward passes of linear layers
-# and of attention done again). "attention_out" keeps the block's input in float32, and the output
-# of both attentions.
+# Of a policy: what a layer keeps on the device, and on the host, in bytes a token and width;
+# forward passes of linear layers and of attention done again. "attention_out" keeps the block's input in
+# float32, and the output of both attentions.
 _POLICIES = {
-    "none": (90.0, 0.0, 0.0),
-    "dots_no_batch": (56.0, 0.1, 1.0),
-    "attention_out": (8.0, 0.8, 0.0),
-    "full": (4.0, 1.0, 1.0),
-    "offload": (0.0, 1.0, 1.0),
-    "attention_out_offload": (0.0, 0.8, 0.0),
+    "none": (90.0, 0.0, 0.0, 0.0),
+    "dots_no_batch": (56.0, 0.0, 0.1, 1.0),
+    "attention_out": (8.0, 0.0, 0.8, 0.0),
+    "full": (4.0, 0.0, 1.0, 1.0),
+    "offload": (0.0, 4.0, 1.0, 1.0),
+    "attention_out_offload": (0.0, 8.0, 0.8, 0.0),
 }
+# Bytes a second between a chip and its host (Austin et al. 2025, chapter 2: PCIe).
+_HOST_LINK = 16e9
 _WORKING_SET = 60.0  # of one layer while it is computed again: bytes a token and width
 _STATE = 16.0  # bytes a parameter: weights, EMA and two moments, in float32
 _BATCHES = (1, 2, 4, 8)  # rows of one group of devices
@@ -110,7 +112,7 @@ def judge(
 ) -> Candidate:
     """Memory and time in closed form, by the rates of `published`."""
     chip = slice_.chip
-    kept, again, attention_again = _POLICIES[remat]
+    kept, sent, again, attention_again = _POLICIES[remat]
     shard = mesh["tensor"] * mesh["context"]
     storage = mesh["fsdp"] * shard
     token_bytes = rows * work.tokens / shard * work.width
@@ -140,8 +142,10 @@ def judge(
     if mesh["data"] > 1:
         per_device = chip.dcn_host / (chip.chips_per_host * chip.devices)
         moved += 2 * 4 * work.parameters / storage * cut(mesh["data"]) / per_device
-    # Half of it is taken as hidden.
+    # Half of it is taken as hidden; what goes to the host and back, as long as there is work.
     seconds = busy + max(0.5 * moved, moved - busy)
+    to_host = 2 * sent * token_bytes * work.depth * chip.devices / _HOST_LINK
+    seconds = max(seconds, to_host)
     batch = rows * mesh["data"] * mesh["fsdp"]
     return Candidate(mesh, remat, batch, memory, seconds, batch * work.tokens)
 

@@ -221,6 +221,21 @@ def test_search_ranks_what_divides_and_fits(slice_):
     assert best.batch_size % (best.mesh.data * best.mesh.fsdp) == 0
 
 
+def test_meshes_cut_heads_evenly_and_use_every_device():
+    found = list(search.meshes(32, 2, 12))
+    assert {m["tensor"] for m in found} == {1, 2, 4}
+    assert all(np.prod(list(m.values())) == 32 and m["data"] == 2 for m in found)
+
+
+def test_what_waits_on_the_host_cannot_outrun_its_link(slice_):
+    config = config_file.load("configs/wan.py:t2v_1.3b", ["data.pack.tokens=1024"])
+    work = search.workload(config)
+    mesh = {"data": 1, "fsdp": 16, "tensor": 1, "context": 1}
+    kept, sent = (search.judge(work, mesh, name, 8, slice_) for name in ("full", "offload"))
+    assert sent.memory < kept.memory
+    assert sent.seconds >= 2 * 4 * 8 * 1024 * 1536 * 30 / search._HOST_LINK
+
+
 def test_flops_by_part_add_up_to_what_training_counts():
     config = config_file.load("configs/wan.py:t2v_1.3b")
     stage = program.STAGES["dit"](config, abstract=True)
