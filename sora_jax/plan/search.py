@@ -19,8 +19,8 @@ from sora_jax.progress import Progress
 from sora_jax.train import program
 
 # Of a policy: what a layer keeps on the device, and on the host, in bytes a token and width;
-# forward passes of linear layers and of attention done again. "attention_out" keeps the block's input in
-# float32, and the output of both attentions.
+# forward passes of linear layers and of attention done again. "attention_out" keeps the block's
+# input in float32, and the output of both attentions.
 _POLICIES = {
     "none": (90.0, 0.0, 0.0, 0.0),
     "dots_no_batch": (56.0, 0.0, 0.1, 1.0),
