@@ -45,7 +45,7 @@ def _dot_backward(dtype, axes, residuals, dy):
     dy = dy.astype(dtype)
     dx = jnp.matmul(dy, w.T, preferred_element_type=jnp.float32)
     dw = jnp.einsum("...i,...o->io", x, dy, preferred_element_type=jnp.float32)
-    dw = sharding.constrain(dw, *axes) if axes else dw
+    dw = sharding.scatter_weight(dw, *axes)
     return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
 
 

@@ -21,6 +21,7 @@ CONTEXT = "context"
 MESH_AXES = ("data", "fsdp", "tensor", CONTEXT)
 # Those that cut weights for memory's sake: layers gather them before they multiply.
 STORAGE_AXES = ("fsdp", CONTEXT)
+_TILE_ROWS = 8  # of a TPU's tiles of memory
 
 # Logical axis -> mesh axes. `data` replicates weights (across slices), `fsdp` shards weights
 # and batch, `tensor` shards heads and MLP, `context` shards video tokens, and weights once more.
@@ -33,8 +34,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "act_heads": "tensor",
     "act_mlp": "tensor",
     "frames": None,
-    "height": None,
-    "width": None,
+    "height": CONTEXT,  # of the VAE's activations; convolutions exchange halos
+    "width": "tensor",
     "channels": None,
     # weights
     "embed": ("fsdp", CONTEXT),
@@ -141,8 +142,9 @@ def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:
     Args:
       wanted: "none", one device; "auto", all of them, unless they are CPUs; or sizes of mesh axes,
         such as "tensor=4,context=2", of as many of the devices.
-      heads: of the transformer. "auto" shards heads, and with them weights, as far as they
-        divide, and video tokens over what is left.
+      heads: of the transformer. "auto" puts guidance's two branches side by side, from four
+        devices on; shards heads, and with them weights, as far as they divide, and video tokens
+        over what is left.
 
     Raises:
       ValueError: for axes that do not exist, or more devices than there are.
@@ -151,8 +153,10 @@ def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:
     if wanted == "auto":
         if jax.default_backend() == "cpu":
             return None
-        tensor = math.gcd(heads, len(devices))
-        sizes = {"tensor": tensor, "context": len(devices) // tensor}
+        data = 2 if len(devices) >= 4 and len(devices) % 2 == 0 else 1
+        rest = len(devices) // data
+        tensor = math.gcd(heads, rest)
+        sizes = {"data": data, "tensor": tensor, "context": rest // tensor}
     elif wanted == "none":
         return None
     else:
@@ -230,11 +234,36 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def gather_weight(w: jax.Array, *axes: str | None) -> jax.Array:
     """A weight of logical `axes`, whole along the axes that cut it for memory's sake alone."""
+    return _constrain_weight(w, axes, lambda pspec: _without(pspec, STORAGE_AXES))
+
+
+def scatter_weight(w: jax.Array, *axes: str | None) -> jax.Array:
+    """A weight's gradient, cut as the weight is stored."""
+    return _constrain_weight(w, axes, lambda pspec: pspec)
+
+
+def _constrain_weight(w: jax.Array, axes: tuple[str | None, ...], change) -> jax.Array:
     mesh = current_mesh()
     if mesh is None or mesh.size == 1 or not axes:
         return w
-    pspec = _without(_fit(spec(*axes), w.shape, mesh), STORAGE_AXES)
+    pspec = change(_fit_weight(spec(*axes), w.shape, mesh))
     return jax.lax.with_sharding_constraint(w, NamedSharding(mesh, pspec))
+
+
+def _fit_weight(pspec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """`_fit` for what is stored: without the axes that leave less than whole rows of a tile.
+
+    TPUs put such pieces together by an all-reduce of zeros and the piece, twice a gather's bytes.
+    """
+    entries = []
+    for size, names in zip(shape, tuple(_fit(pspec, shape, mesh)), strict=True):
+        names_ = (names,) if isinstance(names, str) else (names or ())
+        while names_ and names_[-1] in STORAGE_AXES:
+            if size // math.prod(mesh.shape[n] for n in names_) % _TILE_ROWS == 0:
+                break
+            names_ = names_[:-1]
+        entries.append(names_[0] if len(names_) == 1 else (names_ or None))
+    return PartitionSpec(*entries)
 
 
 def _without(pspec: PartitionSpec, dropped: tuple[str, ...]) -> PartitionSpec:
@@ -311,8 +340,11 @@ def tree_shardings(tree, mesh: Mesh):
             if axes is None:
                 raise ValueError(f"parameter {jax.tree_util.keystr(path)} declares no axes.")
             ndim = len(value.shape)
-            pspec = PartitionSpec(*((None,) * (ndim - len(axes)) + tuple(spec(*axes))))
-            sharding = NamedSharding(mesh, _fit(pspec, value.shape, mesh))
+            own = spec(*axes)
+            if len(axes) == 1:  # a vector is not worth the latency of gathering it
+                own = _without(own, STORAGE_AXES)
+            pspec = PartitionSpec(*((None,) * (ndim - len(axes)) + tuple(own)))
+            sharding = NamedSharding(mesh, _fit_weight(pspec, value.shape, mesh))
             return leaf.replace(sharding)
         return NamedSharding(mesh, PartitionSpec())
 

@@ -32,7 +32,7 @@ def test_a_mesh_makes_the_same_video(pipeline_folder, sizes):
     [
         ("none", "tpu", None),
         ("auto", "cpu", None),
-        ("auto", "tpu", {"data": 1, "fsdp": 1, "tensor": 4, "context": 2}),
+        ("auto", "tpu", {"data": 2, "fsdp": 1, "tensor": 4, "context": 1}),
         ("context=2", "cpu", {"data": 1, "fsdp": 1, "tensor": 1, "context": 2}),
         ("tensor=1", "cpu", None),
     ],

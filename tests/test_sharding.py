@@ -21,6 +21,10 @@ def spec_of(tree, *path):
     return tree.get_raw_value().spec
 
 
+def spec_of_sharding(tree, name):
+    return tree[name].get_raw_value()
+
+
 def params(**arrays):
     """A tree of parameters: name=(shape, axes)."""
     return {name: nnx.Param(jnp.zeros(shape), axes=axes) for name, (shape, axes) in arrays.items()}
@@ -30,12 +34,12 @@ def test_spec_follows_the_table():
     assert sharding.spec("batch", "tokens", None) == PartitionSpec(
         ("data", "fsdp"), "context", None
     )
-    assert sharding.spec("embed", "mlp") == PartitionSpec("fsdp", "tensor")
+    assert sharding.spec("embed", "mlp") == PartitionSpec(("fsdp", "context"), "tensor")
 
 
 def test_a_mesh_axis_is_used_once_by_the_first_that_asks():
     assert sharding.spec("heads", "mlp") == PartitionSpec("tensor", None)
-    assert sharding.spec("embed", "batch") == PartitionSpec("fsdp", "data")
+    assert sharding.spec("embed", "batch") == PartitionSpec(("fsdp", "context"), "data")
 
 
 def test_unknown_axis_is_refused_with_the_known_ones():
@@ -67,9 +71,9 @@ def test_mesh_that_does_not_use_every_device_is_refused(sizes):
 
 
 def test_stacked_leading_axes_are_replicated(mesh):
-    tree = params(kernel=((4, 8, 6), ("embed", "mlp")), bias=((4, 6), ("mlp",)))
+    tree = params(kernel=((4, 16, 6), ("embed", "mlp")), bias=((4, 6), ("mlp",)))
     placed = sharding.tree_shardings(tree, mesh)
-    assert spec_of(placed, "kernel") == PartitionSpec(None, "fsdp", "tensor")
+    assert spec_of(placed, "kernel") == PartitionSpec(None, ("fsdp", "context"), "tensor")
     assert spec_of(placed, "bias") == PartitionSpec(None, "tensor")
 
 
@@ -82,6 +86,29 @@ def test_sizes_that_do_not_divide_are_replicated(mesh):
     assert x.addressable_shards[0].data.shape == (1, 3)
 
 
+def test_storage_cuts_whole_rows_of_tiles_and_no_vectors():
+    mesh = sharding.make_mesh(fsdp=2, context=4)
+    shapes = {"whole": (64, 6), "less": (16, 6), "none": (8, 6)}
+    tree = params(**{name: (shape, ("embed", None)) for name, shape in shapes.items()})
+    tree |= params(vector=((64,), ("embed",)))
+    placed = sharding.tree_shardings(tree, mesh)
+    assert spec_of(placed, "whole") == PartitionSpec(("fsdp", "context"), None)
+    assert spec_of(placed, "less") == PartitionSpec("fsdp", None)
+    assert spec_of(placed, "none") == PartitionSpec(None, None)
+    assert spec_of(placed, "vector") == PartitionSpec(None)
+
+
+def test_a_weight_is_gathered_and_its_gradient_scattered_as_it_is_stored():
+    mesh = sharding.make_mesh(fsdp=2, tensor=2, context=2)
+    axes = ("embed", "mlp")
+    with sharding.use_mesh(mesh):
+        whole = jax.jit(lambda w: sharding.gather_weight(w, *axes))(jnp.ones((32, 6)))
+        cut = jax.jit(lambda w: sharding.scatter_weight(w, *axes))(whole)
+    assert whole.sharding.spec == PartitionSpec(None, "tensor")
+    stored = sharding.tree_shardings(params(kernel=((32, 6), axes)), mesh)
+    assert cut.sharding == spec_of_sharding(stored, "kernel")
+
+
 def test_parameter_without_axes_is_refused_by_its_path(mesh):
     tree = {"block": {"kernel": nnx.Param(jnp.zeros(2))}}
     with pytest.raises(ValueError, match=r"\['block'\]\['kernel'\] declares no axes"):
@@ -89,12 +116,12 @@ def test_parameter_without_axes_is_refused_by_its_path(mesh):
 
 
 def test_moments_inherit_and_scalars_are_replicated(mesh):
-    tree = params(kernel=((8, 6), ("embed", "mlp")))
+    tree = params(kernel=((16, 6), ("embed", "mlp")))
     state = jax.eval_shape(optax.adam(1e-3).init, tree)
     placed = sharding.tree_shardings(state, mesh)[0]
     assert placed.count.spec == PartitionSpec()
     for moment in (placed.mu, placed.nu):
-        assert spec_of(moment, "kernel") == PartitionSpec("fsdp", "tensor")
+        assert spec_of(moment, "kernel") == PartitionSpec(("fsdp", "context"), "tensor")
 
 
 def test_constrain_does_nothing_without_a_mesh_or_on_one_device():

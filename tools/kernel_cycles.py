@@ -15,7 +15,6 @@ import re
 import tempfile
 from pathlib import Path
 
-from sora_jax import chips
 from sora_jax.plan import topology
 
 BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s.*?:")
@@ -100,7 +99,7 @@ def compile_kernels(args, folder: str) -> None:
         from sora_jax import flash
         from sora_jax.blocked_attention import Keys
 
-        wide = chips.of_kind(devices[0].device_kind).matrix_unit > args.head_dim
+        wide = args.wide
 
         def forward(q, k, v):
             keys = Keys(k, v, None, None)
@@ -140,6 +139,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--blocks", type=int, nargs=2, default=(512, 512), metavar=("Q", "KV"))
+    parser.add_argument("--wide", action="store_true", help="as on v6e; see flash.forward")
     parser.add_argument("--keep", metavar="DIR", help="folder for the dumped bundles")
     parser.add_argument("--out", metavar="FILE.json")
     args = parser.parse_args()

@@ -27,9 +27,9 @@ def forward(
       q: (b, n, h, e), times `query_scale`; `q_ids` (b, n), with `keys.ids`, or None.
       dtype: of the operands of both products.
       out_dtype: of `out`; parts that are to be added want float32.
-      wide: for matrix units of 256 columns beside vector units that take bfloat16 (v6e, v7x):
-        exponentials in bfloat16, where that is `dtype`, and sums on the half of the matrix unit
-        that a head's channels leave idle. There the vector unit is what the kernel waits for.
+      wide: for matrix units of 256 columns beside vector units that take bfloat16: exponentials
+        in bfloat16, where that is `dtype`, and sums on the half of the matrix unit that a head's
+        channels leave idle.
     """
     shape, tile = q.shape, (tiling.block(q.shape[1]), tiling.block(keys.k.shape[1]))
     wide = wide and dtype == "bfloat16" and shape[3] <= tiling.LANES

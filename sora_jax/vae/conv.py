@@ -19,8 +19,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from sora_jax import sharding
 from sora_jax.vae.plane_conv import plane_conv
 
+# Logical axes of what flows through the VAE.
+ACTIVATION = ("batch", "frames", "height", "width", "channels")
 # Channels, in and out, from which gathering neighbourhoods pays.
 COLUMNS_CHANNELS = 128
 
@@ -41,7 +44,9 @@ def conv3d(
     `padding` counts zeros before and after along each of the three axes. The formulation
     follows the platform that the program is compiled for, not the one it is traced on.
     """
-    return _conv3d(x, kernel, stride, padding, dtype)
+    # Space is cut over the mesh: the partitioner lets neighbours exchange what a kernel overlaps.
+    y = _conv3d(sharding.constrain(x, *ACTIVATION), kernel, stride, padding, dtype)
+    return sharding.constrain(y, *ACTIVATION)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -231,6 +236,12 @@ def _columns_backward(x, kernel, dy, *, before):
     return dx, jnp.stack(dkernel).reshape(kernel.shape)
 
 
+def _whole(kernel: nnx.Param) -> jax.Array:
+    """A kernel gathered from its shards: XLA's partitioner computes wrong values where channels of
+    the kernel and space of the input are cut over the same axis (jax 0.10.2, CPU)."""
+    return sharding.gather_weight(kernel[...], *kernel.get_metadata()["axes"])
+
+
 class Carry:
     """Frames that causal layers hand from one chunk of a clip to the next, in call order.
 
@@ -300,7 +311,8 @@ class CausalConv3d(nnx.Module):
         if carry is not None and front:
             x, front = carry.extend(x, front), 0
         padding = ((front, 0), *((k // 2, k // 2) for k in spatial))
-        y = conv3d(x, self.kernel[...], stride=self.stride, padding=padding, dtype=self.dtype)
+        kernel = _whole(self.kernel)
+        y = conv3d(x, kernel, stride=self.stride, padding=padding, dtype=self.dtype)
         return y + self.bias[...].reshape(1, 1, 1, 1, -1)
 
 
@@ -330,7 +342,7 @@ class FrameConv(nnx.Module):
     def __call__(self, x: Float[Array, "b t H W i"]) -> Float[Array, "b t h w o"]:
         y = conv3d(
             x,
-            self.kernel[...][None],
+            _whole(self.kernel)[None],
             stride=self.stride,
             padding=self.padding,
             dtype=self.dtype,
