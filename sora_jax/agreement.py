@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 
 from sora_jax import sharding
 
+_LAST_WORDS = "sora_jax/last_words"
+
 
 def gather(value: Any) -> list:
     """`value`, which JSON can hold, of every process, in the order of their numbers."""
@@ -32,6 +34,51 @@ def gather(value: Any) -> list:
 def of_first(value: Any) -> Any:
     """The `value` of process 0, in all."""
     return gather(value if jax.process_index() == 0 else None)[0]
+
+
+def last_words(text: str, *, wait: float = 10.0) -> str:
+    """What this process prints where it ends with the error `text`; "" where the first tells it.
+
+    Process 0 leaves its words with the job's coordinator and the others look there, since on the
+    way out nobody knows who still takes part in a collective. What is another process's own says
+    which one it is.
+
+    Args:
+      wait: seconds that a process waits for the words of the first.
+    """
+    from jax._src import distributed  # the coordinator's store has no public name
+
+    job = distributed.global_state
+    if job.client is None:  # alone, or not joined yet
+        return text
+    if job.process_id == 0:
+        job.client.key_value_set(_LAST_WORDS, text)
+        return text
+    try:
+        told = job.client.blocking_key_value_get(_LAST_WORDS, round(1000 * wait))
+    except jax.errors.JaxRuntimeError:  # none came, or the first process is gone
+        told = None
+    return "" if told == text else f"process {job.process_id}: {text}"
+
+
+def meet(where: str, *, wait: float) -> bool:
+    """Whether all processes come to this point within `wait` seconds; without a collective.
+
+    JAX has a process that ends wait for the others, and aborts all of them after five minutes: so
+    one that leaves alone must do it by `os._exit`, and one that is done must wait here.
+
+    Args:
+      where: names the point; a run comes to it once.
+    """
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    try:
+        if client is not None:
+            client.wait_at_barrier(f"sora_jax/{where}", round(1000 * wait))
+        return True
+    except jax.errors.JaxRuntimeError:
+        return False
 
 
 class Flags:

@@ -245,6 +245,7 @@ def _train(args) -> None:
 
     if args.distributed:
         sharding.join_processes()
+        sys.excepthook = _end_at_once
     train(config_file.load(args.config, args.overrides), args.workdir)
 
 
@@ -311,6 +312,23 @@ def setup_jax() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def _leave_job(text: str) -> None:
+    """As one process of several: what all end with is told once; none waits for who goes on."""
+    from sora_jax import agreement
+
+    if words := agreement.last_words(text):
+        print(f"sora-jax: {words}", file=sys.stderr, flush=True)
+    if not agreement.meet("errors", wait=10):
+        os._exit(2)
+
+
+def _end_at_once(kind, error, trace) -> None:
+    """Of a crash in a job of several processes: JAX would wait five minutes for the others."""
+    sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; a mistake of the caller is one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -333,7 +351,11 @@ def main(argv: list[str] | None = None) -> int:
         setup_jax()
         args.run(args)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(f"sora-jax: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if getattr(args, "distributed", False):
+            _leave_job(text)
+        else:
+            print(f"sora-jax: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         if not getattr(interrupt, "quiet", False):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from sora_jax import sharding
+from sora_jax import agreement, sharding
 from sora_jax.agreement import Flags
 from sora_jax.checkpoint import Checkpointer
 from sora_jax.data import loader as loaders
@@ -47,7 +47,8 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
       KeyboardInterrupt: after Ctrl-C (SIGTERM: Preempted), when the checkpoint is saved; in all
         processes at the same step, whichever was signalled.
     """
-    workdir, clock = Path(workdir), Goodput(Path(workdir) / "goodput.json")
+    workdir = startup.folder(workdir)
+    clock = Goodput(workdir / "goodput.json")
     # What is opened is closed on the way out, an error's too: a checkpoint under way is completed.
     with contextlib.ExitStack() as opened:
         with clock.phase("init"):
@@ -155,6 +156,7 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
             if last:
                 with clock.phase("save"):
                     checkpointer.wait()
+                    agreement.meet("saved", wait=3600)  # while the first process hashes
                 startup.tell(clock.line())
             if stopping:
                 raise interrupts.end(stopping, step)
@@ -170,7 +172,7 @@ def begin(config, workdir: str | Path, *, devices=None) -> Path:
     Raises:
       ValueError: for a config that cannot run, or a workdir that holds a run already.
     """
-    workdir = Path(workdir)
+    workdir = startup.folder(workdir)
     program = build(config, sharding.make_mesh(**config.mesh, devices=devices))
     if (workdir / "checkpoints").exists():
         raise ValueError(f"{workdir}: holds a training run already; name another folder.")
@@ -225,4 +227,5 @@ def check_room(config, workdir: Path, program: Program) -> None:
     startup.check_room(workdir / "checkpoints", whole, key="--workdir")
     if folder := config.get("local_checkpoint_dir", ""):
         key, room = "config.local_checkpoint_dir", local_checkpoint.ROOM
-        startup.check_room(Path(folder), mine, key=key, room=room, everywhere=True)
+        folder = startup.folder(folder, key=key)
+        startup.check_room(folder, mine, key=key, room=room, everywhere=True)

@@ -29,7 +29,26 @@ _FIXED = (
     "vae_loss.adversarial",
 )
 # Below them, what may change all the same: places, readers, and how the same thing is computed.
-_FREE = {"path", "cache", "cache_clips", "threads", "workers", "dtype", "remat", "context"}
+_FREE = {
+    *("path", "cache", "cache_clips", "threads", "workers"),
+    *("dtype", "quantization", "remat", "context", "attention"),
+}
+_ON_OR_OFF = ("optim.ema_decay",)  # may change, but not to or from 0: the state has it or has not
+
+
+def folder(path: str | Path, *, key: str = "--workdir") -> Path:
+    """`path`, which must be a folder of the file system.
+
+    Raises:
+      ValueError: it is a URL, of which pathlib would make a folder named "gs:" here.
+    """
+    if "://" in str(path):
+        raise ValueError(
+            f"{key} {path} is no folder: mount the bucket, for runs append to files and rename "
+            "folders (launch/tpu.py and launch/gke.py do it with --bucket; elsewhere, `gcsfuse "
+            "--implicit-dirs --rename-dir-limit=200000 BUCKET /mnt/sora`)."
+        )
+    return Path(path)
 
 
 def check_settings(config) -> None:
@@ -99,7 +118,7 @@ def check_same_run(config, saved: str, *, workdir: Path) -> list[str]:
     parts = [key for key in old | given if key.startswith("data.parts.")]
     missing = [key for key in parts if (key in old) != (key in given)]
     differ = [key for key in old if key in given and old[key] != given[key]] + missing
-    wrong = [key for key in differ if _is_fixed(key)]
+    wrong = [k for k in differ if _is_fixed(k) or (k in _ON_OR_OFF and 0 in (old[k], given[k]))]
     if wrong:
         rows = [f"{k} {old.get(k, 'nothing')!r}, not {given.get(k, 'nothing')!r}" for k in wrong]
         raise ValueError(

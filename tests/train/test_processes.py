@@ -70,26 +70,7 @@ print(me, begun, n, stop, float(jnp.sum(state["x"])), flush=True)
 
 def run(workdir: Path, mode: str = "", *, count: int = 2) -> list[tuple[int, str, str]]:
     """(exit status, standard output, errors) of each; the first to fail ends the others."""
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        port = listening.getsockname()[1]
-    shared = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(4 // count),
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": str(count),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(workdir), mode],
-            cwd=ROOT,
-            env=os.environ | shared | {"JAX_PROCESS_ID": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(count)
-    ]
+    processes = start([["-c", PROGRAM, str(workdir), mode]] * count, devices=4 // count)
     until = time.monotonic() + 300
     while time.monotonic() < until and any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
@@ -98,6 +79,30 @@ def run(workdir: Path, mode: str = "", *, count: int = 2) -> list[tuple[int, str
     for process in processes:
         process.kill()
     return [(p.returncode, *map(str, ends)) for p in processes for ends in [p.communicate()]]
+
+
+def start(programs: list[list[str]], devices: int = 1) -> list[subprocess.Popen]:
+    """A process of one job for each of the command lines."""
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        port = listening.getsockname()[1]
+    shared = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(len(programs)),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *program],
+            cwd=ROOT,
+            env=os.environ | shared | {"JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, program in enumerate(programs)
+    ]
 
 
 def ends(results: list[tuple[int, str, str]]) -> list[list[str]]:
@@ -138,3 +143,30 @@ def test_after_a_kill_they_go_on_from_what_they_share_where_a_copy_or_a_process_
     shutil.copytree(workdir, tmp_path / "one")
     assert ends(run(tmp_path / "one", count=1)) == [["4", "12", "0", LAST]]
     assert ends(run(workdir)) == [["4", "12", "0", LAST]] * 2
+
+
+def test_an_error_of_all_is_told_once_and_one_of_a_process_alone_ends_it_at_once(tmp_path):
+    def train(config: str) -> list[str]:
+        command = ["-m", "sora_jax.cli", "train", "--distributed", "--workdir", str(tmp_path / "a")]
+        return [*command, "--config", config]
+
+    jobs = start([train("none.py"), train("none.py"), train("nothing.py")])
+    told = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [2, 2, 2]
+    assert told[0].startswith("sora-jax: --config none.py") and told[1] == ""
+    assert told[2].startswith("sora-jax: process 2: --config nothing.py")
+
+    # A crash, and the other waits for it in a collective.
+    in_train = (
+        "from sora_jax import agreement, cli; from sora_jax.train import loop; "
+        "loop.train = lambda *_: {}; cli.main(['train', '--distributed', '--config', "
+        "'configs/paperworld_vae.py:smoke', '--workdir', 'a'])"
+    )
+    waits, crash = in_train.format("agreement.gather(0)"), in_train.format("1 / 0")
+    waiting, crashing = start([["-c", waits], ["-c", crash]])
+    try:
+        assert "ZeroDivisionError" in crashing.communicate(timeout=120)[1]
+        assert crashing.returncode == 1 and waiting.poll() is None
+    finally:
+        waiting.kill()
+        waiting.communicate()

@@ -9,7 +9,7 @@ import pytest
 
 from configs import base
 from sora_jax import sharding
-from sora_jax.train import startup
+from sora_jax.train import loop, startup
 
 
 @pytest.fixture
@@ -37,6 +37,9 @@ def changed(config, **changes):
         ("data__flip", True, "data.flip False, not True"),
         ("optim__name", "muon", "optim.name 'adamw', not 'muon'"),
         ("data__parts", {"a": {"weight": 1}}, "data.parts.a.weight 'nothing', not 1"),
+        ("optim__param_dtype", "bfloat16", "optim.param_dtype 'float32', not 'bfloat16'"),
+        ("optim__moment_dtype", "bfloat16", "optim.moment_dtype 'float32', not 'bfloat16'"),
+        ("optim__ema_decay", 0.0, "optim.ema_decay 0.999, not 0.0"),
     ],
 )
 def test_a_workdir_of_another_config_is_refused_with_what_differs(config, key, value, words):
@@ -60,6 +63,23 @@ def test_what_may_change_is_listed_and_keys_that_older_versions_lack_are_no_diff
         "num_steps 1000 -> 2000",
         "optim.peak_lr 0.001 -> 0.5",
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dit__context", "ring"),
+        ("dit__remat", "full"),
+        ("dit__attention", "xla"),
+        ("optim__offload", True),
+        ("optim__ema_decay", 0.99),
+    ],
+)
+def test_a_workdir_goes_on_with_another_placement_of_the_same_values(config, key, value):
+    config.dit.attention = "auto"
+    saved = config.to_json_best_effort()
+    (listed,) = startup.check_same_run(changed(config, **{key: value}), saved, workdir=Path("a"))
+    assert listed.startswith(f"{key.replace('__', '.')} ") and listed.endswith(f"-> {value!r}")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +121,15 @@ def test_too_little_space_or_no_permission_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", refused)
     with pytest.raises(ValueError, match=r"--workdir .*: Permission denied; give a folder"):
         startup.check_room(tmp_path / "d", 1, key="--workdir")
+
+
+def test_a_bucket_that_is_not_mounted_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert startup.folder("runs/a") == Path("runs/a")
+    for start in (loop.train, loop.begin):
+        with pytest.raises(ValueError, match="--workdir gs://b/run is no folder: mount the bucket"):
+            start(config, "gs://b/run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_state_is_counted_whole_and_by_the_pieces_of_this_process():
