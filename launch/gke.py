@@ -210,7 +210,9 @@ def secret(text: str) -> dict:
 
 def disk(args) -> dict | None:
     if args.bucket:
-        attributes = {"bucketName": args.bucket, "mountOptions": "implicit-dirs"}
+        # Checkpoints are folders that are renamed, which gcsfuse refuses without a limit.
+        options = "implicit-dirs,rename-dir-limit=200000"
+        attributes = {"bucketName": args.bucket, "mountOptions": options}
         driver = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}
         return {"name": "disk", "csi": driver}
     if args.nfs:

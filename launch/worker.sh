@@ -28,7 +28,8 @@ mount_at() { # bucket|nfs SOURCE
     command -v gcsfuse >/dev/null ||
       fail "gcsfuse is not on this image; install it, or give a share with --nfs."
     sudo chown "$(id -u):$(id -g)" "$at"
-    gcsfuse --implicit-dirs "$2" "$at"
+    # Checkpoints are folders that are renamed, which gcsfuse refuses without a limit.
+    gcsfuse --implicit-dirs --rename-dir-limit=200000 "$2" "$at"
   fi
 }
 

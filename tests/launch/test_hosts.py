@@ -81,7 +81,9 @@ def test_a_worker_installs_the_lock_with_a_python_of_its_own(host, fakes, tmp_pa
     (venv / "bin" / "sora-jax").symlink_to("/bin/true")
     assert "ready" in host("setup", "--extras", "wandb", "--bucket", "data")
     calls = {call[0]: call for call in fakes.calls if call[:2] != ["uv", "venv"]}
-    assert calls["gcsfuse"] == ["gcsfuse", "--implicit-dirs", "data", "/mnt/sora"]
+    assert calls["gcsfuse"][1:] == [
+        *("--implicit-dirs", "--rename-dir-limit=200000", "data", "/mnt/sora"),
+    ]
     assert ["uv", "venv", "--quiet", "--python", "3.12", str(venv)] in fakes.calls
     assert calls["uv"][-3:] == ["-c", "requirements.lock", ".[tpu,wandb]"]
 
