@@ -318,7 +318,7 @@ def _leave_job(text: str) -> None:
 
     if words := agreement.last_words(text):
         print(f"sora-jax: {words}", file=sys.stderr, flush=True)
-    if not agreement.meet("errors", wait=10):
+    if not agreement.meet("errors", wait=10.0):
         os._exit(2)
 
 

@@ -156,7 +156,7 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
             if last:
                 with clock.phase("save"):
                     checkpointer.wait()
-                    agreement.meet("saved", wait=3600)  # while the first process hashes
+                    agreement.meet("saved", wait=3600.0)  # while the first process hashes
                 startup.tell(clock.line())
             if stopping:
                 raise interrupts.end(stopping, step)
