@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
     c.dit.num_heads = 6
     c.dit.ffn_dim = 1536
     c.dit.dtype = "float32"  # operands of matrix products; "bfloat16" on accelerators
+    c.dit.quantization = "none"  # "int8" or "float8" products in the blocks' linear layers
     # What blocks keep for the backward pass: "none" recomputes nothing, "full" all; or "dots",
     # "dots_no_batch", "attention_out"; "offload", "attention_out_offload_input" and
     # "attention_out_offload" send the input, or both, to the hosts' memory.

@@ -28,4 +28,5 @@ def get_config(arg: str = "full"):
     c.batch_size = 64
     c.data.update(width=1280, height=720)
     c.data.pack.tokens = 75_776
+    c.dit.remat = "attention_out"
     return wan.choose(c, arg, name="t2v_14b")

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sora_jax import sharding
+from sora_jax import quantized, sharding
+from sora_jax.quantized import QUANTIZED
 
 Axes = Sequence[str | None]
 
@@ -28,6 +29,7 @@ def dot(x: jax.Array, w: jax.Array, dtype: str, axes: tuple[str | None, ...] = (
     float32 cotangent with a low-precision operand, which no matrix unit does.
 
     Args:
+      dtype: of the operands, or a name in QUANTIZED.
       axes: logical axes of `w`. With them a mesh gathers its shards after the cast, and the
         gradient, summed in float32, goes straight to the shards.
     """
@@ -35,15 +37,22 @@ def dot(x: jax.Array, w: jax.Array, dtype: str, axes: tuple[str | None, ...] = (
 
 
 def _dot_forward(x, w, dtype, axes):
-    x_, w_ = x.astype(dtype), sharding.gather_weight(w.astype(dtype), *axes)
-    y = jnp.matmul(x_, w_, preferred_element_type=jnp.float32)
+    held = "bfloat16" if dtype in QUANTIZED else dtype
+    x_, w_ = x.astype(held), sharding.gather_weight(w.astype(held), *axes)
+    if dtype in QUANTIZED:
+        y = quantized.matmul(x_, w_, dtype)
+    else:
+        y = jnp.matmul(x_, w_, preferred_element_type=jnp.float32)
     return y, (x_, w_, jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
 
 
 def _dot_backward(dtype, axes, residuals, dy):
     x, w, x_like, w_like = residuals
-    dy = dy.astype(dtype)
-    dx = jnp.matmul(dy, w.T, preferred_element_type=jnp.float32)
+    dy = dy.astype(x.dtype)
+    if dtype in QUANTIZED:
+        dx = quantized.matmul_transposed(dy, w, dtype)
+    else:
+        dx = jnp.matmul(dy, w.T, preferred_element_type=jnp.float32)
     dw = jnp.einsum("...i,...o->io", x, dy, preferred_element_type=jnp.float32)
     dw = sharding.scatter_weight(dw, *axes)
     return dx.astype(x_like.dtype), dw.astype(w_like.dtype)

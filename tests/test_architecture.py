@@ -25,7 +25,7 @@ FLOORS = [
     {"attention", "layers", "checkpoint", "data"},
     {"ring_attention", "flash", "diffusion", "sharding", "video_io", "types"}
     | {"progress", "manifest", "agreement"},
-    {"blocked_attention", "chips", "compile_options"},
+    {"blocked_attention", "chips", "compile_options", "quantized"},
 ]
 # On one floor, but strangers to each other; so are all that stand in two of them.
 APART = {"data", "text", "vae", "dit", "image", "diffusion"}

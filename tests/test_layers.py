@@ -126,3 +126,22 @@ def test_programs_for_every_platform_contract_in_float32(monkeypatch):
     with layers.float32_contractions():
         assert "bf16" not in traced()
     assert "bf16" in traced()
+
+
+@pytest.mark.parametrize("name, tolerance", [("int8", 0.02), ("float8", 0.05)])
+def test_eight_bit_products_stay_near_float32(name, tolerance):
+    rng = np.random.default_rng(0)
+    # Rows of other sizes, which one scale for all would round to nothing.
+    x = rng.standard_normal((2, 24, 64), np.float32) * np.geomspace(1e-3, 1e3, 24)[None, :, None]
+    w = rng.standard_normal((64, 32), np.float32)
+    x, w = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
+    y, vjp = jax.vjp(lambda x, w: layers.dot(x, w, name), x, w)
+    want, want_vjp = jax.vjp(lambda x, w: layers.dot(x, w, "float32"), x, w)
+    cotangent = jnp.asarray(rng.standard_normal(y.shape, np.float32))
+    scaled = jnp.abs(y - want) / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    assert float((scaled / jnp.linalg.norm(w, axis=0)[None, None]).max()) < tolerance
+    for got, expected in zip(vjp(cotangent), want_vjp(cotangent), strict=True):
+        error = jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)
+        assert 1e-4 < error < 2 * tolerance
+    text = jax.jit(lambda x, w: layers.dot(x, w, name)).lower(x, w).as_text()
+    assert ("xi8>" if name == "int8" else "xf8E4M3FN>") in text

@@ -37,7 +37,7 @@ def arguments():
     ids[-3:] = -1
     return {
         "x": rng.standard_normal((ROWS, TOKENS, patch), np.float32),
-        "t": rng.uniform(0.1, 0.9, (ROWS, TOKENS)).astype(np.float32),
+        "t": rng.uniform(0.1, 0.9, (ROWS, SEGMENTS)).astype(np.float32),
         "text": rng.standard_normal((ROWS, 6, CONFIG.text_dim), np.float32),
         "positions": np.broadcast_to(rng.integers(0, 9, (1, TOKENS, 3)), (ROWS, TOKENS, 3)),
         "ids": np.broadcast_to(ids, (ROWS, TOKENS)),
@@ -63,6 +63,7 @@ def model_and_loss(context="auto"):
             segment_ids=batch["ids"],
             text_segment_ids=batch["text_ids"],
             num_segments=SEGMENTS,
+            t_of_segments=True,
         )
         return jnp.mean(jnp.where(batch["ids"][..., None] >= 0, velocity, 0) ** 2)
 
@@ -86,6 +87,9 @@ def test_loss_and_gradients_equal_one_device(name, alone):
         run = jax.jit(step, out_shardings=(sharding.named(mesh), stored))
         loss, grads = run(jax.device_put(params, stored), batch)
     np.testing.assert_allclose(loss, alone[0], rtol=1e-5)
+    kernel = grads["blocks"]["mlp"]["up"]["kernel"].get_raw_value()
+    parts = sharding.axis_size(mesh, "embed") * sharding.axis_size(mesh, "mlp")
+    assert kernel.addressable_shards[0].data.size * parts == kernel.size, "a shard on each device"
     for (path, got), want in zip(
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(alone[1]), strict=True
     ):

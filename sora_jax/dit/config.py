@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from sora_jax import attention
+from sora_jax.quantized import QUANTIZED
 
 DTYPES = ("float32", "bfloat16")
 QK_NORM = "rms_norm_across_heads"
@@ -76,6 +77,8 @@ class DiTConfig:
       dtype: of the operands of matrix products; parameters, residual stream, norms and
         modulation are float32.
       remat: a name in REMAT.
+      quantization: "none", or 8-bit products in the blocks' linear layers: "int8" or "float8"; see
+        `quantized`.
       attention: a name in `attention.IMPLEMENTATIONS`.
       context: a name in `attention.CONTEXTS`: how tokens meet that lie on several devices.
 
@@ -101,6 +104,7 @@ class DiTConfig:
     image_positions: int | None = None
     dtype: str = "float32"
     remat: str = "none"
+    quantization: str = "none"
     attention: str = "auto"
     context: str = "auto"
 
@@ -140,6 +144,7 @@ class DiTConfig:
             ("qk_norm", (QK_NORM,)),
             ("dtype", DTYPES),
             ("remat", tuple(REMAT)),
+            ("quantization", ("none", *QUANTIZED)),
             ("attention", attention.IMPLEMENTATIONS),
             ("context", attention.CONTEXTS),
         ):
@@ -148,6 +153,11 @@ class DiTConfig:
                     f"dit.{name} {getattr(self, name)!r} is unknown; use one of "
                     f"{', '.join(allowed)}."
                 )
+
+    @property
+    def linear_dtype(self) -> str:
+        """Of the blocks' linear layers, as `layers.dot` takes it."""
+        return self.dtype if self.quantization == "none" else self.quantization
 
     @property
     def head_dim(self) -> int:

@@ -41,7 +41,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, out_init=None, image: bool = False):
         linear = functools.partial(
-            layers.Linear, config.width, config.width, rngs=rngs, dtype=config.dtype
+            layers.Linear, config.width, config.width, rngs=rngs, dtype=config.linear_dtype
         )
         self.q = linear(axes=("embed", "heads"))
         self.k = linear(axes=("embed", "heads"))
@@ -104,15 +104,32 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.up = layers.Linear(
-            config.width, config.ffn_dim, axes=("embed", "mlp"), rngs=rngs, dtype=config.dtype
+            config.width,
+            config.ffn_dim,
+            axes=("embed", "mlp"),
+            rngs=rngs,
+            dtype=config.linear_dtype,
         )
         self.down = layers.Linear(
-            config.ffn_dim, config.width, axes=("mlp", "embed"), rngs=rngs, dtype=config.dtype
+            config.ffn_dim,
+            config.width,
+            axes=("mlp", "embed"),
+            rngs=rngs,
+            dtype=config.linear_dtype,
         )
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         y = sharding.constrain(self.up(x), "batch", "tokens", "act_mlp")
         return self.down(jax.nn.gelu(y, approximate=True))
+
+
+def _to_tokens(
+    values: Float[Array, "b times d"], membership: Float[Array, "b n times"] | None
+) -> Float[Array, "b n_or_1 d"]:
+    """What every segment has to each of its tokens, exactly; a product, for so is its gradient."""
+    if membership is None:
+        return values
+    return jnp.einsum("bns,bsd->bnd", membership, values, precision="highest")
 
 
 class DiTBlock(nnx.Module):
@@ -135,16 +152,20 @@ class DiTBlock(nnx.Module):
         x: Float[Array, "b n d"],
         text: Float[Array, "b s d"],
         *,
-        modulation: Float[Array, "b #n 6 d"],
+        modulation: Float[Array, "b times 6 d"],
         rotation: tuple[jax.Array, jax.Array],
         text_bias: Float[Array, "b s"],
         segment_ids: Int[Array, "b n"] | None = None,
         text_segment_ids: Int[Array, "b s"] | None = None,
         image: Float[Array, "b i d"] | None = None,
+        membership: Float[Array, "b n times"] | None = None,
     ) -> Float[Array, "b n d"]:
+        """`modulation` is that of the row, of its tokens, or with `membership` of its segments."""
         x = checkpoint_name(x, BLOCK_INPUT)
         modulation = modulation + self.modulation[...][None, None]
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (modulation[:, :, i] for i in range(6))
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
+            _to_tokens(modulation[:, :, i], membership) for i in range(6)
+        )
         y = self.self_attention(
             *2 * (self.norm_self(x) * (1 + scale) + shift,),
             rotation=rotation,
@@ -242,7 +263,7 @@ class DiT(nnx.Module):
     def tokens(
         self,
         x: Float[Array, "b n p"],
-        t: Float[Array, "b #n"],
+        t: Float[Array, "b times"],
         text_emb: Float[Array, "b l d_text"],
         *,
         positions: Int[Array, "#b n 3"],
@@ -250,6 +271,7 @@ class DiT(nnx.Module):
         segment_ids: Int[Array, "b n"] | None = None,
         text_segment_ids: Int[Array, "b l"] | None = None,
         num_segments: int = 1,
+        t_of_segments: bool = False,
         image_emb: Float[Array, "b i d_image"] | None = None,
     ) -> Float[Array, "b n p_out"]:
         """The model on patch tokens, where several examples may share a row (packing).
@@ -258,7 +280,8 @@ class DiT(nnx.Module):
         text as would fill that segment's text up to `config.text_len`.
 
         Args:
-          t: time of every token, or one for a whole row.
+          t: time of every token, or one for a whole row, or with `t_of_segments` one for each
+            segment: a token's own takes six vectors of the model's width beside it.
           positions: (time, row, column) of every token within its own video.
           segment_ids: which example a token belongs to, in [0, num_segments); other ids are
             padding, whose output has no meaning.
@@ -292,6 +315,10 @@ class DiT(nnx.Module):
             text_segment_ids = jnp.concatenate(
                 [text_segment_ids, ids.astype(text_segment_ids.dtype)], axis=1
             )
+        membership = None
+        if t_of_segments and num_segments > 1:
+            numbers = jnp.arange(num_segments)[None, None]
+            membership = (segment_ids[:, :, None] == numbers).astype(jnp.float32)
         time = self.time_embed(t)
         modulation = self.time_proj(jax.nn.silu(time)).reshape(*t.shape, 6, config.width)
         x = sharding.constrain(self.patch_embed(x), "batch", "tokens", "act_embed")
@@ -304,9 +331,10 @@ class DiT(nnx.Module):
             segment_ids=segment_ids,
             text_segment_ids=text_segment_ids,
             image=None if image_emb is None else self.image_embed(image_emb),
+            membership=membership,
         )
         modulation_out = time[:, :, None] + self.modulation_out[...][None, None]
-        shift, scale = modulation_out[:, :, 0], modulation_out[:, :, 1]
+        shift, scale = (_to_tokens(modulation_out[:, :, i], membership) for i in range(2))
         return self.proj_out(self.norm_out(x) * (1 + scale) + shift)
 
     def _run_blocks(self, x: jax.Array, text: jax.Array, **kwargs) -> jax.Array:

@@ -179,7 +179,7 @@ class DiTStage:
         return packed.mean_over_segments(losses, sizes, weight=self.pack_weight), metrics
 
     def packed_velocity(self, params, text: packed.PackedText, batch):
-        """Velocity function of (tokens, t of each token) for a batch of packed rows.
+        """Velocity function of (tokens, t of each segment) for a batch of packed rows.
 
         Args:
           text: embedded captions.
@@ -194,6 +194,7 @@ class DiTStage:
             segment_ids=batch["segment_ids"],
             text_segment_ids=text.segment_ids,
             num_segments=self.max_segments,
+            t_of_segments=True,
         )
 
     def tokens(self, batch) -> int:

@@ -72,14 +72,14 @@ def segment_losses(
     """Rectified-flow loss of each segment, equal to `flow_matching_loss` of it alone.
 
     Args:
-      velocity: of (tokens (b, n, p), times (b, n)).
+      velocity: of (tokens (b, n, p), times of the segments (b, s)).
       t: flow time of each segment.
     """
     b, n, p = x0.shape
     t_tokens = spread(t, segment_ids)
 
     def of_tokens(x_t, _):
-        return velocity(x_t.reshape(b, n, p), t_tokens).reshape(b * n, p)
+        return velocity(x_t.reshape(b, n, p), t).reshape(b * n, p)
 
     per_token = objective.flow_matching_loss(
         of_tokens, x0.reshape(b * n, p), noise=noise.reshape(b * n, p), t=t_tokens.reshape(b * n)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sora_jax import sharding
 from sora_jax.dit import patchify, rope
 from sora_jax.dit.config import REMAT, DiTConfig
 from sora_jax.dit.model import DiT
@@ -239,25 +238,6 @@ def step_and_arguments():
 def one_device():
     step, params, args = step_and_arguments()
     return jax.jit(step)(params, *args)
-
-
-@pytest.mark.parametrize(
-    "mesh",
-    [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 4, "fsdp": 2}],
-    ids=str,
-)
-def test_mesh_equals_one_device(mesh):
-    step, params, args = step_and_arguments()
-    mesh = sharding.make_mesh(**mesh)
-    shardings = sharding.tree_shardings(params, mesh)
-    sharded = jax.device_put(params, shardings)
-    kernel = sharded["blocks"]["mlp"]["up"]["kernel"][...]
-    parts = sharding.axis_size(mesh, "embed") * sharding.axis_size(mesh, "mlp")
-    assert kernel.addressable_shards[0].data.size * parts == kernel.size
-    batch = sharding.named(mesh, "batch")
-    with sharding.use_mesh(mesh):
-        got = jax.jit(step, in_shardings=(shardings, batch, batch, batch))(sharded, *args)
-    assert_trees_close(got, one_device(), 1e-5)
 
 
 def test_bad_inputs_are_refused_before_compilation():
