@@ -1,5 +1,7 @@
 """Every kernel against the reference, values and gradients, with and without segment ids."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,16 +95,15 @@ def test_key_bias_is_a_multiplicity(segmented):
         implementation="reference",
     )
     for kernel in ("reference", "xla", "blocked", "flash", "cudnn", "auto"):
-        out = attention(
-            q,
-            k,
-            v,
+        attend = functools.partial(
+            attention,
             kv_bias=bias,
             **ids,
             kv_segment_ids=kv_ids if segmented else None,
             implementation=kernel,
             interpret=True,
         )
+        out = jax.jit(attend)(q, k, v)
         np.testing.assert_allclose(out, expected, atol=1e-5, err_msg=kernel)
 
 
@@ -146,8 +147,12 @@ def test_flash_with_bfloat16_exponentials_and_sums_of_products(biased, monkeypat
             q = (q.astype(jnp.float32) * kernel.query_scale(16)).astype(jnp.bfloat16)
             return ring_attention.attend(q, q_ids, Keys(k, v, kv_ids, bias), kernel)
 
-        out, vjp = jax.vjp(attend, q, k, v)
-        got = (out, *vjp(cotangent.astype(jnp.bfloat16)))
+        @jax.jit
+        def both(*qkv, attend=attend):
+            out, vjp = jax.vjp(attend, *qkv)
+            return out, *vjp(cotangent.astype(jnp.bfloat16))
+
+        got = both(q, k, v)
         assert_close([x.astype(jnp.float32) for x in got], expected, 2e-2)
 
 

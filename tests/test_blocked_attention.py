@@ -23,8 +23,12 @@ def arguments(b, n, s, h, e, dtype=np.float32):
 
 
 def value_and_grads(f, q, k, v, cotangent):
-    out, vjp = jax.vjp(f, q, k, v)
-    return (out, *vjp(cotangent))
+    @jax.jit
+    def both(q, k, v, cotangent):
+        out, vjp = jax.vjp(f, q, k, v)
+        return (out, *vjp(cotangent))
+
+    return both(q, k, v, cotangent)
 
 
 @pytest.mark.parametrize("queries, tile_bytes", [(7, 1), (7, 10_000), (8, 4 * 8 * 13 * 2), (64, 1)])
@@ -49,9 +53,7 @@ def test_tiles_equal_reference(queries, tile_bytes, restricted, monkeypatch):
         return attention(q, k, v, **ids, kv_bias=bias, implementation="reference")
 
     expected = value_and_grads(reference, *qkv, cotangent)
-    for got, want in zip(
-        jax.jit(lambda *a: value_and_grads(tiled, *a))(*qkv, cotangent), expected, strict=True
-    ):
+    for got, want in zip(value_and_grads(tiled, *qkv, cotangent), expected, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()) + 1e-6)
 
 
@@ -64,7 +66,7 @@ def test_bfloat16_runs_at_any_size(b, n, s, h, e, monkeypatch):
     grads = []
     for dtype in ("bfloat16", "float32"):
         f = lambda q, k, v, dtype=dtype: blocked(q, k, v, dtype=dtype).astype(jnp.float32)  # noqa: E731
-        grads.append(jax.jit(lambda *a, f=f: value_and_grads(f, *a))(*qkv, cotangent))
+        grads.append(value_and_grads(f, *qkv, cotangent))
     for got, want in zip(*grads, strict=True):
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, atol=5e-2)
