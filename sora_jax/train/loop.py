@@ -63,6 +63,7 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
             startup.log_apart(workdir)
             run_id = startup.run_id(workdir)
             opened.callback(clock.write)
+            opened.callback(loader.close)  # before the clock is read: it waits for reads under way
             writer = opened.enter_context(make_writer(config, workdir, run_id))
             checkpointer = opened.enter_context(make_checkpointer(config, workdir))
             local = make_local(config, run_id)
