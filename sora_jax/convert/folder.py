@@ -10,6 +10,7 @@ and, in some models, transformer_2/ (the expert for little noise) and image_enco
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -121,6 +122,12 @@ def read_config(folder: Path, name: str):
 
 def abstract_params(name: str, config):
     """(graphdef, parameter shapes) of a component, without allocating."""
+    graphdef, shapes = _abstract_params(name, config)
+    return graphdef, jax.tree.map(lambda leaf: leaf, shapes)  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract_params(name: str, config):
     module = nnx.eval_shape(lambda: COMPONENTS[name].module(config, rngs=nnx.Rngs(0)))
     return nnx.split(module, nnx.Param)
 
