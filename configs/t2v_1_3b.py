@@ -10,7 +10,8 @@ DIR holds the VAE (4x8x8, 16 channels) and the text encoder, in diffusers layout
 81 frames are 21 latent ones, 480 x 832 pixels 30 x 52 tokens: 32,760 a clip, in rows of 32,768
 which shorter clips and images fill up. 128 rows a step are 4.2 M tokens.
 
-For v6e:16x16: fsdp 128 x context 2, two chips a row. On another slice keep `context` and set
+For v6e:16x16: data 2 x fsdp 64 x context 2, two chips a row; of a width of 1536 more parts than 64
+would be less than a tile's rows. On another slice keep `context`, set --config.mesh.data=1 and
 --config.batch_size to a multiple of chips / 2.
 
 Variants: full and smoke.
@@ -23,6 +24,6 @@ SLICES = {"full": "v6e:16x16"}
 
 def get_config(arg: str = "full"):
     c = wan.from_scratch("t2v_1.3b")
-    c.mesh.context = 2
+    c.mesh.update(data=2, context=2)
     c.batch_size = 128
     return wan.choose(c, arg, name="t2v_1_3b")

@@ -25,4 +25,5 @@ SLICES = {"full": "v5p:4x4x8"}
 def get_config(arg: str = "full"):
     c = wan.from_scratch("ti2v_5b")
     c.batch_size = 64
+    c.dit.remat = "attention_out"
     return wan.choose(c, arg, name="t2v_5b")

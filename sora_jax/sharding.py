@@ -251,16 +251,16 @@ def _constrain_weight(w: jax.Array, axes: tuple[str | None, ...], change) -> jax
 
 
 def _fit_weight(pspec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """`_fit` for what is stored: without the axes that leave less than whole rows of a tile.
+    """`_fit` for what is stored: one axis less where both leave less than whole rows of a tile.
 
     TPUs put such pieces together by an all-reduce of zeros and the piece, twice a gather's bytes.
+    Where one axis alone does so, memory counts for more.
     """
     entries = []
     for size, names in zip(shape, tuple(_fit(pspec, shape, mesh)), strict=True):
         names_ = (names,) if isinstance(names, str) else (names or ())
-        while names_ and names_[-1] in STORAGE_AXES:
-            if size // math.prod(mesh.shape[n] for n in names_) % _TILE_ROWS == 0:
-                break
+        rows = size // math.prod(mesh.shape[n] for n in names_)
+        if len([n for n in names_ if n in STORAGE_AXES]) > 1 and rows % _TILE_ROWS:
             names_ = names_[:-1]
         entries.append(names_[0] if len(names_) == 1 else (names_ or None))
     return PartitionSpec(*entries)

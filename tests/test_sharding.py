@@ -88,13 +88,13 @@ def test_sizes_that_do_not_divide_are_replicated(mesh):
 
 def test_storage_cuts_whole_rows_of_tiles_and_no_vectors():
     mesh = sharding.make_mesh(fsdp=2, context=4)
-    shapes = {"whole": (64, 6), "less": (16, 6), "none": (8, 6)}
+    shapes = {"whole": (64, 6), "less": (16, 6), "least": (8, 6)}
     tree = params(**{name: (shape, ("embed", None)) for name, shape in shapes.items()})
     tree |= params(vector=((64,), ("embed",)))
     placed = sharding.tree_shardings(tree, mesh)
     assert spec_of(placed, "whole") == PartitionSpec(("fsdp", "context"), None)
     assert spec_of(placed, "less") == PartitionSpec("fsdp", None)
-    assert spec_of(placed, "none") == PartitionSpec(None, None)
+    assert spec_of(placed, "least") == PartitionSpec("fsdp", None), "memory counts for more"
     assert spec_of(placed, "vector") == PartitionSpec(None)
 
 
