@@ -79,8 +79,8 @@ def test_two_steps_and_resume_and_two_equal_four_bitwise(
 def goodput_adds_up(workdir: Path, wall: float):
     told = json.loads((workdir / "goodput.json").read_text())
     assert sum(told["seconds"].values()) == pytest.approx(told["wall_seconds"], rel=1e-6)
-    # A second for what lies before and after the clock, threads that end: beside other work it takes
-    # .3 of these 20, and no more of a run of hours, whose 1 % is meant.
+    # A second for what lies before and after the clock, threads that end: beside other work it
+    # takes .3 of these 20, and no more of a run of hours, whose 1 % is meant.
     assert told["wall_seconds"] == pytest.approx(wall, rel=0.01, abs=1.0)
     assert told["seconds"]["compile"] > told["seconds"]["save"] > 0 == told["seconds"]["lost"]
     assert told["step"] == 4 and told["goodput"] == told["seconds"]["step"] / told["wall_seconds"]
