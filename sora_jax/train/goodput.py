@@ -107,7 +107,8 @@ class Goodput:
     def line(self) -> str:
         """Shares of the wall time in one line, the largest first."""
         self._switch(self._phase)
-        shares = sorted(self._seconds.items(), key=lambda item: -item[1])
+        # Equal shares by name, whatever their last bits.
+        shares = sorted(self._seconds.items(), key=lambda item: (-round(item[1], 6), item[0]))
         wall = max(self._wall, 1e-9)
         parts = ", ".join(f"{name} {s / wall:.1%}" for name, s in shares if s / wall >= 5e-4)
         runs = f" over {self._runs} runs" if self._runs > 1 else ""

@@ -22,8 +22,6 @@ from jaxtyping import Array, Float
 from sora_jax import sharding
 from sora_jax.vae.plane_conv import plane_conv
 
-# Logical axes of what flows through the VAE.
-ACTIVATION = ("batch", "frames", "height", "width", "channels")
 # Channels, in and out, from which gathering neighbourhoods pays.
 COLUMNS_CHANNELS = 128
 
@@ -44,9 +42,7 @@ def conv3d(
     `padding` counts zeros before and after along each of the three axes. The formulation
     follows the platform that the program is compiled for, not the one it is traced on.
     """
-    # Space is cut over the mesh: the partitioner lets neighbours exchange what a kernel overlaps.
-    y = _conv3d(sharding.constrain(x, *ACTIVATION), kernel, stride, padding, dtype)
-    return sharding.constrain(y, *ACTIVATION)
+    return _conv3d(x, kernel, stride, padding, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -237,8 +233,7 @@ def _columns_backward(x, kernel, dy, *, before):
 
 
 def _whole(kernel: nnx.Param) -> jax.Array:
-    """A kernel gathered from its shards: XLA's partitioner computes wrong values where channels of
-    the kernel and space of the input are cut over the same axis (jax 0.10.2, CPU)."""
+    """A kernel gathered from its shards."""
     return sharding.gather_weight(kernel[...], *kernel.get_metadata()["axes"])
 
 

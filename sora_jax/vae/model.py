@@ -19,7 +19,9 @@ from sora_jax import sharding
 from sora_jax.types import Latents, Video
 from sora_jax.vae.blocks import ChannelRMSNorm, DownStage, MidBlock, UpStage, run_block
 from sora_jax.vae.config import VAEConfig
-from sora_jax.vae.conv import ACTIVATION, Carry, CausalConv3d
+from sora_jax.vae.conv import Carry, CausalConv3d
+
+_ACTIVATION = ("batch", "frames", "height", "width", "channels")
 
 
 class Moments(NamedTuple):
@@ -128,7 +130,7 @@ class VideoVAE(nnx.Module):
 
     def moments_of(self, video: Video, carry: Carry | None = None) -> Moments:
         """`encode_moments` of a clip, or of its next chunk; checks nothing."""
-        x = sharding.constrain(patchify(video, self.config.patch_size or 1), *ACTIVATION)
+        x = sharding.constrain(patchify(video, self.config.patch_size or 1), *_ACTIVATION)
         x = self.quant_conv(self.encoder(x, carry))
         mean, logvar = jnp.split(x, 2, axis=-1)
         return Moments(mean, jnp.clip(logvar, -30.0, 20.0))
@@ -148,7 +150,7 @@ class VideoVAE(nnx.Module):
 
     def decode_raw(self, latents: Latents, carry: Carry | None = None) -> Video:
         """`decode` without the clamp, whose gradient training needs; `carry` as in blocks.py."""
-        x = sharding.constrain(self.denormalize(latents), *ACTIVATION)
+        x = sharding.constrain(self.denormalize(latents), *_ACTIVATION)
         x = self.decoder(self.post_quant_conv(x), carry)
         return unpatchify(x, self.config.patch_size or 1)
 
