@@ -5,7 +5,6 @@ the background, adds the manifest and renames the folder to `120`: what has a nu
 """
 
 import re
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from absl import logging
 from etils import epath
 
 from sora_jax import agreement, manifest
+from sora_jax.background import Background
 
 _LEFT_OVER = re.compile(r"saving-.*|removing-.*|.*\.orbax-checkpoint-tmp.*")
 
@@ -55,8 +55,7 @@ class Checkpointer:
             )
         )
         self._sound: set[int] = set()  # steps whose files were found as they were written
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._background = Background("checkpoint")
         self._cleaned = False
 
     def __enter__(self) -> "Checkpointer":
@@ -99,21 +98,17 @@ class Checkpointer:
             ),
         )
         note = {} if loss is None else {"loss": float(loss)}
-        self._thread = threading.Thread(target=self._complete, args=(step, note), name="checkpoint")
-        self._thread.start()
+        self._background.start(self._complete, step, note)
 
     def _complete(self, step: int, note: dict[str, float]) -> None:
-        try:
-            self._orbax.wait_until_finished()
-            if jax.process_index() != 0:
-                return
-            saving = self._directory / f"saving-{step}"
-            manifest.write(saving, note)
-            saving.rename(self._directory / str(step))
-            self._sound.add(step)
-            self._prune()
-        except BaseException as error:
-            self._error = error  # raised by the next call of the thread that saves
+        self._orbax.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        saving = self._directory / f"saving-{step}"
+        manifest.write(saving, note)
+        saving.rename(self._directory / str(step))
+        self._sound.add(step)
+        self._prune()
 
     def _prune(self) -> None:
         """Removes the steps that nothing keeps."""
@@ -277,12 +272,7 @@ class Checkpointer:
         Raises:
           whatever stopped the writing.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        self._background.wait()
 
     def close(self) -> None:
         """Waits, then ends the writing threads."""

@@ -24,7 +24,7 @@ FLOORS = [
     {"text", "vae", "dit", "image"},
     {"attention", "layers", "checkpoint", "data"},
     {"ring_attention", "flash", "diffusion", "sharding", "video_io", "types"}
-    | {"progress", "manifest", "agreement"},
+    | {"progress", "manifest", "agreement", "background"},
     {"blocked_attention", "chips", "compile_options", "quantized"},
 ]
 # On one floor, but strangers to each other; so are all that stand in two of them.

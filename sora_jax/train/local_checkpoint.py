@@ -11,7 +11,6 @@ File: 8 bytes of length, a JSON header, the pieces, and 64 bytes of digest of al
 import hashlib
 import json
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from absl import logging
 
 from sora_jax import agreement
+from sora_jax.background import Background
 from sora_jax.checkpoint import flat
 
 _KEPT = 2  # processes may be killed with different ones complete
@@ -39,8 +39,7 @@ class LocalCheckpointer:
         number, count = jax.process_index(), jax.process_count()
         self._folder = Path(directory) / f"sora_jax-{number}-of-{count}"
         self._run = run
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._background = Background("local")
 
     def __enter__(self) -> "LocalCheckpointer":
         return self
@@ -65,8 +64,7 @@ class LocalCheckpointer:
             dtype = str(leaf.dtype)
             leaves.append({"path": path, "dtype": dtype, "shape": leaf.shape, "pieces": places})
         header = {"run": self._run, "step": step, "data": data, "meta": meta, "leaves": leaves}
-        self._thread = threading.Thread(target=self._write, args=(header, pieces), name="local")
-        self._thread.start()
+        self._background.start(self._write, header, pieces)
 
     def _write(self, header: dict[str, Any], pieces: list[np.ndarray]) -> None:
         try:
@@ -88,8 +86,6 @@ class LocalCheckpointer:
                 (self._folder / str(step)).unlink()
         except OSError as error:  # a full disk, say: the shared checkpoints are still there
             logging.warning("%s: no copy of step %d: %s.", self._folder, header["step"], error)
-        except BaseException as error:
-            self._error = error
 
     def _is_foreign(self, path: Path) -> bool:
         header = _header(path)
@@ -102,12 +98,7 @@ class LocalCheckpointer:
 
     def wait(self) -> None:
         """Returns when what was started is on disk; raises what stopped it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        self._background.wait()
 
     def newest(self, abstract, shardings, *, above: int) -> int | None:
         """The newest step beyond `above` that every process holds, whole and undamaged.
