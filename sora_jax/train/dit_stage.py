@@ -122,10 +122,11 @@ class DiTStage:
         return places
 
     def place_frozen(self, mesh):
-        placed = {"vae": sharding.replicate(self.frozen["vae"], mesh)}
-        if "text" in self.frozen:
-            shardings = sharding.tree_shardings(self.frozen["text"], mesh)
-            placed["text"] = jax.device_put(self.frozen["text"], shardings)
+        """`frozen` on the mesh."""
+        placed = dict(self.frozen, vae=sharding.replicate(self.frozen["vae"], mesh))
+        if "text" in placed:
+            where = self.frozen_shardings(mesh)["text"]
+            placed["text"] = jax.device_put(placed["text"], where)
         return placed
 
     def latents(self, frozen, batch):

@@ -4,6 +4,7 @@ With `abstract=True` no weights are read and nothing is allocated: VAE and froze
 the shapes that `config.vae` and `config.text` say.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -92,31 +93,28 @@ def abstract_batch(config, stage) -> dict[str, jax.ShapeDtypeStruct]:
     array = jax.ShapeDtypeStruct
     if config.stage == "vae":
         return {"video": array((rows, data.frames, data.height, data.width, 3), jnp.uint8)}
-    text_width = stage.text.config.width
     latent = stage.latent_shape(data.frames, data.height, data.width)
-    if data.batching == "pack":
-        n, length = data.pack.tokens, data.pack.text_tokens
-        patch = stage.dit_config.patch_size
-        width = patch[0] * patch[1] * patch[2] * latent[-1]
+    packed = data.batching == "pack"
+    if data.batching == "bucket":
+        rows = max(1, data.bucket_tokens // stage.tokens_of(latent[:3]))
+    length = data.pack.text_tokens if packed else config.text_tokens
+    if stage.text.is_cached:
+        text = {"text_emb": array((rows, length, stage.text.config.width), jnp.bfloat16)}
+    else:
         text = {"ids": array((rows, length), jnp.int32)}
-        if stage.text.is_cached:
-            text = {"text_emb": array((rows, length, text_width), jnp.bfloat16)}
-        return {
+    if packed:
+        n, width = data.pack.tokens, math.prod(stage.dit_config.patch_size) * latent[-1]
+        return text | {
             "tokens": array((rows, n, width), jnp.float32),
             "positions": array((rows, n, 3), jnp.int32),
             "segment_ids": array((rows, n), jnp.int32),
             "text_segment_ids": array((rows, length), jnp.int32),
             "text_positions": array((rows, length), jnp.int32),
-        } | text
-    if data.batching == "bucket":
-        rows = max(1, data.bucket_tokens // stage.tokens_of(latent[:3]))
-    pixels = {"video": array((rows, data.frames, data.height, data.width, 3), jnp.uint8)}
+        }
     if data.kind == "latents" or data.cache:
         pixels = {"latents": array((rows, *latent), jnp.bfloat16)}
-    length = config.text_tokens
-    text = {"ids": array((rows, length), jnp.int32)}
-    if stage.text.is_cached:
-        text = {"text_emb": array((rows, length, text_width), jnp.bfloat16)}
+    else:
+        pixels = {"video": array((rows, data.frames, data.height, data.width, 3), jnp.uint8)}
     return pixels | text | {"mask": array((rows, length), jnp.bool_)}
 
 

@@ -110,6 +110,7 @@ class VAEStage:
         return self.frozen
 
     def place_frozen(self, mesh):
+        """Nothing, as above."""
         return self.frozen
 
     def init(self, key: jax.Array):
