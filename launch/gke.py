@@ -30,14 +30,9 @@ ACTIONS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    top = shell.Parser(
-        prog="launch/gke.py",
-        usage="launch/gke.py ACTION --name NAME [OPTIONS] [-- COMMAND [ARGUMENT ...]]",
-        description=__doc__.split("\n\n")[0],
-        epilog="actions:\n" + "\n".join(f"  {name:8} {what}" for name, what in ACTIONS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    top = shell.action_parser(
+        "launch/gke.py", "--name NAME [OPTIONS] [-- COMMAND [ARGUMENT ...]]", __doc__, ACTIONS
     )
-    top.add_argument("action", choices=ACTIONS, metavar="ACTION")
     add = top.add_argument
     add("--name", required=True, type=shell.check_name, help="of JobSet and node pools")
     kind = top.add_mutually_exclusive_group()

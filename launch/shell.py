@@ -113,3 +113,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         print(f"{self.prog}: {message} (--help shows the options)", file=sys.stderr)
         sys.exit(2)
+
+
+def action_parser(prog: str, usage: str, doc: str, actions: dict[str, str]) -> Parser:
+    """A parser whose first argument is one of `actions`, which its help explains.
+
+    Args:
+      usage: what follows the action.
+      doc: of the script, whose first paragraph describes it.
+    """
+    top = Parser(
+        prog=prog,
+        usage=f"{prog} ACTION {usage}",
+        description=doc.split("\n\n")[0],
+        epilog="actions:\n" + "\n".join(f"  {name:8} {what}" for name, what in actions.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("action", choices=actions, metavar="ACTION")
+    return top

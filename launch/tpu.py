@@ -34,14 +34,12 @@ ACTIONS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    top = shell.Parser(
-        prog="launch/tpu.py",
-        usage="launch/tpu.py ACTION --name NAME --zone ZONE [OPTIONS] [-- COMMAND [ARGUMENT ...]]",
-        description=__doc__.split("\n\n")[0],
-        epilog="actions:\n" + "\n".join(f"  {name:8} {what}" for name, what in ACTIONS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    top = shell.action_parser(
+        "launch/tpu.py",
+        "--name NAME --zone ZONE [OPTIONS] [-- COMMAND [ARGUMENT ...]]",
+        __doc__,
+        ACTIONS,
     )
-    top.add_argument("action", choices=ACTIONS, metavar="ACTION")
     add = top.add_argument
     add("--name", required=True, type=shell.check_name, help="of the queued resource and the run")
     add("--zone", required=True, help="such as us-east5-a")
