@@ -48,8 +48,8 @@ class Tile(NamedTuple):
     words: dict[str, Words]
 
 
-# libtpu 0.0.42, 8,192 tokens. v5e has a core of v5p's. On a matrix unit of 256 columns the forward
-# kernel also sums, which is one product more. Rows of 75,776 tokens make two tiles a step.
+# libtpu 0.0.42, 8,192 tokens. v5e has a core of v5p's. On v6e the forward kernel also sums on the
+# matrix unit, which is one product more. Rows of 75,776 tokens make two tiles a step.
 TILES = {
     "flash_attention_forward": Tile(
         *(1024, 1024, 2, 2),
@@ -57,7 +57,7 @@ TILES = {
             "v5e": Words(4510, 91, 2),
             "v5p": Words(4510, 91, 2),
             "v6e": Words(3305, 36, 3),
-            "v7x": Words(4335, 148, 3),
+            "v7x": Words(3822, 144, 2),
         },
     ),
     "flash_attention_backward": Tile(
