@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     c.data.height = 64  # pixels
     c.data.frames = 17  # 1 + a multiple of the VAE's temporal factor
     c.data.fps = 8.0  # frames a second that clips are resampled to; of "clips", 0 keeps their own
+    # Of "paperworld": shares of kinds of scenes, as data/paperworld/settings.py has them.
+    c.data.world = ConfigDict()
     c.data.random_start = False  # of "clips": windows anywhere in a longer clip, not its first
     c.data.seed = 0  # of the data set itself; c.seed orders it
     c.data.threads = 2  # reader threads of each process
@@ -113,6 +115,13 @@ def get_config() -> ConfigDict:
         {"tokens_lo": 256, "shift_lo": 1.0, "tokens_hi": 4096, "shift_hi": 1.0}
     )
     c.diffusion.text_dropout = 0.1  # share of captions dropped, for guidance
+
+    # Shares of the masks in training: sora_jax/diffusion/tasks.py has their names. "none" is text
+    # to video; of the others a part of the video is given. A model makes the tasks it has seen.
+    c.tasks = ConfigDict()
+    c.tasks.weights = ConfigDict({"none": 1.0})
+    c.tasks.given_noise = 0.0  # given tokens are noised up to this time in half of the examples
+    c.tasks.frame_noise = 0.0  # share of examples in which each frame has a time of its own
 
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # or "muon": fewer steps for the same loss; one rate serves both

@@ -3,8 +3,9 @@
 sora-jax train --config configs/paperworld.py --workdir runs/paperworld \
     --config.vae_checkpoint=runs/vae/export
 
-Variants: full, clips of one size; packed, images and such clips in shared rows; mixed, other
-durations and shapes too; smoke, seconds.
+Variants: full, clips of one size; packed, images and such clips in shared rows; tasks, these
+with every mask, more cuts, and clips that begin late; mixed, other durations and shapes too;
+smoke, seconds.
 """
 
 from ml_collections import ConfigDict
@@ -42,7 +43,7 @@ def get_config(arg: str = "full"):
         "a small orange boat stays still in the meadow",
     )
     c.sample_every, c.checkpoint_every = 500, 250
-    if arg in ("packed", "mixed"):
+    if arg in ("packed", "mixed", "tasks"):
         # Images and clips share rows of two clips' length: a drawing is learned from images, which
         # cost a ninth, and motion from clips. Nine images have the tokens of a clip.
         c.batch_size = 8
@@ -53,10 +54,26 @@ def get_config(arg: str = "full"):
             sizes["short"] = (0.5, 64, 64, 9, 5_000)
             sizes["wide"] = (0.5, 96, 64, 9, 5_000)
             sizes["tall"] = (0.5, 64, 96, 9, 5_000)
+        elif arg == "tasks":
+            sizes["shots"] = (0.25, 64, 64, 17, 4_000)
+            sizes["late"] = (0.25, 64, 64, 17, 4_000)
         for name, (weight, width, height, frames, clips) in sizes.items():
             part = {"weight": weight, "width": width, "height": height, "frames": frames}
             part |= {"cache": f"runs/paperworld_{name}", "cache_clips": clips}
             c.data.parts[name] = ConfigDict(part)
+        if arg == "tasks":
+            c.data.parts.shots.world = ConfigDict(
+                {"multi_shot": 1.0, "collisions": 0.0, "companions": 0.0}
+            )
+            c.data.parts.late.world = ConfigDict({"late": 1.0, "collisions": 0.0})
+            c.tasks.weights = ConfigDict(
+                {
+                    **{"none": 0.4, "first": 0.1, "first_last": 0.05, "keyframes": 0.05},
+                    **{"prefix": 0.1, "suffix": 0.06, "middle": 0.05, "loop": 0.04},
+                    **{"box": 0.05, "border": 0.05, "tokens": 0.05},
+                }
+            )
+            c.tasks.given_noise, c.tasks.frame_noise = 0.1, 0.1
     elif arg == "smoke":
         c.num_steps, c.batch_size = 4, 8
         c.data.frames, c.data.cache = 5, ""
@@ -66,6 +83,7 @@ def get_config(arg: str = "full"):
         c.log_every, c.checkpoint_every, c.sample_every = 1, 2, 4
     elif arg != "full":
         raise ValueError(
-            f"paperworld: unknown variant {arg!r}; use 'full', 'packed', 'mixed' or 'smoke'."
+            f"paperworld: unknown variant {arg!r}; use 'full', 'packed', 'tasks', 'mixed' or "
+            "'smoke'."
         )
     return c.lock()

@@ -335,6 +335,7 @@ def make_source(config: Any, *, split: str = "train") -> Source:
             height=config["height"],
             frames=config["frames"],
             fps=config["fps"],
+            **_world(config.get("world") or {}, PaperworldSettings),
         )
         return PaperworldSource(config["seed"], settings, split)
     if kind in ("folder", "tfds", "clips") and not config["path"]:
@@ -365,6 +366,18 @@ def make_source(config: Any, *, split: str = "train") -> Source:
     close = difflib.get_close_matches(str(kind), KINDS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     raise ValueError(f"unknown data.kind {kind!r}: use one of {', '.join(KINDS)}{hint}")
+
+
+def _world(shares: Any, settings: type) -> dict[str, float]:
+    """The shares of `config.data.world`; ValueError for a name that the settings do not have."""
+    known = {field.name for field in dataclasses.fields(settings)}
+    known -= {"width", "height", "frames", "fps"}
+    for name in shares:
+        if name not in known:
+            raise ValueError(
+                f"config.data.world.{name} is unknown; use one of {', '.join(sorted(known))}."
+            )
+    return dict(shares)
 
 
 def _checked_shape(source: TfdsSource, config: Any) -> TfdsSource:

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sora_jax.types import Velocity
@@ -43,6 +44,21 @@ class GuidanceConfig:
     def needs_uncond(self) -> bool:
         """False where guidance changes nothing, so half of the model's work can be saved."""
         return self.scale != 1.0 and self.interval[0] < self.interval[1]
+
+
+def at_times(config: GuidanceConfig, times: Float[np.ndarray, " r"]) -> GuidanceConfig:
+    """What `config` comes to where t is one of `times` alone, its interval left out.
+
+    A sampler that knows the times of a step compiles the steps outside the interval without the
+    unconditional half of the batch.
+    """
+    lo, hi = config.interval
+    inside = [bool(lo <= t <= hi) for t in times]
+    if any(inside) and not all(inside):
+        return config
+    return dataclasses.replace(
+        config, interval=(0.0, 1.0), scale=config.scale if all(inside) else 1.0
+    )
 
 
 def combine(

@@ -138,7 +138,16 @@ def sample_t(
       shape: `(b,)`, or `(b, f)` and so on for a t per latent position; the batch comes first.
       shift: from `shift_for_tokens`; an array must have as many axes as `shape`.
     """
-    u = _uniform(key, shape, config.stratified)
+    return from_uniform(_uniform(key, shape, config.stratified), config=config, shift=shift)
+
+
+def from_uniform(
+    u: Float[Array, "*t"],
+    *,
+    config: TimeConfig = TimeConfig(),
+    shift: float | Float[Array, "*s"] = 1.0,
+) -> Float[Array, "*t"]:
+    """Flow times at the quantiles `u`, in (0, 1), of what `sample_t` draws from."""
     if config.kind == "logit_normal":
         u = jax.nn.sigmoid(config.mean + config.std * jax.scipy.special.ndtri(u))
     return shift_time(u, shift)

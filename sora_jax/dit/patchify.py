@@ -5,7 +5,7 @@ A token holds its patch in the order (frame, row, column, channel) of Wan's unpa
 
 import einops
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from sora_jax import types
 
@@ -79,6 +79,15 @@ def unpatchify(
     return einops.rearrange(
         tokens, "b (f h w) (i j k c) -> b (f i) (h j) (w k) c", f=f, h=h, w=w, i=pt, j=ph, k=pw
     )
+
+
+def spread(
+    values: Shaped[Array, "b f_grid h_grid w_grid"], patch_size: PatchSize
+) -> Shaped[Array, "b f h w"]:
+    """The value of each token at each of its latent positions."""
+    for axis, size in enumerate(patch_size, start=1):
+        values = jnp.repeat(values, size, axis=axis)
+    return values
 
 
 def positions(f: int, h: int, w: int) -> Int[Array, "n 3"]:

@@ -15,10 +15,12 @@ from sora_jax import sharding
 from sora_jax.convert import folder
 from sora_jax.data import packing
 from sora_jax.diffusion import objective, times
+from sora_jax.diffusion.tasks import TaskMixture, TokenTimes
+from sora_jax.dit import patchify
 from sora_jax.dit.flops import flops as dit_flops
 from sora_jax.dit.model import DiT, DiTConfig
 from sora_jax.text.tokenizer import Tokenizer
-from sora_jax.train import packed
+from sora_jax.train import masks, packed
 from sora_jax.train.conditioning import Conditioning
 from sora_jax.train.vae_stage import to_float, vae_config
 
@@ -96,7 +98,8 @@ class DiTStage:
         )
         self.token_shift = times.TokenShift(**config.diffusion.shift)
         self.text_dropout = float(config.diffusion.text_dropout)
-        # `get`: the configs of earlier runs lack the key.
+        # `get`: the configs of earlier runs lack the keys.
+        self.tasks = TaskMixture.from_config(config.get("tasks"))
         if config.data.get("batching", "fixed") == "pack":
             self.max_segments = int(config.data.pack.max_segments)
             self.pack_weight = config.data.pack_weight
@@ -153,10 +156,34 @@ class DiTStage:
         shift = times.shift_for_tokens(self.tokens_per_clip(batch), self.token_shift)
         t = times.sample_t(t_key, (b,), config=self.time_config, shift=shift)
         noise = jax.random.normal(noise_key, x0.shape)
+        velocity = self.velocity(params, text_emb, mask)
+        if self.tasks.is_plain:
+            loss = objective.flow_matching_loss(velocity, x0, noise=noise, t=t)
+            return jnp.mean(loss), by_bucket(loss, t)
+        given = self._masked(key, t, jnp.full_like(t, shift), x0.shape[1:4])
+        patch = self.dit_config.patch_size
+        t_latents, counted = (patchify.spread(values, patch) for values in given)
         loss = objective.flow_matching_loss(
-            self.velocity(params, text_emb, mask), x0, noise=noise, t=t
+            lambda x_t, _: velocity(x_t, given.t), x0, noise=noise, t=t_latents, mask=counted
         )
-        return jnp.mean(loss), by_bucket(loss, t)
+        some = jnp.any(given.counted, axis=(1, 2, 3))
+        return jnp.sum(loss) / jnp.maximum(jnp.sum(some), 1), by_bucket(loss, t, counted=some)
+
+    def _masked(self, key, t, shift, size) -> TokenTimes:
+        """Times and mask of the tokens of latents of one `size`, each (b, f', h', w')."""
+        grid = patchify.grid(*size, patch_size=self.dit_config.patch_size)
+        places = patchify.positions(*grid)
+        tokens = (t.shape[0], len(places))
+        given = masks.assign(
+            jax.random.fold_in(key, 1),
+            self.tasks,
+            t=t[:, None],
+            positions=jnp.broadcast_to(places, (*tokens, 3)),
+            segment_ids=jnp.zeros(tokens, jnp.int32),
+            time_config=self.time_config,
+            shift=shift[:, None],
+        )
+        return TokenTimes(*(values.reshape(t.shape[0], *grid) for values in given))
 
     def _packed_loss(self, params, frozen, batch, key):
         """`loss` of a batch of packed rows; each segment is an example."""
@@ -168,34 +195,53 @@ class DiTStage:
         text = self.text.embed_packed(params, frozen, batch, drop)
         shift = times.shift_for_tokens(jnp.maximum(sizes, 1), self.token_shift).reshape(-1)
         t = times.sample_t(t_key, shift.shape, config=self.time_config, shift=shift).reshape(rows)
+        ids, counted = batch["segment_ids"], None
+        t_tokens = packed.spread(t, ids)
+        velocity = self.packed_velocity(params, text, batch)
+        if self.tasks.is_plain:
+            at = functools.partial(velocity, t=t, t_of_segments=True)
+        else:
+            t_tokens, counted = masks.assign(
+                jax.random.fold_in(key, 1),
+                self.tasks,
+                t=t,
+                positions=batch["positions"],
+                segment_ids=ids,
+                time_config=self.time_config,
+                shift=shift.reshape(rows),
+            )
+            at = functools.partial(velocity, t=t_tokens)
+            sizes = packed.segment_sizes(ids, self.max_segments, counted=counted)
         losses = packed.segment_losses(
-            self.packed_velocity(params, text, batch),
+            at,
             x0,
             noise=jax.random.normal(noise_key, x0.shape),
-            t=t,
-            segment_ids=batch["segment_ids"],
+            t=t_tokens,
+            segment_ids=ids,
+            num_segments=self.max_segments,
+            counted=counted,
         )
         metrics = by_bucket(losses, t, counted=sizes > 0)
-        metrics["packing/fill"] = jnp.mean(batch["segment_ids"] != packing.PADDING_SEGMENT)
+        metrics["packing/fill"] = jnp.mean(ids != packing.PADDING_SEGMENT)
         return packed.mean_over_segments(losses, sizes, weight=self.pack_weight), metrics
 
     def packed_velocity(self, params, text: packed.PackedText, batch):
-        """Velocity function of (tokens, t of each segment) for a batch of packed rows.
+        """Velocity function of (tokens, t) for a batch of packed rows.
+
+        Its `t` is of each token, or with `t_of_segments` of each segment, which is cheaper.
 
         Args:
           text: embedded captions.
         """
         dit = nnx.merge(self.dit_graphdef, params["dit"])
-        return lambda x_t, t: dit.tokens(
-            x_t,
-            t,
-            text.values,
+        return functools.partial(
+            dit.tokens,
+            text_emb=text.values,
             positions=batch["positions"],
             text_mask=text.mask,
             segment_ids=batch["segment_ids"],
             text_segment_ids=text.segment_ids,
             num_segments=self.max_segments,
-            t_of_segments=True,
         )
 
     def tokens(self, batch) -> int:

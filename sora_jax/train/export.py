@@ -266,6 +266,7 @@ def write_pipeline(out: Path, config, stage) -> None:
         solver=config.sample.solver,
         schedule=config.sample.schedule,
         text_tokens=config.text_tokens,
+        tasks=stage.tasks.trained,
     )
     shape = (1, config.data.frames, config.data.height, config.data.width, 3)
     tokens = stage.tokens_per_clip({"video": jax.ShapeDtypeStruct(shape, jnp.uint8)})

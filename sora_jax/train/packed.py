@@ -24,9 +24,16 @@ class PackedText(NamedTuple):
         return self.segment_ids != PADDING_SEGMENT
 
 
-def segment_sizes(segment_ids: Int[Array, "b n"], num_segments: int) -> Int[Array, "b s"]:
-    """Tokens of each segment of a row; 0 for those that are not there."""
-    return jnp.sum(_membership(segment_ids, num_segments), axis=1).astype(jnp.int32)
+def segment_sizes(
+    segment_ids: Int[Array, "b n"],
+    num_segments: int,
+    *,
+    counted: Bool[Array, "b n"] | None = None,
+) -> Int[Array, "b s"]:
+    """Tokens of each segment of a row, or those that are counted; 0 for those not there."""
+    member = _membership(segment_ids, num_segments)
+    member = member if counted is None else member * counted[:, :, None]
+    return jnp.sum(member, axis=1).astype(jnp.int32)
 
 
 def spread(values: Float[Array, "b s"], segment_ids: Int[Array, "b n"]) -> Float[Array, "b n"]:
@@ -62,31 +69,34 @@ def drop_captions(
 
 
 def segment_losses(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    velocity: Callable[[jax.Array], jax.Array],
     x0: Float[Array, "b n p"],
     *,
     noise: Float[Array, "b n p"],
-    t: Float[Array, "b s"],
+    t: Float[Array, "b n"],
     segment_ids: Int[Array, "b n"],
+    num_segments: int,
+    counted: Bool[Array, "b n"] | None = None,
 ) -> Float[Array, "b s"]:
     """Rectified-flow loss of each segment, equal to `flow_matching_loss` of it alone.
 
     Args:
-      velocity: of (tokens (b, n, p), times of the segments (b, s)).
-      t: flow time of each segment.
+      velocity: of noisy tokens (b, n, p); it knows their times.
+      t: flow time of each token.
+      counted: the tokens that the means are over; None: all. 0 for a segment that has none.
     """
     b, n, p = x0.shape
-    t_tokens = spread(t, segment_ids)
 
     def of_tokens(x_t, _):
-        return velocity(x_t.reshape(b, n, p), t).reshape(b * n, p)
+        return velocity(x_t.reshape(b, n, p)).reshape(b * n, p)
 
     per_token = objective.flow_matching_loss(
-        of_tokens, x0.reshape(b * n, p), noise=noise.reshape(b * n, p), t=t_tokens.reshape(b * n)
+        of_tokens, x0.reshape(b * n, p), noise=noise.reshape(b * n, p), t=t.reshape(b * n)
     ).reshape(b, n)
-    member = _membership(segment_ids, t.shape[1])
     # `where` and not a product: what padding gets has no meaning, and may not be finite.
     real = segment_ids != PADDING_SEGMENT
+    real = real if counted is None else real & counted
+    member = _membership(segment_ids, num_segments) * real[:, :, None]
     total = jnp.einsum("bn,bns->bs", jnp.where(real, per_token, 0), member)
     return total / jnp.maximum(jnp.sum(member, axis=1), 1)
 

@@ -62,14 +62,22 @@ def text_of(stage, params, batch):
     return stage.text.embed_packed(params, {}, batch, none)
 
 
-def packed_losses(params, stage, batch):
+def losses_of(velocity, x0, batch):
+    """Losses at TIMES, which the model is told by segment."""
+    ids = batch["segment_ids"]
     return packed.segment_losses(
-        stage.packed_velocity(params, text_of(stage, params, batch), batch),
-        batch["tokens"],
+        functools.partial(velocity, t=TIMES, t_of_segments=True),
+        x0,
         noise=noise(),
-        t=TIMES,
-        segment_ids=batch["segment_ids"],
+        t=packed.spread(TIMES, ids),
+        segment_ids=ids,
+        num_segments=SETTINGS.max_segments,
     )
+
+
+def packed_losses(params, stage, batch):
+    velocity = stage.packed_velocity(params, text_of(stage, params, batch), batch)
+    return losses_of(velocity, batch["tokens"], batch)
 
 
 def alone_losses(params, stage):
@@ -130,9 +138,7 @@ def test_no_segment_sees_anything_of_another(dit_config, params, batch, kernel):
         encoder.embed = lambda _: embedded
         emb = encoder(batch["ids"], ids != PADDING_SEGMENT, segment_ids=ids)
         velocity = stage.packed_velocity(params, packed.PackedText(emb, ids), batch)
-        return packed.segment_losses(
-            velocity, x0, noise=noise(), t=TIMES, segment_ids=batch["segment_ids"]
-        )[0]
+        return losses_of(velocity, x0, batch)[0]
 
     embedded = table(batch["ids"]).astype(jnp.float32)
     by_video, by_text = jax.jit(jax.jacrev(losses, argnums=(0, 1)))(batch["tokens"], embedded)

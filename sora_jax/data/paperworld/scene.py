@@ -15,6 +15,8 @@ SHORTEST_SHOT = 8  # frames; below that a verb cannot be told
 _CALM_VERBS = ("falls", "bounces", "spins", "stays")  # those that go with a moving camera
 _ACTION = 2.0  # seconds a verb takes: 17 frames at 8 per second
 _SHORTEST_ACTION = 1.25  # seconds; a shorter shot shows the beginning of its verb
+_ONGOING_VERBS = ("bounces", "spins", "stays")
+_LATEST = 6.0  # action seconds at which a clip of an ongoing verb begins
 _RETURN = 1.6  # seconds of the action after which a hidden subject is back
 
 
@@ -311,6 +313,9 @@ def _train_shots(rng: np.random.Generator, settings: PaperworldSettings) -> tupl
     cast = _train_cast(rng, verbs)
     size = _choice(rng, vocab.SIZES)
     shot = _single_shot(rng, cast, settings=settings, frames=frames, size=size)
+    # No draw where the share is 0: scenes stay what they were.
+    if settings.late and cast.verb in _ONGOING_VERBS and rng.random() < settings.late:
+        shot = dataclasses.replace(shot, begin=_uniform(rng, 0.0, _LATEST))
     # Calm verbs are half of the solo verbs: doubling keeps the share of all clips.
     moving = cast.verb in _CALM_VERBS and rng.random() < min(1.0, 2 * settings.moving_camera)
     if moving and "hides" in known:  # a pan in a short shot could pass for a slide

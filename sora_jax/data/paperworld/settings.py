@@ -9,7 +9,9 @@ class PaperworldSettings:
 
     Shares are probabilities in [0, 1]. A clip is first drawn as multi-shot, colliding, accompanied
     or single; `occlusion` is the share of the verb "hides" among single subjects, and
-    `moving_camera` applies to those verbs whose motion a pan or a zoom cannot be mistaken for.
+    `moving_camera` applies to those verbs whose motion a pan or a zoom cannot be mistaken for,
+    and `late` to verbs that go on: such a clip begins in the middle of them, as the continuation
+    of a long film does.
 
     Raises:
       ValueError: a size that is not a multiple of 8, a frame count, rate or share out of range.
@@ -24,6 +26,7 @@ class PaperworldSettings:
     companions: float | int = 0.04
     occlusion: float | int = 0.125
     moving_camera: float | int = 0.1
+    late: float | int = 0.0
 
     def __post_init__(self) -> None:
         for name in ("width", "height"):
@@ -42,7 +45,7 @@ class PaperworldSettings:
                 f"paperworld size {self.width}x{self.height} is longer than 4:1; "
                 "make the sides more equal."
             )
-        shares = ("multi_shot", "collisions", "companions", "occlusion", "moving_camera")
+        shares = ("multi_shot", "collisions", "companions", "occlusion", "moving_camera", "late")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"paperworld {name} {getattr(self, name)} is not in [0, 1].")
