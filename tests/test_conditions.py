@@ -16,7 +16,7 @@ from sora_jax.convert import folder
 from sora_jax.convert.recognize import recognize
 from sora_jax.convert.weights import open_weights
 from sora_jax.dit.config import DiTConfig
-from sora_jax.generate import conditions
+from sora_jax.generate import canvas, conditions
 from sora_jax.generate.experts import Experts, Part
 from sora_jax.image.clip import CLIPVisionConfig
 
@@ -94,8 +94,10 @@ def test_a_clean_first_frame_stays_what_it_was(clean_folder):
     seen = {}
     request = pipe.request("a ball", steps=2)
     pipe.run([request], pictures=(RED, None), on_tensor=seen.__setitem__)
-    given = pipe.conditions(request, (RED, None)).clean
-    np.testing.assert_array_equal(seen["latents"][:, :1], given)
+    picture = canvas.of_pictures({0: RED}, request.frames, size=(16, 16))
+    given = pipe.conditions(request, canvases=[picture])
+    assert np.asarray(given.keep)[0, 0].all() and not np.asarray(given.keep)[0, 1:].any()
+    np.testing.assert_array_equal(seen["latents"][:, :1], given.clean[:, :1])
     with_text_alone = pipe("a ball", steps=2).frames
     assert (pipe("a ball", steps=2, image=RED).frames != with_text_alone).any()
 
@@ -106,7 +108,6 @@ def test_a_clean_first_frame_stays_what_it_was(clean_folder):
         ("", {}, (RED, None), "makes videos from text alone"),
         ("channels", {}, (None, None), "animates a picture"),
         ("channels", {}, (None, RED), "needs a first one"),
-        ("clean", {}, (RED, RED), "a first picture alone"),
         ("channels", {"image_dim": 8}, (RED, RED), "trained on one picture"),
         ("channels", {"image_dim": 8, "image_positions": 10}, (RED, None), "a first and a last"),
     ],

@@ -73,7 +73,8 @@ class SamplingDefaults:
     """What `sora-jax sample` uses where the user says nothing; sizes in pixels.
 
     `guidance_2` is for the second of two transformers, None the same. `text_tokens` is the longest
-    prompt in tokens, end of sequence included.
+    prompt in tokens, end of sequence included. `tasks` are the masks that it was trained with, by
+    the names in `diffusion.tasks.MASKS`.
     """
 
     width: int = 64
@@ -89,6 +90,7 @@ class SamplingDefaults:
     solver: str = "unipc"
     schedule: str = "wan"
     text_tokens: int = 224
+    tasks: Sequence[str] = ("none",)
 
 
 def read_json(path: Path) -> dict:

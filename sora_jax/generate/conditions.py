@@ -5,8 +5,8 @@ There are three ways, and a model has none, the third, the first, or the first t
 - channels: beside the noise lie a mask of the frames that are given, and the latents of a video
   that shows them and is grey elsewhere (Wan 2.1 I2V and FLF2V, 2.2 I2V-A14B);
 - features: cross-attention sees the pictures through CLIP's eyes (Wan 2.1);
-- clean: the first latent frame is the picture's own, and its time is 0 while the others' is t
-  (2.2 TI2V-5B).
+- clean: tokens that are given are clean, and their time is 0 while the others' is t. 2.2 TI2V-5B
+  knows this of the first latent frame, what is trained here of any (`diffusion/tasks.py`).
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from sora_jax import video_io
 from sora_jax.dit import patchify
 from sora_jax.dit.config import DiTConfig
+from sora_jax.generate.canvas import to_unit
 from sora_jax.types import Latents, Velocity
 from sora_jax.vae.config import VAEConfig
 
@@ -31,11 +32,15 @@ class Conditions(NamedTuple):
 
     channels: Float[Array, "b f h w m"] | None = None
     features: Float[Array, "b i d_image"] | None = None
-    clean: Float[Array, "b 1 h w c"] | None = None
+    clean: Float[Array, "b f h w c"] | None = None
+    keep: Bool[Array, "b f_grid h_grid w_grid"] | None = None  # where tokens are those of `clean`
 
 
 def takes(dit: DiTConfig, vae: VAEConfig, *, expand_timesteps: bool) -> str:
     """How a model takes pictures: "channels", "clean", or "" where it takes none.
+
+    Args:
+      expand_timesteps: it was trained with a time for every token.
 
     Raises:
       ValueError: the transformer's channels fit neither.
@@ -70,8 +75,6 @@ def check(way: str, dit: DiTConfig, pictures: Sequence[Any]) -> None:
         )
     if way == "channels" and not first:
         raise ValueError("this model animates a picture; give image (--image).")
-    if last and way == "clean":
-        raise ValueError("this model takes a first picture alone; leave out the last one.")
     if dit.image_dim is not None and last != (dit.image_positions is not None):
         raise ValueError(
             "this model was trained "
@@ -82,7 +85,7 @@ def check(way: str, dit: DiTConfig, pictures: Sequence[Any]) -> None:
 
 def fit(picture: Picture, *, width: int, height: int) -> Float[np.ndarray, "height width 3"]:
     """`picture` in [-1, 1], its centre cut to the aspect ratio and resized."""
-    return video_io.fit(picture, (height, width)).astype(np.float32) / 127.5 - 1
+    return to_unit(video_io.fit(picture, (height, width)))
 
 
 def known_frames(frames: int, *, last: bool) -> Bool[np.ndarray, " F"]:
@@ -121,15 +124,13 @@ def conditioned(dit, text_emb: jax.Array, text_mask: jax.Array, conditions: Cond
 
     def velocity(x: Latents, t: Float[Array, ""]) -> Latents:
         repeats = x.shape[0] // next((len(c) for c in conditions if c is not None), x.shape[0])
-        channels, features, clean = (
+        channels, features, clean, keep = (
             None if c is None else jnp.concatenate([c] * repeats) for c in conditions
         )
         time = jnp.full(x.shape[:1], t)
         if clean is not None:
-            x = jnp.concatenate([clean, x[:, 1:]], axis=1)
-            grid = patchify.grid(*x.shape[1:4], patch_size=dit.config.patch_size)
-            by_frame = jnp.where(jnp.arange(grid[0]) > 0, t, 0.0)
-            time = jnp.broadcast_to(by_frame[None, :, None, None], (x.shape[0], *grid))
+            x = keep_clean(x, clean, keep, patch_size=dit.config.patch_size)
+            time = jnp.where(keep, 0.0, t)
         if channels is not None:
             x = jnp.concatenate([x, channels], axis=-1)
         # Guidance may be off for one of two transformers: then the prompts' rows are the first.
@@ -137,3 +138,14 @@ def conditioned(dit, text_emb: jax.Array, text_mask: jax.Array, conditions: Cond
         return dit(x, time, text_emb[rows], text_mask=text_mask[rows], image_emb=features)
 
     return velocity
+
+
+def keep_clean(
+    x: Latents,
+    clean: Latents,
+    keep: Bool[Array, "b f_grid h_grid w_grid"],
+    *,
+    patch_size: patchify.PatchSize,
+) -> Latents:
+    """`x` with the given tokens in their places."""
+    return jnp.where(patchify.spread(keep, patch_size)[..., None], clean, x)

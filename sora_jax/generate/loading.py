@@ -1,5 +1,6 @@
 """Pipelines from inference folders: which parts there are, where they go, what made them."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +67,11 @@ def load_pipeline(
     experts = Experts(transformers, boundary, mesh=on_mesh)
     vae, dit = load("vae"), experts.parts[0]
     expand = bool(index.get("expand_timesteps"))
-    way = conditions.takes(dit.config, vae.config, expand_timesteps=expand)
+    sampling = folder.read_sampling(path)
+    if expand and tuple(sampling.tasks) == ("none",):  # TI2V-5B
+        sampling = dataclasses.replace(sampling, tasks=("none", "first"))
+    by_token = tuple(sampling.tasks) != ("none",)
+    way = conditions.takes(dit.config, vae.config, expand_timesteps=by_token)
     if dit.config.image_dim is not None and "image" not in held:
         raise ValueError(f"{path}: the transformer attends to pictures; add image_encoder/.")
     info = {"checkpoint": path.name, "checkpoint_sha256": folder.checkpoint_hash(path)}
@@ -87,7 +92,7 @@ def load_pipeline(
         text=load("text"),
         image=load("image") if "image" in held else None,
         tokenizer=load_tokenizer(path / "tokenizer"),
-        sampling=folder.read_sampling(path),
+        sampling=sampling,
         way=way,
         info=info,
         mesh=on_mesh,

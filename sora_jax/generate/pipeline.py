@@ -12,24 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from sora_jax import sharding
 from sora_jax.convert.folder import SamplingDefaults
-from sora_jax.diffusion import guidance as guidances
-from sora_jax.diffusion import sampler, times
-from sora_jax.generate import conditions
+from sora_jax.diffusion import times
+from sora_jax.generate import canvas as canvas_of
+from sora_jax.generate import conditions, tasks
 from sora_jax.generate import request as requests_of
+from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Conditions, Picture
+from sora_jax.generate.denoise import Denoiser, OnStep, Start, Text
 from sora_jax.generate.experts import Experts, Part
 from sora_jax.generate.request import Request
 from sora_jax.generate.video import Video, array_hash, to_bytes
 from sora_jax.image import clip
+from sora_jax.vae import streaming
 
 # Called with the name of a stage and its seconds when it is over.
 OnStage = Callable[[str, float], None]
-# Called with the number of denoising steps done, their total, and the noisy latents.
-OnStep = Callable[[int, int, jax.Array], None]
 # Called with "text_emb" (padding rows zero) and then "latents" (denoised, normalised).
 OnTensor = Callable[[str, np.ndarray], None]
 
@@ -64,7 +65,7 @@ class Pipeline:
         self._latents = self._jit(lambda params, video: vae.module(params).encode(video))
         if image is not None:
             self._features = self._jit(lambda params, pixels: image.module(params)(pixels))
-        self._step = functools.lru_cache(maxsize=8)(self._make_step)
+        self.denoise = Denoiser(experts, self._jit)
 
     def _jit(self, function: Callable) -> Callable:
         """`function` compiled for the pipeline's mesh."""
@@ -76,6 +77,11 @@ class Pipeline:
                 return compiled(*arguments)
 
         return on_mesh
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Masks that the checkpoint was trained with, by their names in `diffusion.tasks`."""
+        return tuple(self.sampling.tasks)
 
     @property
     def dit(self) -> Part:
@@ -199,6 +205,9 @@ class Pipeline:
         requests: Sequence[Request],
         *,
         pictures: Sequence[Picture | None] = (None, None),
+        canvases: Sequence[Canvas] | None = None,
+        drafts: UInt8[np.ndarray, "b F H W 3"] | None = None,
+        strength: float = 1.0,
         noise: Float[np.ndarray, "b f h w c"] | None = None,
         on_stage: OnStage | None = None,
         on_step: OnStep | None = None,
@@ -211,10 +220,13 @@ class Pipeline:
 
         Args:
           pictures: the first and last frame of all of them, where the model takes any.
+          canvases: what is given of each video, for models that were trained with masks; it comes
+            back as it was given. The task must be among `tasks`; `tasks.check` says so.
+          drafts: videos to begin from instead of noise alone, noised up to the time `strength`.
 
         Raises:
           ValueError: requests that differ in more, pictures that the model does not take, or
-            noise of another shape.
+            noise, canvases or drafts of another shape.
         """
         shared = requests[0]
         for request in requests:
@@ -227,41 +239,36 @@ class Pipeline:
             if same != shared:
                 raise ValueError("requests of one batch may differ in prompts and seeds alone.")
         conditions.check(self.way, self.dit.config, pictures)
+        if canvases is None and self.way == "clean" and pictures[0] is not None:
+            tasks.check(self, "first" if pictures[1] is None else "first_last")
+            ends = zip((0, shared.frames - 1), pictures, strict=True)
+            shown = {frame: picture for frame, picture in ends if picture is not None}
+            canvases = [
+                canvas_of.of_pictures(shown, shared.frames, size=(shared.width, shared.height))
+            ] * len(requests)
+        self._check_videos(requests, canvases, drafts)
         latents = self.noise(requests) if noise is None else self._given(noise, requests)
         clock = _Clock(on_stage)
-        guides = [shared.guide(expert) for expert in range(len(self.experts.parts))]
-        guided = any(guide.needs_uncond for guide in guides)
-        text_emb, text_mask = self.encode_text(
-            [r.prompt for r in requests], [r.negative_prompt for r in requests] if guided else []
-        )
-        clock.stop("text", text_emb)
+        text = self.text_of(requests)
+        clock.stop("text", text)
         if on_tensor is not None:
-            shown = text_emb[: len(requests)] * text_mask[: len(requests), :, None]
+            shown = (text.emb * text.mask[:, :, None])[: len(requests)]
             on_tensor("text_emb", np.asarray(shown))
-        given = self.conditions(shared, pictures, count=len(requests))
-        if pictures[0] is not None:
-            clock.stop("pictures", given)
-        table, told = times.schedule(shared.schedule, shared.steps, shift=shared.shift)
-        state = sampler.make_solver(lambda x, t: x, table, solver=shared.solver).init(latents)
-        for i in range(shared.steps):
-            expert = self.experts.at(told[i])
-            step = self._step(
-                shared.steps, shared.shift, shared.solver, shared.schedule, guides[expert]
-            )
-            if not self.experts.placed(expert):
-                jax.block_until_ready(state.x)  # steps under way hold the other's memory
-            state = step(state, i, self.experts.params(expert), text_emb, text_mask, given)
-            if on_step is not None:
-                jax.block_until_ready(state.x)
-                on_step(i + 1, shared.steps, state.x)
-        x = state.x
-        if given.clean is not None:
-            x = jnp.concatenate([given.clean, x[:, 1:]], axis=1)
+        given = self.conditions(shared, pictures, canvases, count=len(requests))
+        start = None
+        if drafts is not None:
+            start = Start(self.encode(drafts), strength)
+        if canvases is not None or pictures[0] is not None or start is not None:
+            clock.stop("pictures", (given, start))
+        x = self.denoise(latents, shared, text, given, start=start, on_step=on_step)
         clock.stop("denoise", x)
         if on_tensor is not None:
             on_tensor("latents", np.asarray(x))
         video = self.decode(x)
         clock.stop("decode", video)
+        frames = to_bytes(video)
+        if canvases is not None:
+            frames = [canvas_of.paste(*pair) for pair in zip(canvases, frames, strict=True)]
         return [
             Video(
                 frames=frames,
@@ -269,16 +276,40 @@ class Pipeline:
                 # Another batch size may round differently: it belongs to what made the video.
                 metadata=self.metadata(request, pictures) | {"batch_size": len(requests)},
             )
-            for frames, request in zip(to_bytes(video), requests, strict=True)
+            for frames, request in zip(frames, requests, strict=True)
         ]
 
-    def conditions(
-        self, request: Request, pictures: Sequence[Picture | None], *, count: int = 1
-    ) -> Conditions:
-        """What the transformer sees of the (first, last) pictures, the same for `count` videos.
+    def _check_videos(self, requests, canvases, drafts) -> None:
+        """Raises ValueError unless canvases and drafts are of the requests' number and size."""
+        wanted = (requests[0].frames, requests[0].height, requests[0].width)
+        for name, videos in (("canvases", canvases), ("drafts", drafts)):
+            if videos is None:
+                continue
+            shapes = {(v.frames if name == "canvases" else v).shape for v in videos}
+            if len(videos) != len(requests) or shapes != {(*wanted, 3)}:
+                raise ValueError(
+                    f"{name}: {len(videos)} of shape {sorted(shapes)} for {len(requests)} videos "
+                    f"of {(*wanted, 3)}; give one of that shape for each."
+                )
+        if canvases is not None and self.way != "clean":
+            raise ValueError(
+                "this model was not trained on videos of which a part is given; it takes "
+                + ("pictures alone." if self.way else "text alone.")
+            )
 
-        They have passed `conditions.check`.
+    def conditions(
+        self,
+        request: Request,
+        pictures: Sequence[Picture | None] = (None, None),
+        canvases: Sequence[Canvas] | None = None,
+        *,
+        count: int = 1,
+    ) -> Conditions:
+        """What the transformer sees of (first, last) pictures, the same for `count` videos, or of
+        the canvas of each. Pictures have passed `conditions.check`.
         """
+        if canvases is not None:
+            return self._given_tokens(canvases)
         if pictures[0] is None:
             return Conditions()
         shown = [p for p in pictures if p is not None]
@@ -286,23 +317,48 @@ class Pipeline:
             None if p is None else conditions.fit(p, width=request.width, height=request.height)
             for p in pictures
         ]
-        channels = features = clean = None
-        if self.way == "clean":
-            clean = self._latents(self.vae.params, jnp.asarray(fitted[0])[None, None])
-        else:
-            video = conditions.condition_video(fitted, request.frames)
-            latents = self._latents(self.vae.params, jnp.asarray(video))
-            known = conditions.known_frames(request.frames, last=len(shown) == 2)
-            mask = conditions.mask_channels(known, temporal=self.vae.config.scale_factor_temporal)
-            mask = np.broadcast_to(mask[None, :, None, None], (*latents.shape[:-1], mask.shape[-1]))
-            channels = jnp.concatenate([jnp.asarray(mask), latents], axis=-1)
+        video = conditions.condition_video(fitted, request.frames)
+        latents = self._latents(self.vae.params, jnp.asarray(video))
+        known = conditions.known_frames(request.frames, last=len(shown) == 2)
+        mask = conditions.mask_channels(known, temporal=self.vae.config.scale_factor_temporal)
+        mask = np.broadcast_to(mask[None, :, None, None], (*latents.shape[:-1], mask.shape[-1]))
+        channels, features = jnp.concatenate([jnp.asarray(mask), latents], axis=-1), None
         if self.dit.config.image_dim is not None:
             size = self.image.config.image_size
             pixels = np.stack([clip.preprocess(picture, size=size) for picture in shown])
             rows = self._features(self.image.params, jnp.asarray(pixels))
             features = rows.reshape(1, -1, rows.shape[-1])
         repeat = lambda c: None if c is None else jnp.repeat(c, count, axis=0)  # noqa: E731
-        return Conditions(repeat(channels), repeat(features), repeat(clean))
+        return Conditions(repeat(channels), repeat(features))
+
+    def _given_tokens(self, canvases: Sequence[Canvas]) -> Conditions:
+        """Latents of the canvases, and which tokens of them are given."""
+        temporal, (patch, height, width) = self.vae.config.scale_factor_temporal, self._cell
+        cell = (patch // temporal, height, width)
+        keep = np.stack([canvas_of.given_tokens(c, temporal=temporal, cell=cell) for c in canvases])
+        videos = np.stack([canvas_of.filled(c) for c in canvases])
+        # The encoder is causal: frames after the last that are given change nothing.
+        used = np.flatnonzero(keep.any(axis=(0, 2, 3))).max(initial=0)
+        frames = 1 + ((used + 1) * cell[0] - 1) * temporal
+        latents = self.encode(videos[:, :frames])
+        missing = keep.shape[1] * cell[0] - latents.shape[1]
+        clean = jnp.pad(latents, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
+        return Conditions(clean=clean, keep=jnp.asarray(keep))
+
+    def encode(self, frames: UInt8[np.ndarray, "b F H W 3"]) -> Float[Array, "b f h w c"]:
+        """Normalised latents of videos, the encoder's means."""
+        return self._latents(self.vae.params, jnp.asarray(canvas_of.to_unit(frames)))
+
+    def text_of(self, requests: Sequence[Request]) -> Text:
+        """Embeddings of the prompts, and of the negative ones where guidance needs them."""
+        guides = [requests[0].guide(expert) for expert in range(len(self.experts.parts))]
+        guided = any(guide.needs_uncond for guide in guides)
+        return Text(
+            *self.encode_text(
+                [r.prompt for r in requests],
+                [r.negative_prompt for r in requests] if guided else [],
+            )
+        )
 
     def encode_text(self, prompts: Sequence[str], negative: Sequence[str] = ()):
         """(text_emb "b l d", text_mask "b l") of prompts, negative ones after them."""
@@ -313,6 +369,16 @@ class Pipeline:
     def decode(self, latents: ArrayLike) -> Float[Array, "b F H W 3"]:
         """Videos in [-1, 1] of normalised latents."""
         return self._decode(self.vae.params, jnp.asarray(latents))
+
+    def decoder(self) -> Callable[[Float[Array, "b f h w c"]], Float[Array, "b F H W 3"]]:
+        """Decodes videos part by part: called with latents that follow those of the call before."""
+        decode = streaming.decoder(self.vae.module(self.vae.params))
+
+        def on_mesh(latents):
+            with sharding.use_mesh(self.mesh):
+                return decode(latents)
+
+        return on_mesh
 
     def latent_shape(self, request: Request) -> tuple[int, int, int, int]:
         """(f, h, w, c) of the request's latents."""
@@ -342,27 +408,6 @@ class Pipeline:
                 "frames, height, width, channels."
             )
         return jnp.asarray(noise, jnp.float32)
-
-    def _make_step(
-        self,
-        steps: int,
-        shift: float,
-        solver: str,
-        schedule: str,
-        guide: guidances.GuidanceConfig,
-    ):
-        """The jitted step of the solver; kept, so that a second video compiles nothing."""
-        table, told = times.schedule(schedule, steps, shift=shift)
-
-        @self._jit
-        def step(state, i, params, text_emb, text_mask, given):
-            velocity = conditions.conditioned(self.dit.module(params), text_emb, text_mask, given)
-            guided = guidances.guided_velocity(velocity, config=guide)
-            return sampler.make_solver(guided, table, solver=solver, model_times=told).step(
-                state, i
-            )
-
-        return step
 
     def metadata(
         self, request: Request, pictures: Sequence[Picture | None] = (None, None)

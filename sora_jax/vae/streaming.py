@@ -66,11 +66,26 @@ def decode_stream(vae: VideoVAE, latents: Latents, *, chunk: int = 1) -> Iterato
       ValueError: for chunk below 1.
     """
     _check_chunk(chunk)
-    kept = None
+    decode = decoder(vae)
     for start in (0, *range(1, latents.shape[1], chunk)):
-        part = latents[:, start : start + (chunk if start else 1)]
-        video, kept = _jitted(_decode, vae, part, kept, mesh=sharding.current_mesh())
-        yield video
+        yield decode(latents[:, start : start + (chunk if start else 1)])
+
+
+def decoder(vae: VideoVAE) -> Callable[[Latents], Video]:
+    """Decodes latents that come one part after the other; the first begins a video."""
+    kept = None
+
+    def decode(latents: Latents) -> Video:
+        nonlocal kept
+        parts = []
+        # A part of its own size each: the first frame has no frames to carry.
+        for part in (latents[:, :1], latents[:, 1:]) if kept is None else (latents,):
+            if part.shape[1]:
+                video, kept = _jitted(_decode, vae, part, kept, mesh=sharding.current_mesh())
+                parts.append(video)
+        return jnp.concatenate(parts, axis=1)
+
+    return decode
 
 
 def _encode(vae: VideoVAE, video: Video, kept: Kept | None) -> tuple[Moments, Kept]:

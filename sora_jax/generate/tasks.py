@@ -1,0 +1,422 @@
+"""What Sora does beside text to video, each as a canvas and a sweep of windows over it.
+
+Every function takes a `Pipeline`, a prompt, its inputs as uint8 arrays of any size, and the
+settings of `Pipeline.request`; it returns a `Video`. Clips are at the video's own rate: reading
+files at it is the command's part. What is given comes back as it was.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from sora_jax import video_io
+from sora_jax.generate import canvas as canvas_of
+from sora_jax.generate import windows
+from sora_jax.generate.canvas import Canvas
+from sora_jax.generate.conditions import Picture
+from sora_jax.generate.denoise import OnStep
+from sora_jax.generate.video import Video, array_hash
+from sora_jax.generate.windows import Sweep
+
+Clip = UInt8[np.ndarray, "G H W 3"]
+
+# What a mask of training is good for, in the words of the command.
+WORDS = {
+    "none": "text to video",
+    "first": "animate a picture (--image)",
+    "first_last": "a first and a last picture (--image, --last-image)",
+    "keyframes": "keyframes (--keyframe)",
+    "prefix": "extend forward (--extend forward), and films of several windows (--seconds)",
+    "suffix": "extend backward (--extend backward)",
+    "middle": "join and loop (--join, --loop)",
+    "box": "inpaint (--inpaint)",
+    "border": "outpaint (--outpaint)",
+}
+DIRECTIONS = ("forward", "backward", "both")
+
+
+def check(pipe, mask: str) -> None:
+    """Raises ValueError unless `pipe`'s checkpoint was trained for what `mask` is good for."""
+    if mask in pipe.tasks:
+        return
+    has = "; ".join(WORDS[name] for name in pipe.tasks if name in WORDS)
+    raise ValueError(
+        f"this checkpoint was not trained for: {WORDS[mask]}. It can: {has}. Use another "
+        "checkpoint, or train with config.tasks.weights." + mask + "."
+    )
+
+
+def whole(pipe, frames: int, *, least: int = 1) -> int:
+    """The frame count nearest to `frames`, and not below `least`, that the VAE takes."""
+    step = pipe.vae.config.scale_factor_temporal
+    return max(1 + round((frames - 1) / step) * step, 1 + -(-(least - 1) // step) * step)
+
+
+def overlap_of(pipe, window: int) -> int:
+    """Frames that a window takes over by default: half of it."""
+    return whole(pipe, (window + 1) // 2)
+
+
+def window_of(pipe, frames: int | None = None) -> int:
+    """Frames of a window by default: what the checkpoint makes by default."""
+    return pipe.sampling.frames if frames is None else min(frames, pipe.sampling.frames)
+
+
+def _fitted(clip: np.ndarray, size: tuple[int, int], *, name: str = "the video") -> Clip:
+    """`clip` with its centre cut to `size` (width, height).
+
+    Raises:
+      ValueError: an array of another kind, or one without frames.
+    """
+    if not (isinstance(clip, np.ndarray) and clip.dtype == np.uint8 and clip.ndim == 4):
+        raise ValueError(
+            f"{name} is {getattr(clip, 'dtype', type(clip).__name__)} of shape "
+            f"{getattr(clip, 'shape', None)}; give a numpy array, uint8, (F, H, W, 3), RGB."
+        )
+    if not len(clip):
+        raise ValueError(f"{name} has no frames; give at least one.")
+    return np.stack([video_io.fit(frame, size[::-1]) for frame in clip])
+
+
+def _sized(pipe, settings: dict[str, Any]) -> tuple[int, int]:
+    return settings.get("size") or (pipe.sampling.width, pipe.sampling.height)
+
+
+def _video(pipe, request, frames: np.ndarray, task: dict[str, Any]) -> Video:
+    metadata = pipe.metadata(dataclasses.replace(request, frames=len(frames)))
+    return Video(
+        frames=frames, fps=request.fps, metadata=metadata | {"task": task, "batch_size": 1}
+    )
+
+
+def _render(
+    pipe,
+    prompt: str,
+    canvas: Canvas | None,
+    task: dict[str, Any],
+    *,
+    draft: Clip | None = None,
+    strength: float = 1.0,
+    window: int | None = None,
+    overlap: int | None = None,
+    on_step: OnStep | None = None,
+    **settings: Any,
+) -> Video:
+    """The film of a canvas (or of a draft), in one window or in several."""
+    total = len(draft) if canvas is None else len(canvas.frames)
+    window = whole(pipe, min(total, window or window_of(pipe, total)))
+    if total > window:
+        check(pipe, "prefix")
+    settings = settings | {"frames": window}
+    request = pipe.request(prompt, **settings)
+    made = windows.film(
+        pipe,
+        lambda *_: [request],
+        Sweep(total, window, overlap or overlap_of(pipe, window)),
+        canvases=None if canvas is None else [canvas],
+        drafts=None if draft is None else draft[None],
+        strength=strength,
+        on_step=on_step,
+    )
+    frames = np.concatenate(list(made), axis=1)[0]
+    return _video(pipe, request, frames, task)
+
+
+def animate(pipe, prompt: str, picture: Picture, **settings: Any) -> Video:
+    """A video that begins with `picture`."""
+    check(pipe, "first")
+    return keyframes(pipe, prompt, {0: picture}, **settings)
+
+
+def keyframes(pipe, prompt: str, pictures: Mapping[int, Picture], **settings: Any) -> Video:
+    """A video that shows each picture at its frame; negative numbers count from the end.
+
+    Raises:
+      ValueError: a frame outside the video, or twice; none at all.
+    """
+    frames = settings.pop("frames", None) or pipe.sampling.frames
+    placed: dict[int, Picture] = {}
+    for frame, picture in pictures.items():
+        at = frame + frames if frame < 0 else frame
+        if at in placed:
+            raise ValueError(f"keyframe {frame} is given twice; give each frame once.")
+        placed[at] = picture
+    if not placed:
+        raise ValueError("no keyframe is given; give at least one picture.")
+    ends = {0: "first"} | ({frames - 1: "last"} if frames > 1 else {})
+    kinds = {ends.get(at, "keyframes") for at in placed}
+    mask = "keyframes"
+    if kinds <= {"first", "last"} and "first" in kinds:
+        mask = "first" if kinds == {"first"} else "first_last"
+    check(pipe, mask)
+    canvas = canvas_of.of_pictures(placed, frames, size=_sized(pipe, settings))
+    hashes = {str(at): array_hash(picture) for at, picture in placed.items()}
+    return _render(pipe, prompt, canvas, {"name": "keyframes", "pictures": hashes}, **settings)
+
+
+def extend(
+    pipe,
+    prompt: str,
+    clip: Clip,
+    *,
+    direction: str = "forward",
+    seconds: float,
+    window: int | None = None,
+    on_step: OnStep | None = None,
+    **settings: Any,
+) -> Video:
+    """`clip` with about `seconds` more at its end, its beginning, or both.
+
+    Raises:
+      ValueError: an unknown direction, no time, or a clip without frames.
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction {direction!r} is unknown; use {', '.join(DIRECTIONS)}.")
+    if not seconds > 0:
+        raise ValueError(f"seconds {seconds:g} is not above 0; say how much is to be added.")
+    clip = _fitted(clip, _sized(pipe, settings))
+    settings = settings | {"frames": window_of(pipe, window)}
+    request = pipe.request(prompt, **settings)
+    step = pipe.vae.config.scale_factor_temporal
+    added = max(step, round(seconds * request.fps / step) * step)
+    length = request.frames
+    made = clip
+    if direction in ("forward", "both"):
+        check(pipe, "prefix")
+        known = min(whole(pipe, len(clip) - step / 2), overlap_of(pipe, length))
+        canvas = canvas_of.of_clip(clip[-known:], max(known + added, length), at=0)
+        sweep = Sweep(len(canvas.frames), length, overlap_of(pipe, length))
+        film = windows.film(pipe, lambda *_: [request], sweep, canvases=[canvas], on_step=on_step)
+        fresh = np.concatenate(list(film), axis=1)[0, known : known + added]
+        made = np.concatenate([made, fresh])
+    if direction in ("backward", "both"):
+        check(pipe, "suffix")
+        known = min(len(clip) // step * step, (length // 2) // step * step)
+        if not known:
+            raise ValueError(
+                f"the video has {len(clip)} frames; to lead to its beginning takes {step}."
+            )
+        fresh = windows.before(
+            pipe, [request], clip[None], overlap=known, total=added, on_step=on_step
+        )[0]
+        made = np.concatenate([fresh, made])
+    task = {"name": "extend", "direction": direction, "clip": array_hash(clip), "added": added}
+    return _video(pipe, request, made, task)
+
+
+def bridge(
+    pipe, prompt: str, first: Clip, second: Clip, *, seconds: float, on_step=None, **settings: Any
+) -> tuple[Any, Clip]:
+    """The request, and about `seconds` of frames that lead from `first` to `second`.
+
+    Raises:
+      ValueError: more than one window can bridge, or no time.
+    """
+    check(pipe, "middle")
+    if not seconds > 0:
+        raise ValueError(f"seconds {seconds:g} is not above 0; say how long the join takes.")
+    step, length = pipe.vae.config.scale_factor_temporal, window_of(pipe)
+    request = pipe.request(prompt, **(settings | {"frames": length}))
+    gap = max(step, round(seconds * request.fps / step) * step)
+    most = length - 1 - step
+    if gap > most:
+        raise ValueError(
+            f"seconds {seconds:g} is {gap} frames; one window of {length} joins over at most "
+            f"{most} ({most / request.fps:g} s): extend the first video before."
+        )
+    before = whole(pipe, min(len(first), (length - gap + 1) // 2))
+    after = min(length - gap - before, len(second) // step * step)
+    canvas = canvas_of.blank(before + gap + after, request.height, request.width)
+    canvas_of.place(canvas, first[-before:], at=0)
+    canvas_of.place(canvas, second[:after], at=before + gap)
+    request = pipe.request(prompt, **(settings | {"frames": len(canvas.frames)}))
+    video = pipe.run([request], canvases=[canvas], on_step=on_step)[0]
+    return request, video.frames[before : before + gap]
+
+
+def join(
+    pipe, prompt: str, first: Clip, second: Clip, *, seconds: float = 0.5, **settings: Any
+) -> Video:
+    """`first`, about `seconds` that lead over, and `second`."""
+    size = _sized(pipe, settings)
+    first, second = _fitted(first, size, name="A"), _fitted(second, size, name="B")
+    request, gap = bridge(pipe, prompt, first, second, seconds=seconds, **settings)
+    task = {"name": "join", "clips": [array_hash(first), array_hash(second)], "added": len(gap)}
+    return _video(pipe, request, np.concatenate([first, gap, second]), task)
+
+
+def loop(
+    pipe, prompt: str, clip: Clip | None = None, *, seconds: float = 0.75, **settings: Any
+) -> Video:
+    """A video whose end leads back to its beginning: `clip`, or one made first, and a bridge."""
+    check(pipe, "middle")
+    if clip is None:
+        clip = pipe(prompt, **settings).frames
+    clip = _fitted(clip, _sized(pipe, settings))
+    settings = {k: v for k, v in settings.items() if k != "frames"}
+    request, gap = bridge(pipe, prompt, clip, clip, seconds=seconds, **settings)
+    task = {"name": "loop", "clip": array_hash(clip), "added": len(gap)}
+    return _video(pipe, request, np.concatenate([clip, gap]), task)
+
+
+def _cut_to_whole(pipe, clip: Clip) -> Clip:
+    """The longest beginning of `clip` that the VAE takes."""
+    step = pipe.vae.config.scale_factor_temporal
+    return clip[: 1 + (len(clip) - 1) // step * step]
+
+
+def edit(pipe, prompt: str, clip: Clip, *, strength: float = 0.8, **settings: Any) -> Video:
+    """`clip` drawn anew after `prompt` (SDEdit): the larger `strength`, the less of it stays.
+
+    Raises:
+      ValueError: a strength outside (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength {strength:g} is out of range; use more than 0, at most 1.")
+    clip = _cut_to_whole(pipe, _fitted(clip, _sized(pipe, settings)))
+    task = {"name": "edit", "clip": array_hash(clip), "strength": strength}
+    return _render(pipe, prompt, None, task, draft=clip, strength=strength, **settings)
+
+
+def inpaint(
+    pipe,
+    prompt: str,
+    clip: Clip,
+    hole: Bool[np.ndarray, "H W"] | Bool[np.ndarray, "F H W"],
+    **settings: Any,
+) -> Video:
+    """`clip` with what `hole` marks made anew, in every frame or frame by frame.
+
+    Raises:
+      ValueError: a mask of another size than the clip, or one that marks nothing or all.
+    """
+    check(pipe, "box")
+    if hole.shape[-2:] != clip.shape[1:3] or (hole.ndim == 3 and len(hole) != len(clip)):
+        raise ValueError(
+            f"the mask is {hole.shape[-1]}x{hole.shape[-2]}"
+            + (f" of {len(hole)} frames" if hole.ndim == 3 else "")
+            + f", the video {clip.shape[2]}x{clip.shape[1]} of {len(clip)} frames; give a mask of "
+            "the video's size."
+        )
+    size = _sized(pipe, settings)
+    hole = np.broadcast_to(hole, clip.shape[:3])
+    shown = np.repeat(hole[..., None], 3, axis=-1).astype(np.uint8) * 255
+    clip, hole = (_cut_to_whole(pipe, _fitted(v, size)) for v in (clip, shown))
+    hole = hole[..., 0] > 0
+    if not hole.any() or hole.all():
+        raise ValueError(
+            "the mask marks " + ("all" if hole.any() else "nothing") + " of the video."
+        )
+    task = {"name": "inpaint", "clip": array_hash(clip), "mask": array_hash(hole)}
+    return _render(pipe, prompt, Canvas(clip, ~hole), task, **settings)
+
+
+def outpaint(
+    pipe, prompt: str, clip: Clip, *, size: tuple[int, int] | None = None, **settings: Any
+) -> Video:
+    """`clip` in the middle of a larger picture of `size` (width, height).
+
+    Raises:
+      ValueError: a clip that does not fit into `size`.
+    """
+    check(pipe, "border")
+    width, height = size or (pipe.sampling.width, pipe.sampling.height)
+    clip = _cut_to_whole(pipe, clip)
+    rows, columns = clip.shape[1:3]
+    if rows > height or columns > width or (rows, columns) == (height, width):
+        raise ValueError(
+            f"the video is {columns}x{rows}; --outpaint {width}x{height} must be larger."
+        )
+    canvas = canvas_of.blank(len(clip), height, width)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    canvas.frames[:, top : top + rows, left : left + columns] = clip
+    canvas.known[:, top : top + rows, left : left + columns] = True
+    task = {"name": "outpaint", "clip": array_hash(clip)}
+    return _render(pipe, prompt, canvas, task, size=(width, height), **settings)
+
+
+def interpolate(
+    pipe, prompt: str, clip: Clip, *, times: int = 2, strength: float = 0.6, **settings: Any
+) -> Video:
+    """`clip` at `times` its frame rate: frames between, blended and then drawn anew.
+
+    Raises:
+      ValueError: `times` below 2.
+    """
+    if times < 2:
+        raise ValueError(f"interpolate {times} is out of range; use 2 or more.")
+    clip = _fitted(clip, _sized(pipe, settings))
+    places = np.arange((len(clip) - 1) * times + 1) / times
+    before = np.floor(places).astype(int)
+    after, share = np.minimum(before + 1, len(clip) - 1), (places - before)[:, None, None, None]
+    draft = np.rint(clip[before] * (1 - share) + clip[after] * share).astype(np.uint8)
+    rest = -(len(draft) - 1) % pipe.vae.config.scale_factor_temporal
+    padded = np.concatenate([draft, np.repeat(draft[-1:], rest, axis=0)])
+    task = {"name": "interpolate", "clip": array_hash(clip), "times": times}
+    fps = settings.pop("fps", None) or pipe.sampling.fps
+    made = _render(
+        pipe, prompt, None, task, draft=padded, strength=strength, fps=fps * times, **settings
+    )
+    frames = made.frames[: len(draft)].copy()
+    frames[::times] = clip
+    return dataclasses.replace(made, frames=frames)
+
+
+def seconds_to_frames(pipe, seconds: float, fps: float | None = None) -> int:
+    """Frames of a film of about `seconds`, its first frame one more.
+
+    Raises:
+      ValueError: no time.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds {seconds:g} is not above 0; use, for example, 10.")
+    rate = fps or pipe.sampling.fps
+    return whole(pipe, round(seconds * rate) + 1)
+
+
+def long(
+    pipe,
+    prompt: str,
+    *,
+    frames: int,
+    window: int | None = None,
+    overlap: int | None = None,
+    image: Picture | None = None,
+    on_step: OnStep | None = None,
+    **settings: Any,
+):
+    """A film of any length: its request, and an iterator over its frames (n, H, W, 3) as they come.
+
+    Args:
+      frames: of the film, 1 + a multiple of the VAE's temporal factor.
+      window: frames that the model sees at once; by default what it makes by default.
+      overlap: frames that a window takes over from the one before; by default half.
+      image: picture that it begins with.
+    """
+    window = window_of(pipe, frames) if window is None else min(window, frames)
+    if frames > window:
+        check(pipe, "prefix")
+    request = pipe.request(prompt, **(settings | {"frames": window}))
+    canvases = None
+    if image is not None:
+        check(pipe, "first")
+        canvases = [canvas_of.of_pictures({0: image}, frames, size=(request.width, request.height))]
+    sweep = Sweep(frames, window, overlap or overlap_of(pipe, window))
+    made = windows.film(pipe, lambda *_: [request], sweep, canvases=canvases, on_step=on_step)
+    return request, (part[0] for part in made)
+
+
+TASKS = {
+    "animate": animate,
+    "keyframes": keyframes,
+    "extend": extend,
+    "join": join,
+    "loop": loop,
+    "edit": edit,
+    "inpaint": inpaint,
+    "outpaint": outpaint,
+    "interpolate": interpolate,
+}

@@ -1,0 +1,200 @@
+"""Films longer than a model sees at once: windows that slide over time, each given the last frames.
+
+Of what a window takes over from the one before, latents stay as they are, so that nothing fades by
+being decoded and encoded again and again; only its first frame is encoded, for a causal VAE's first
+latent frame stands for a single one. Frames are decoded as they come, and nothing grows with the
+length of the film.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from sora_jax.generate import canvas as canvas_of
+from sora_jax.generate.canvas import Canvas
+from sora_jax.generate.conditions import Conditions
+from sora_jax.generate.denoise import OnStep, Start
+from sora_jax.generate.request import Request
+from sora_jax.generate.video import to_bytes
+
+# The requests of a window from its number and its first frame; all of one size.
+RequestsAt = Callable[[int, int], Sequence[Request]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """How windows lie over a film.
+
+    Attributes:
+      total: frames of the film, 1 + a multiple of the VAE's temporal factor.
+      window: frames of a window; likewise.
+      overlap: frames that a window takes over from the one before; likewise.
+
+    Raises:
+      ValueError: windows that do not move forward.
+    """
+
+    total: int
+    window: int
+    overlap: int
+
+    def __post_init__(self):
+        if self.total > self.window and not 0 < self.overlap < self.window:
+            raise ValueError(
+                f"windows of {self.window} frames that take over {self.overlap}; use 1 to "
+                f"{self.window - 1}."
+            )
+
+    @property
+    def begins(self) -> list[int]:
+        """First frames of the windows; the last takes over more where it must."""
+        if self.total <= self.window:
+            return [0]
+        last = self.total - self.window
+        return [*range(0, last, self.window - self.overlap), last]
+
+
+def film(
+    pipe,
+    requests_at: RequestsAt,
+    sweep: Sweep,
+    *,
+    canvases: Sequence[Canvas] | None = None,
+    drafts: UInt8[np.ndarray, "b F H W 3"] | None = None,
+    strength: float = 1.0,
+    on_step: OnStep | None = None,
+) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
+    """Yields the frames of films as soon as they are made, window by window.
+
+    Args:
+      pipe: a `Pipeline` whose model was trained on clips that go on ("prefix"), unless one
+        window is all.
+      requests_at: requests of each window, `sweep.window` frames long, or the whole film's.
+      canvases: what is given of each film, over its whole length.
+      drafts, strength: as in `Pipeline.run`, over the whole length.
+      on_step: called with steps over all windows.
+    """
+    begins = sweep.begins
+    decoder = pipe.decoder()
+    frames = latents = end = None
+    for number, begin in enumerate(begins):
+        requests = requests_at(number, begin)
+        length = requests[0].frames
+        known = 0 if end is None else end - begin
+        local = _local(canvases, begin, length, known, frames, requests[0])
+        given = Conditions() if local is None else pipe.conditions(requests[0], canvases=local)
+        if known > 1:
+            given = _carried(given, latents, known, length, pipe.vae.config.scale_factor_temporal)
+        start = None
+        if drafts is not None:
+            start = Start(pipe.encode(drafts[:, begin : begin + length]), strength)
+        latents = pipe.denoise(
+            _noise(pipe, requests, number),
+            requests[0],
+            pipe.text_of(requests),
+            given,
+            start=start,
+            on_step=_counted(on_step, number, len(begins)),
+        )
+        fresh = latents
+        if known:
+            fresh = latents[:, 1 + (known - 1) // pipe.vae.config.scale_factor_temporal :]
+        made = to_bytes(decoder(fresh))
+        if canvases is not None:
+            pairs = zip(_cut(canvases, begin + known, len(made[0])), made, strict=True)
+            made = np.stack([canvas_of.paste(*pair) for pair in pairs])
+        yield made
+        frames = made if frames is None else np.concatenate([frames, made], axis=1)
+        frames, end = frames[:, -sweep.window :], begin + length
+
+
+def _noise(pipe, requests: Sequence[Request], number: int) -> jax.Array:
+    """The first window's noise is that of a video of its own; later ones get another."""
+    if not number:
+        return pipe.noise(requests)
+    shape = pipe.latent_shape(requests[0])
+    keys = [jax.random.fold_in(jax.random.key(r.seed), number) for r in requests]
+    return jnp.stack([jax.random.normal(key, shape) for key in keys])
+
+
+def _cut(canvases: Sequence[Canvas], begin: int, length: int) -> list[Canvas]:
+    return [Canvas(*(part[begin : begin + length] for part in canvas)) for canvas in canvases]
+
+
+def _local(
+    canvases: Sequence[Canvas] | None,
+    begin: int,
+    length: int,
+    known: int,
+    frames: UInt8[np.ndarray, "b G H W 3"] | None,
+    request: Request,
+) -> list[Canvas] | None:
+    """Canvases of a window: what is given in it, and the `known` last frames made before it."""
+    if canvases is None and not known:
+        return None
+    if canvases is None:
+        blank = canvas_of.blank(length, request.height, request.width)
+        local = [Canvas(*(part.copy() for part in blank)) for _ in frames]
+    else:
+        local = [Canvas(*(p.copy() for p in canvas)) for canvas in _cut(canvases, begin, length)]
+    for i, canvas in enumerate(local):
+        if known:
+            canvas_of.place(canvas, frames[i, -known:], at=0)
+    if not any(canvas.known.any() for canvas in local):
+        return None
+    return local
+
+
+def _carried(
+    given: Conditions,
+    latents: Float[jax.Array, "b f h w c"],
+    known: int,
+    length: int,
+    temporal: int,
+) -> Conditions:
+    """`given` with the latents that the window before made, all but the first frame's."""
+    count = (known - 1) // temporal
+    old = latents[:, latents.shape[1] - count :]
+    return given._replace(clean=given.clean.at[:, 1 : 1 + count].set(old))
+
+
+def _counted(on_step: OnStep | None, number: int, windows: int) -> OnStep | None:
+    if on_step is None:
+        return None
+    return lambda step, total, x: on_step(number * total + step, windows * total, x)
+
+
+def before(
+    pipe,
+    requests: Sequence[Request],
+    clips: UInt8[np.ndarray, "b G H W 3"],
+    *,
+    overlap: int,
+    total: int,
+    on_step: OnStep | None = None,
+) -> UInt8[np.ndarray, "b n H W 3"]:
+    """At least `total` frames that lead to the beginning of `clips`, by windows that go back.
+
+    Args:
+      requests: of one window.
+      overlap: frames at a window's end that are given, a multiple of the VAE's temporal factor.
+    """
+    length = requests[0].frames
+    windows = -(-total // (length - overlap))
+    made = clips[:, :overlap]
+    for number in range(windows):
+        canvases = [canvas_of.of_clip(clip, length, at=length - overlap) for clip in made]
+        latents = pipe.denoise(
+            _noise(pipe, requests, number),
+            requests[0],
+            pipe.text_of(requests),
+            pipe.conditions(requests[0], canvases=canvases),
+            on_step=_counted(on_step, number, windows),
+        )
+        fresh = to_bytes(pipe.decode(latents))[:, : length - overlap]
+        made = np.concatenate([fresh, made], axis=1)
+    return made[:, : made.shape[1] - overlap][:, -total:]
