@@ -157,6 +157,7 @@ class DiTBlock(nnx.Module):
         text_bias: Float[Array, "b s"],
         segment_ids: Int[Array, "b n"] | None = None,
         text_segment_ids: Int[Array, "b s"] | None = None,
+        text_of_tokens: Int[Array, "b n"] | None = None,
         image: Float[Array, "b i d"] | None = None,
         membership: Float[Array, "b n times"] | None = None,
     ) -> Float[Array, "b n d"]:
@@ -177,7 +178,7 @@ class DiTBlock(nnx.Module):
             x if self.norm_cross is None else self.norm_cross(x),
             text,
             kv_axis="text_tokens",
-            q_segment_ids=None if text_segment_ids is None else segment_ids,
+            q_segment_ids=None if text_segment_ids is None else text_of_tokens,
             kv_segment_ids=text_segment_ids,
             kv_bias=text_bias,
             image=image,
@@ -229,15 +230,23 @@ class DiT(nnx.Module):
         text_emb: Float[Array, "b l d_text"],
         *,
         text_mask: Bool[Array, "b l"] | None = None,
+        text_segment_ids: Int[Array, "b l"] | None = None,
+        text_of_frames: Int[Array, "b f_grid"] | None = None,
+        num_texts: int = 1,
         image_emb: Float[Array, "b i d_image"] | None = None,
     ) -> Float[Array, "b f h w c_out"]:
         """Velocity at time `t` of every example (b,), token (b, n) or patch (b, f', h', w').
+
+        With `text_of_frames` a video has several texts, one after the other in `text_emb`, and the
+        tokens of a frame attend to its own.
 
         Args:
           latents: noisy latents x_t, in_channels wide.
           t: flow time; 0 is data, 1 is noise.
           text_emb: the text encoder's output, of any length up to `config.text_len`.
           text_mask: True for real tokens; None: all of them.
+          text_segment_ids: which of the texts, in [0, num_texts), a text token belongs to.
+          text_of_frames: the text of every frame of patches.
           image_emb: image features, for models that take them (`config.image_dim`).
 
         Raises:
@@ -250,11 +259,17 @@ class DiT(nnx.Module):
                 f"t of shape {t.shape} fits neither examples {t.shape[:1]}, nor tokens "
                 f"{(t.shape[0], math.prod(grid))}, nor the grid {(t.shape[0], *grid)}."
             )
+        text_of_tokens = None
+        if text_of_frames is not None:
+            text_of_tokens = jnp.repeat(text_of_frames, grid[1] * grid[2], axis=1)
         velocity = self.tokens(
             patchify.patchify(latents, self.config.patch_size),
             t.reshape(t.shape[0], -1),
             text_emb,
             text_mask=text_mask,
+            text_segment_ids=text_segment_ids,
+            text_of_tokens=text_of_tokens,
+            num_segments=num_texts,
             image_emb=image_emb,
             positions=patchify.positions(*grid)[None],
         )
@@ -270,6 +285,7 @@ class DiT(nnx.Module):
         text_mask: Bool[Array, "b l"] | None = None,
         segment_ids: Int[Array, "b n"] | None = None,
         text_segment_ids: Int[Array, "b l"] | None = None,
+        text_of_tokens: Int[Array, "b n"] | None = None,
         num_segments: int = 1,
         t_of_segments: bool = False,
         image_emb: Float[Array, "b i d_image"] | None = None,
@@ -286,6 +302,7 @@ class DiT(nnx.Module):
           segment_ids: which example a token belongs to, in [0, num_segments); other ids are
             padding, whose output has no meaning.
           text_segment_ids: the same for text; needed with more than one segment.
+          text_of_tokens: the segment of text that a token attends to, where it is not its own.
           num_segments: static bound on the number of segments in a row.
           image_emb: image features of the whole row.
 
@@ -300,7 +317,8 @@ class DiT(nnx.Module):
                 f"text of {length} tokens is longer than dit.text_len {config.text_len}; cut it "
                 "or raise dit.text_len."
             )
-        if text_segment_ids is not None and segment_ids is None:
+        text_of_tokens = segment_ids if text_of_tokens is None else text_of_tokens
+        if text_segment_ids is not None and text_of_tokens is None:
             raise ValueError("text_segment_ids need segment_ids; give both or neither.")
         if image_emb is not None and self.image_embed is None:
             raise ValueError("image features were given to a model whose dit.image_dim is None.")
@@ -330,6 +348,7 @@ class DiT(nnx.Module):
             text_bias=text_bias,
             segment_ids=segment_ids,
             text_segment_ids=text_segment_ids,
+            text_of_tokens=text_of_tokens,
             image=None if image_emb is None else self.image_embed(image_emb),
             membership=membership,
         )

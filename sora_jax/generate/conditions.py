@@ -12,10 +12,9 @@ There are three ways, and a model has none, the third, the first, or the first t
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sora_jax import video_io
 from sora_jax.dit import patchify
@@ -34,6 +33,17 @@ class Conditions(NamedTuple):
     features: Float[Array, "b i d_image"] | None = None
     clean: Float[Array, "b f h w c"] | None = None
     keep: Bool[Array, "b f_grid h_grid w_grid"] | None = None  # where tokens are those of `clean`
+
+
+class Text(NamedTuple):
+    """Embedded prompts, and after them the negative ones where guidance needs any.
+
+    With `of_frames` a video has s prompts, and says which of them each frame of patches follows.
+    """
+
+    emb: Float[Array, "b l d"] | Float[Array, "b s l d"]
+    mask: Bool[Array, "b l"] | Bool[Array, "b s l"]
+    of_frames: Int[Array, " f_grid"] | None = None
 
 
 def takes(dit: DiTConfig, vae: VAEConfig, *, expand_timesteps: bool) -> str:
@@ -119,7 +129,7 @@ def condition_video(
     return video
 
 
-def conditioned(dit, text_emb: jax.Array, text_mask: jax.Array, conditions: Conditions) -> Velocity:
+def conditioned(dit, text: Text, conditions: Conditions) -> Velocity:
     """The transformer as velocity(x, t) over 1 or 2 times the batch that `conditions` are for."""
 
     def velocity(x: Latents, t: Float[Array, ""]) -> Latents:
@@ -133,11 +143,28 @@ def conditioned(dit, text_emb: jax.Array, text_mask: jax.Array, conditions: Cond
             time = jnp.where(keep, 0.0, t)
         if channels is not None:
             x = jnp.concatenate([x, channels], axis=-1)
-        # Guidance may be off for one of two transformers: then the prompts' rows are the first.
-        rows = slice(x.shape[0])
-        return dit(x, time, text_emb[rows], text_mask=text_mask[rows], image_emb=features)
+        return dit(x, time, **_texts(text, x.shape[0]), image_emb=features)
 
     return velocity
+
+
+def _texts(text: Text, count: int) -> dict[str, Any]:
+    """The transformer's arguments for the first `count` rows.
+
+    Guidance may be off for one of two transformers: then the prompts' rows are the first.
+    """
+    emb, mask = text.emb[:count], text.mask[:count]
+    if text.of_frames is None:
+        return {"text_emb": emb, "text_mask": mask}
+    _, texts, length, width = emb.shape
+    numbers = jnp.broadcast_to(jnp.arange(texts)[None, :, None], mask.shape)
+    return {
+        "text_emb": emb.reshape(count, texts * length, width),
+        "text_mask": mask.reshape(count, -1),
+        "text_segment_ids": numbers.reshape(count, -1),
+        "text_of_frames": jnp.broadcast_to(text.of_frames, (count, len(text.of_frames))),
+        "num_texts": texts,
+    }
 
 
 def keep_clean(

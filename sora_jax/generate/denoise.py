@@ -8,12 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion import path, sampler, times
 from sora_jax.generate import conditions
-from sora_jax.generate.conditions import Conditions
+from sora_jax.generate.conditions import Conditions, Text
 from sora_jax.generate.experts import Experts
 from sora_jax.generate.request import Request
 
@@ -29,13 +29,6 @@ class Start(NamedTuple):
 
     latents: Float[Array, "b f h w c"]
     strength: float
-
-
-class Text(NamedTuple):
-    """Embedded prompts, and after them the negative ones where guidance needs any."""
-
-    emb: Float[Array, "b2 l d"]
-    mask: Bool[Array, "b2 l"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +102,7 @@ class Denoiser:
         @self._jit
         def step(state, i, params, text, given):
             dit = self.experts.parts[0].module(params)
-            velocity = conditions.conditioned(dit, *text, given)
+            velocity = conditions.conditioned(dit, text, given)
             guided = guidances.guided_velocity(velocity, config=kind.guide)
             return sampler.make_solver(guided, table, solver=kind.solver, model_times=told).step(
                 state, i

@@ -18,11 +18,11 @@ from sora_jax import sharding
 from sora_jax.convert.folder import SamplingDefaults
 from sora_jax.diffusion import times
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import conditions, tasks
+from sora_jax.generate import conditions, tasks, texts
 from sora_jax.generate import request as requests_of
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Conditions, Picture
-from sora_jax.generate.denoise import Denoiser, OnStep, Start, Text
+from sora_jax.generate.denoise import Denoiser, OnStep, Start
 from sora_jax.generate.experts import Experts, Part
 from sora_jax.generate.request import Request
 from sora_jax.generate.video import Video, array_hash, to_bytes
@@ -249,10 +249,10 @@ class Pipeline:
         self._check_videos(requests, canvases, drafts)
         latents = self.noise(requests) if noise is None else self._given(noise, requests)
         clock = _Clock(on_stage)
-        text = self.text_of(requests)
+        text = texts.embed(self, requests)
         clock.stop("text", text)
         if on_tensor is not None:
-            shown = (text.emb * text.mask[:, :, None])[: len(requests)]
+            shown = (text.emb * text.mask[..., None])[: len(requests)]
             on_tensor("text_emb", np.asarray(shown))
         given = self.conditions(shared, pictures, canvases, count=len(requests))
         start = None
@@ -348,17 +348,6 @@ class Pipeline:
     def encode(self, frames: UInt8[np.ndarray, "b F H W 3"]) -> Float[Array, "b f h w c"]:
         """Normalised latents of videos, the encoder's means."""
         return self._latents(self.vae.params, jnp.asarray(canvas_of.to_unit(frames)))
-
-    def text_of(self, requests: Sequence[Request]) -> Text:
-        """Embeddings of the prompts, and of the negative ones where guidance needs them."""
-        guides = [requests[0].guide(expert) for expert in range(len(self.experts.parts))]
-        guided = any(guide.needs_uncond for guide in guides)
-        return Text(
-            *self.encode_text(
-                [r.prompt for r in requests],
-                [r.negative_prompt for r in requests] if guided else [],
-            )
-        )
 
     def encode_text(self, prompts: Sequence[str], negative: Sequence[str] = ()):
         """(text_emb "b l d", text_mask "b l") of prompts, negative ones after them."""

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from sora_jax.generate import canvas as canvas_of
+from sora_jax.generate import texts
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Conditions
 from sora_jax.generate.denoise import OnStep, Start
@@ -95,7 +96,7 @@ def film(
         latents = pipe.denoise(
             _noise(pipe, requests, number),
             requests[0],
-            pipe.text_of(requests),
+            texts.embed(pipe, requests, begin=begin, total=sweep.total),
             given,
             start=start,
             on_step=_counted(on_step, number, len(begins)),
@@ -191,7 +192,7 @@ def before(
         latents = pipe.denoise(
             _noise(pipe, requests, number),
             requests[0],
-            pipe.text_of(requests),
+            texts.embed(pipe, requests),
             pipe.conditions(requests[0], canvases=canvases),
             on_step=_counted(on_step, number, windows),
         )

@@ -121,7 +121,9 @@ def sample(config: Any, slice_: Slice) -> Step:
 
     def step(state, i, params, text_emb, text_mask):
         dit = nnx.merge(stage.dit_graphdef, params)
-        velocity = conditions.conditioned(dit, text_emb, text_mask, conditions.Conditions())
+        velocity = conditions.conditioned(
+            dit, conditions.Text(text_emb, text_mask), conditions.Conditions()
+        )
         guided = guidance.guided_velocity(velocity, config=guide)
         solver = sampler.make_solver(guided, table, solver=config.sample.solver, model_times=told)
         return solver.step(state, i)
