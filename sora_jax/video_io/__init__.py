@@ -13,7 +13,7 @@ from sora_jax.video_io.paths import (
     check_output_path,
 )
 from sora_jax.video_io.read import Clip, VideoInfo, frames_available, probe, read_video
-from sora_jax.video_io.sheet import contact_sheet, enlarge, fit, save_image, tile_videos
+from sora_jax.video_io.sheet import contact_sheet, enlarge, fit, pad, save_image, tile_videos
 from sora_jax.video_io.write import read_metadata, write_video
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "enlarge",
     "fit",
     "frames_available",
+    "pad",
     "probe",
     "read_metadata",
     "read_video",

@@ -44,6 +44,17 @@ def fit(frame: Image, size: tuple[int, int]) -> Image:
     return cv2.resize(centre, (want_w, want_h), interpolation=method)
 
 
+def pad(frame: Image, size: tuple[int, int]) -> Image:
+    """`frame` whole within `size` (height, width), resized, black bars beside it."""
+    have_h, have_w, _ = frame.shape
+    scale = min(size[0] / have_h, size[1] / have_w)
+    inner = (max(1, round(have_h * scale)), max(1, round(have_w * scale)))
+    padded = np.zeros((*size, 3), np.uint8)
+    top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    padded[top : top + inner[0], left : left + inner[1]] = fit(frame, inner)
+    return padded
+
+
 def enlarge(frames: Frames, scale: float | int) -> Frames:
     """`frames` at `scale` times the size: whole factors repeat pixels, others use Lanczos.
 

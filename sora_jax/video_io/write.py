@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ CODECS = {
 
 def write_video(
     path: str | os.PathLike,
-    frames: UInt8[np.ndarray, "F H W 3"],
+    frames: UInt8[np.ndarray, "F H W 3"] | Iterable[np.ndarray],
     *,
     fps: float | int,
     metadata: Mapping[str, Any] | None = None,
@@ -40,6 +40,8 @@ def write_video(
     .gif has one 256-colour palette; both loop. The file appears by an atomic rename.
 
     Args:
+      frames: all of them, or parts that follow each other, (n, H, W, 3) each; .mp4 and .webm
+        encode a part before they ask for the next, so that a film need not be in memory.
       fps: frames a second, 0 < fps <= 240 (50 for .gif).
       metadata: anything JSON can hold; `read_metadata` gives it back.
 
@@ -49,9 +51,12 @@ def write_video(
     """
     path = check_output_path(path)
     suffix = path.suffix.lower()
-    _check_frames(frames)
     rate = _frame_rate(fps, suffix)
     comment = None if metadata is None else _to_json(metadata)
+    if isinstance(frames, np.ndarray):
+        _check_frames(frames)
+    elif suffix not in CODECS:
+        frames = np.concatenate([_check_frames(part) for part in frames])
     with atomic_path(path) as temporary:
         if suffix == ".png":
             temporary.write_bytes(containers.png_bytes(frames, rate, comment))
@@ -62,7 +67,8 @@ def write_video(
             if comment is not None:
                 temporary.write_bytes(containers.gif_with_comment(temporary.read_bytes(), comment))
         else:
-            _write_stream(temporary, frames, rate, comment=comment)
+            parts = [frames] if isinstance(frames, np.ndarray) else frames
+            _write_stream(temporary, parts, rate, comment=comment)
     return path
 
 
@@ -104,13 +110,14 @@ def _from_json(comment: str | bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _check_frames(frames: np.ndarray) -> None:
+def _check_frames(frames: np.ndarray) -> np.ndarray:
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         raise ValueError(
             f"frames have shape {frames.shape} and type {frames.dtype}; give uint8 (F, H, W, 3)."
         )
     if 0 in frames.shape:
         raise ValueError(f"frames have shape {frames.shape}: nothing to write.")
+    return frames
 
 
 def _frame_rate(fps: float | int, suffix: str) -> Fraction:
@@ -124,15 +131,12 @@ def _frame_rate(fps: float | int, suffix: str) -> Fraction:
     return rate
 
 
-def _write_stream(path: Path, frames: np.ndarray, rate: Fraction, *, comment: str | None) -> None:
+def _write_stream(
+    path: Path, parts: Iterable[np.ndarray], rate: Fraction, *, comment: str | None
+) -> None:
     import av
 
     codec, options = CODECS[path.suffix.lower()]
-    _, height, width, _ = frames.shape
-    # Chroma has half the resolution, so both sides must be even.
-    padding = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
-    if height % 2 or width % 2:
-        frames = np.pad(frames, padding, mode="edge")
     # bitexact: no random identifiers, so that equal frames make equal files.
     muxer = {"fflags": "+bitexact"}
     if path.suffix.lower() == ".mp4":
@@ -140,15 +144,26 @@ def _write_stream(path: Path, frames: np.ndarray, rate: Fraction, *, comment: st
     with av.open(str(path), "w", options=muxer) as container:
         if comment is not None:
             container.metadata["comment"] = comment
-        stream = container.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        context = stream.codec_context
-        context.gop_size = max(1, round(rate))
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = LIMITED_RANGE
-        for i, frame in enumerate(frames):
-            container.mux(stream.encode(_yuv_frame(frame, i)))
+        stream, index = None, 0
+        for frames in map(_check_frames, parts):
+            _, height, width, _ = frames.shape
+            # Chroma has half the resolution, so both sides must be even.
+            padding = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+            if height % 2 or width % 2:
+                frames = np.pad(frames, padding, mode="edge")
+            if stream is None:
+                stream = container.add_stream(codec, rate=rate, options=options)
+                stream.height, stream.width = frames.shape[1:3]
+                stream.pix_fmt = "yuv420p"
+                context = stream.codec_context
+                context.gop_size = max(1, round(rate))
+                context.colorspace = context.color_primaries = context.color_trc = BT709
+                context.color_range = LIMITED_RANGE
+            for frame in frames:
+                container.mux(stream.encode(_yuv_frame(frame, index)))
+                index += 1
+        if stream is None:
+            raise ValueError("no frames: nothing to write.")
         container.mux(stream.encode())
 
 
