@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from sora_jax import DTYPES
+from sora_jax import DTYPES, task_arguments
 
 EXAMPLES = """examples:
   sora-jax sample --prompt "a red ball rolls left in the meadow" --out ball.mp4
@@ -73,10 +73,9 @@ def _add_sample(commands) -> None:
         help="the same, into the second of two transformers (Wan 2.2 A14B: that for low noise)",
     )
     sample.add_argument("--out", required=True, metavar="FILE", help=".mp4 .webm .gif .webp .png")
-    sample.add_argument(
-        "--image", metavar="FILE", help="picture the video begins with (image-to-video models)"
-    )
+    sample.add_argument("--image", metavar="FILE", help="picture the video begins with")
     sample.add_argument("--last-image", metavar="FILE", help="picture that it ends with")
+    task_arguments.add(sample.add_argument_group("tasks", "videos made from videos and pictures"))
     sample.add_argument("--negative-prompt", metavar="TEXT", help="what to stay away from")
     sample.add_argument("--size", metavar="WxH", help="pixels, for example 64x64")
     sample.add_argument("--frames", type=int, metavar="N", help="1 makes a picture")

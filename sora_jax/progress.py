@@ -65,3 +65,23 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+class LearnedProgress:
+    """A `Progress` that learns its total with the first step: `on_step(step, total, ...)`."""
+
+    def __init__(self, title: str, *, unit: str = "steps"):
+        self._title, self._unit = title, unit
+        self._shown: Progress | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._shown is not None:
+            self._shown.__exit__()
+
+    def on_step(self, step: int, total: int, *_) -> None:
+        if self._shown is None:
+            self._shown = Progress(self._title, total=total, unit=self._unit).__enter__()
+        self._shown.update(step)

@@ -8,10 +8,10 @@ import numpy as np
 from rich.console import Console
 
 import sora_jax
-from sora_jax import video_io
+from sora_jax import task_command, video_io
 from sora_jax.convert import folder
 from sora_jax.generate import Pipeline, Request, Video, array_hash, conditions
-from sora_jax.progress import Progress
+from sora_jax.progress import LearnedProgress, Progress
 
 AT_ONCE = 8  # videos denoised together at most
 _NAMES = (
@@ -19,6 +19,7 @@ _NAMES = (
     *("guidance_interval", "guidance_rescale", "shift", "solver", "schedule"),
 )
 _PICTURES = ("image", "last_image")
+_TASK_STAGE = "make"  # a task's windows are denoised, decoded and written in turn
 
 
 def run(args: Namespace) -> list[Path]:
@@ -28,6 +29,7 @@ def run(args: Namespace) -> list[Path]:
       ValueError: one line: what was given, what is allowed, what to change.
     """
     begun = time.perf_counter()
+    task = task_command.asked(args)
     out = Path(args.out)
     video_io.check_output_path(out)
     arrays = {"latents": args.save_latents, "text_emb": args.save_text_embeddings}
@@ -54,7 +56,10 @@ def run(args: Namespace) -> list[Path]:
         mesh=mesh,
         weights=False,  # first all that was given is checked
     )
-    conditions.check(pipe.way, pipe.dit.config, pictures)
+    if task is None:
+        conditions.check(pipe.way, pipe.dit.config, pictures)
+    else:
+        task_command.check(pipe, task)
     if again and again["checkpoint_sha256"] != pipe.info["checkpoint_sha256"]:
         raise ValueError(
             f"{args.again} was made by checkpoint {again['checkpoint_sha256']}, "
@@ -77,6 +82,10 @@ def run(args: Namespace) -> list[Path]:
     if again:
         settings = {name: again.get(name) for name in _NAMES}
         settings["size"] = (again["width"], again["height"])
+    if task is not None:
+        prompt = _cut(pipe, prompts[0], console)
+        pipe.request(prompt, **settings)  # refuses what no video can have before weights are read
+        return [_run_task(pipe, task, args, prompt, settings, console, begun)]
     first_seed = again.get("seed", args.seed or 0)
     requests = [
         pipe.request(_cut(pipe, prompt, console), seed=first_seed + i, **settings)
@@ -123,18 +132,27 @@ def run(args: Namespace) -> list[Path]:
     return written
 
 
+def _run_task(pipe, task, args, prompt, settings, console, begun) -> Path:
+    """Makes and writes the video of a task."""
+    pipe.load_weights()
+    _line(console, "load", time.perf_counter() - begun)
+    clock = time.perf_counter()
+    with LearnedProgress("denoising") as progress:
+        made = task_command.make(pipe, task, args, prompt, settings, progress.on_step)
+        path = task_command.save(made, Path(args.out), sheet=args.sheet)
+    _line(console, _TASK_STAGE, time.perf_counter() - clock)
+    print(path)
+    _line(console, "in all", time.perf_counter() - begun)
+    return path
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(width, height) of "WxH".
+    """(width, height) of "WxH"; None of None.
 
     Raises:
       ValueError: for anything else.
     """
-    if text is None:
-        return None
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdigit() and height.isdigit()):
-        raise ValueError(f"--size {text}: write width x height in pixels, for example 64x64.")
-    return int(width), int(height)
+    return None if text is None else task_command.parse_size(text)
 
 
 def _check_again(
@@ -144,6 +162,10 @@ def _check_again(
     pictures: list[np.ndarray | None],
 ) -> None:
     """Raises ValueError for anything that would make another video than the recorded one."""
+    if made := again.get("task"):
+        raise ValueError(
+            f"{args.again} was made by {made['name']} from other files; give that command again."
+        )
     given = [name for name in (*_NAMES, "size") if getattr(args, name) is not None]
     given += ["seed"] * (args.seed is not None) + ["batch"] * (args.batch != 1)
     given += [name for name in ("dtype", "mesh") if getattr(args, name) is not None]

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from sora_jax import video_io
 from sora_jax.dit import patchify
 from sora_jax.dit.config import DiTConfig
+from sora_jax.generate import tiles as tiling
 from sora_jax.generate.canvas import to_unit
 from sora_jax.types import Latents, Velocity
 from sora_jax.vae.config import VAEConfig
@@ -129,7 +130,14 @@ def condition_video(
     return video
 
 
-def conditioned(dit, text: Text, conditions: Conditions) -> Velocity:
+class Tiles(NamedTuple):
+    """Tiles of latents, (frames, rows, columns), that a transformer works on, and their overlap."""
+
+    size: tiling.Size
+    overlap: tiling.Size
+
+
+def conditioned(dit, text: Text, conditions: Conditions, *, tiles: Tiles | None = None) -> Velocity:
     """The transformer as velocity(x, t) over 1 or 2 times the batch that `conditions` are for."""
 
     def velocity(x: Latents, t: Float[Array, ""]) -> Latents:
@@ -143,7 +151,21 @@ def conditioned(dit, text: Text, conditions: Conditions) -> Velocity:
             time = jnp.where(keep, 0.0, t)
         if channels is not None:
             x = jnp.concatenate([x, channels], axis=-1)
-        return dit(x, time, **_texts(text, x.shape[0]), image_emb=features)
+        known = _texts(text, x.shape[0]) | {"image_emb": features}
+        if tiles is None:
+            return dit(x, time, **known)
+        patch = dit.config.patch_size
+        grid = patchify.grid(*x.shape[1:4], patch_size=patch)
+        time = time if time.ndim > 1 else time[:, None, None, None]
+        time = patchify.spread(jnp.broadcast_to(time, (x.shape[0], *grid)), patch)
+        pf, ph, pw = patch
+        return tiling.blended(
+            lambda part, t: dit(part, t[:, ::pf, ::ph, ::pw], **known),
+            x,
+            time,
+            tile=tiles.size,
+            overlap=tiles.overlap,
+        )
 
     return velocity
 

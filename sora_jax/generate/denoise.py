@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion import path, sampler, times
 from sora_jax.generate import conditions
-from sora_jax.generate.conditions import Conditions, Text
+from sora_jax.generate.conditions import Conditions, Text, Tiles
 from sora_jax.generate.experts import Experts
 from sora_jax.generate.request import Request
 
@@ -41,6 +41,7 @@ class _Kind:
     schedule: str
     first: int  # the step that denoising begins with
     guide: guidances.GuidanceConfig
+    tiles: Tiles | None
 
 
 class Denoiser:
@@ -62,6 +63,7 @@ class Denoiser:
         given: Conditions,
         *,
         start: Start | None = None,
+        tiles: Tiles | None = None,
         on_step: OnStep | None = None,
     ) -> Float[Array, "b f h w c"]:
         """Latents of `request`, given tokens among them as they were given."""
@@ -81,6 +83,7 @@ class Denoiser:
                 request.schedule,
                 first,
                 guidances.at_times(request.guide(expert), seen),
+                tiles,
             )
             if not self.experts.placed(expert):
                 jax.block_until_ready(state.x)  # steps under way hold the other's memory
@@ -102,7 +105,7 @@ class Denoiser:
         @self._jit
         def step(state, i, params, text, given):
             dit = self.experts.parts[0].module(params)
-            velocity = conditions.conditioned(dit, text, given)
+            velocity = conditions.conditioned(dit, text, given, tiles=kind.tiles)
             guided = guidances.guided_velocity(velocity, config=kind.guide)
             return sampler.make_solver(guided, table, solver=kind.solver, model_times=told).step(
                 state, i

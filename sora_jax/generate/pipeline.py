@@ -131,14 +131,14 @@ class Pipeline:
             guidance_2=float(chosen["guidance"] if second is None else second),
             **chosen,
         )
-        requests_of.check(request, cell=self._cell)
+        requests_of.check(request, cell=self.cell)
         if "shift" in given:
             return request
         shift = times.shift_for_tokens(self.num_tokens(request), self.sampling.shift)
         return dataclasses.replace(request, shift=shift)
 
     @property
-    def _cell(self) -> tuple[int, int, int]:
+    def cell(self) -> tuple[int, int, int]:
         """Frames, height and width in pixels that one token stands for."""
         vae, patch = self.vae.config, self.dit.config.patch_size
         space = vae.scale_factor_spatial
@@ -333,7 +333,7 @@ class Pipeline:
 
     def _given_tokens(self, canvases: Sequence[Canvas]) -> Conditions:
         """Latents of the canvases, and which tokens of them are given."""
-        temporal, (patch, height, width) = self.vae.config.scale_factor_temporal, self._cell
+        temporal, (patch, height, width) = self.vae.config.scale_factor_temporal, self.cell
         cell = (patch // temporal, height, width)
         keep = np.stack([canvas_of.given_tokens(c, temporal=temporal, cell=cell) for c in canvases])
         videos = np.stack([canvas_of.filled(c) for c in canvases])

@@ -14,11 +14,11 @@ from jaxtyping import Bool, UInt8
 
 from sora_jax import video_io
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import windows
+from sora_jax.generate import texts, windows
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Picture
 from sora_jax.generate.denoise import OnStep
-from sora_jax.generate.video import Video, array_hash
+from sora_jax.generate.video import Film, Video, array_hash
 from sora_jax.generate.windows import Sweep
 
 Clip = UInt8[np.ndarray, "G H W 3"]
@@ -85,7 +85,7 @@ def _sized(pipe, settings: dict[str, Any]) -> tuple[int, int]:
     return settings.get("size") or (pipe.sampling.width, pipe.sampling.height)
 
 
-def _video(pipe, request, frames: np.ndarray, task: dict[str, Any]) -> Video:
+def video_of(pipe, request, frames: np.ndarray, task: dict[str, Any]) -> Video:
     metadata = pipe.metadata(dataclasses.replace(request, frames=len(frames)))
     return Video(
         frames=frames, fps=request.fps, metadata=metadata | {"task": task, "batch_size": 1}
@@ -122,7 +122,7 @@ def _render(
         on_step=on_step,
     )
     frames = np.concatenate(list(made), axis=1)[0]
-    return _video(pipe, request, frames, task)
+    return video_of(pipe, request, frames, task)
 
 
 def animate(pipe, prompt: str, picture: Picture, **settings: Any) -> Video:
@@ -204,7 +204,7 @@ def extend(
         )[0]
         made = np.concatenate([fresh, made])
     task = {"name": "extend", "direction": direction, "clip": array_hash(clip), "added": added}
-    return _video(pipe, request, made, task)
+    return video_of(pipe, request, made, task)
 
 
 def bridge(
@@ -245,7 +245,7 @@ def join(
     first, second = _fitted(first, size, name="A"), _fitted(second, size, name="B")
     request, gap = bridge(pipe, prompt, first, second, seconds=seconds, **settings)
     task = {"name": "join", "clips": [array_hash(first), array_hash(second)], "added": len(gap)}
-    return _video(pipe, request, np.concatenate([first, gap, second]), task)
+    return video_of(pipe, request, np.concatenate([first, gap, second]), task)
 
 
 def loop(
@@ -259,7 +259,7 @@ def loop(
     settings = {k: v for k, v in settings.items() if k != "frames"}
     request, gap = bridge(pipe, prompt, clip, clip, seconds=seconds, **settings)
     task = {"name": "loop", "clip": array_hash(clip), "added": len(gap)}
-    return _video(pipe, request, np.concatenate([clip, gap]), task)
+    return video_of(pipe, request, np.concatenate([clip, gap]), task)
 
 
 def _cut_to_whole(pipe, clip: Clip) -> Clip:
@@ -387,8 +387,8 @@ def long(
     image: Picture | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
-):
-    """A film of any length: its request, and an iterator over its frames (n, H, W, 3) as they come.
+) -> Film:
+    """A film of any length, made as its parts are asked for.
 
     Args:
       frames: of the film, 1 + a multiple of the VAE's temporal factor.
@@ -403,20 +403,14 @@ def long(
     canvases = None
     if image is not None:
         check(pipe, "first")
-        canvases = [canvas_of.of_pictures({0: image}, frames, size=(request.width, request.height))]
+        canvases = [canvas_of.of_pictures({0: image}, window, size=(request.width, request.height))]
     sweep = Sweep(frames, window, overlap or overlap_of(pipe, window))
+    texts.check(pipe, prompt, frames=frames, fps=request.fps)
     made = windows.film(pipe, lambda *_: [request], sweep, canvases=canvases, on_step=on_step)
-    return request, (part[0] for part in made)
-
-
-TASKS = {
-    "animate": animate,
-    "keyframes": keyframes,
-    "extend": extend,
-    "join": join,
-    "loop": loop,
-    "edit": edit,
-    "inpaint": inpaint,
-    "outpaint": outpaint,
-    "interpolate": interpolate,
-}
+    task = {"name": "film", "window": sweep.window, "overlap": sweep.overlap}
+    metadata = pipe.metadata(dataclasses.replace(request, frames=frames))
+    return Film(
+        parts=(part[0] for part in made),
+        fps=request.fps,
+        metadata=metadata | {"task": task, "batch_size": 1},
+    )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,27 @@ class Video:
             f'<video controls loop autoplay muted playsinline title="{title}" '
             f'src="data:video/mp4;base64,{data}"></video>'
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """A video whose frames are made while they are asked for, once.
+
+    Attributes:
+      parts: uint8 (n, H, W, 3) each, RGB.
+      fps: frames a second.
+      metadata: as a video's.
+    """
+
+    parts: Iterator[np.ndarray]
+    fps: float
+    metadata: dict[str, Any]
+
+    def save(self, path: str | Path) -> Path:
+        """As `Video.save`; .mp4 and .webm take each part as it comes, and forget it."""
+        from sora_jax import video_io
+
+        path = Path(path)
+        written = video_io.write_video(path, self.parts, fps=self.fps, metadata=self.metadata)
+        folder.write_json(path.with_suffix(".json"), self.metadata)
+        return written

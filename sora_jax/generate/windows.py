@@ -75,7 +75,7 @@ def film(
       pipe: a `Pipeline` whose model was trained on clips that go on ("prefix"), unless one
         window is all.
       requests_at: requests of each window, `sweep.window` frames long, or the whole film's.
-      canvases: what is given of each film, over its whole length.
+      canvases: what is given of each film, over its whole length or its beginning.
       drafts, strength: as in `Pipeline.run`, over the whole length.
       on_step: called with steps over all windows.
     """
@@ -123,7 +123,15 @@ def _noise(pipe, requests: Sequence[Request], number: int) -> jax.Array:
 
 
 def _cut(canvases: Sequence[Canvas], begin: int, length: int) -> list[Canvas]:
-    return [Canvas(*(part[begin : begin + length] for part in canvas)) for canvas in canvases]
+    """Copies of a stretch of each canvas; past a canvas's end nothing is given."""
+    cut = []
+    for canvas in canvases:
+        stretch = canvas_of.blank(length, *canvas.frames.shape[1:3])
+        end = min(begin + length, len(canvas.frames))
+        for part, whole in zip(stretch, canvas, strict=True):
+            part[: max(end - begin, 0)] = whole[begin:end]
+        cut.append(stretch)
+    return cut
 
 
 def _local(
@@ -138,10 +146,9 @@ def _local(
     if canvases is None and not known:
         return None
     if canvases is None:
-        blank = canvas_of.blank(length, request.height, request.width)
-        local = [Canvas(*(part.copy() for part in blank)) for _ in frames]
+        local = [canvas_of.blank(length, request.height, request.width) for _ in frames]
     else:
-        local = [Canvas(*(p.copy() for p in canvas)) for canvas in _cut(canvases, begin, length)]
+        local = _cut(canvases, begin, length)
     for i, canvas in enumerate(local):
         if known:
             canvas_of.place(canvas, frames[i, -known:], at=0)

@@ -1,0 +1,79 @@
+"""Third stage: a video enlarged, noised a little, and drawn again tile by tile."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from sora_jax.generate import tasks, texts
+from sora_jax.generate.conditions import Tiles
+from sora_jax.generate.denoise import OnStep, Start
+from sora_jax.generate.video import Video, array_hash, to_bytes
+
+STRENGTH = 0.35  # of the noise: enough to draw edges anew, too little to move them
+MOST_SCALE = 8
+
+
+def enlarged(
+    clip: UInt8[np.ndarray, "F H W 3"], *, scale: float, multiple: tuple[int, int]
+) -> UInt8[np.ndarray, "F2 H2 W2 3"]:
+    """`clip` at `scale` times its size by cubic interpolation, its sides cut to multiples."""
+    import cv2
+
+    rows, columns = (round(side * scale) for side in clip.shape[1:3])
+    large = [cv2.resize(f, (columns, rows), interpolation=cv2.INTER_CUBIC) for f in clip]
+    height, width = (n // m * m for n, m in zip((rows, columns), multiple, strict=True))
+    top, left = (rows - height) // 2, (columns - width) // 2
+    return np.stack(large)[:, top : top + height, left : left + width]
+
+
+def refine(
+    pipe,
+    prompt: str,
+    clip: UInt8[np.ndarray, "F H W 3"],
+    *,
+    scale: float = 2.0,
+    strength: float = STRENGTH,
+    on_step: OnStep | None = None,
+    **settings: Any,
+) -> Video:
+    """`clip` at `scale` times its size, with the edges of a video of that size.
+
+    The transformer works on tiles of what it was trained on, half of each shared, in space and
+    time, so that any size is as much memory as one tile.
+
+    Raises:
+      ValueError: a scale that enlarges nothing, or a strength outside (0, 1].
+    """
+    if not 1 < scale <= MOST_SCALE:
+        raise ValueError(f"scale {scale:g} is out of range; use more than 1, at most {MOST_SCALE}.")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength {strength:g} is out of range; use more than 0, at most 1.")
+    step = pipe.vae.config.scale_factor_temporal
+    whole = 1 + -(-(len(clip) - 1) // step) * step
+    held = np.concatenate([clip, np.repeat(clip[-1:], whole - len(clip), axis=0)])
+    draft = enlarged(held, scale=scale, multiple=pipe.cell[1:])
+    rows, columns = draft.shape[1:3]
+    if not rows or not columns:
+        raise ValueError(
+            f"the video is {clip.shape[2]}x{clip.shape[1]}; {scale:g} times that is less than a "
+            f"token of {pipe.cell[2]}x{pipe.cell[1]}."
+        )
+    settings = settings | {"size": (columns, rows), "frames": whole}
+    request = pipe.request(prompt, **settings)
+    trained = pipe.request(prompt, **(settings | {"size": None, "frames": None}))
+    request = dataclasses.replace(request, shift=trained.shift)
+    tile = pipe.latent_shape(trained)[:3]
+    latents = pipe.denoise(
+        pipe.noise([request]),
+        request,
+        texts.embed(pipe, [trained]),
+        pipe.conditions(request),
+        start=Start(pipe.encode(draft[None]), strength),
+        tiles=Tiles(tile, tuple(size // 2 for size in tile)),
+        on_step=on_step,
+    )
+    frames = to_bytes(pipe.decode(latents))[0, : len(clip)]
+    task = {"name": "refine", "clip": array_hash(clip), "scale": scale, "strength": strength}
+    return tasks.video_of(pipe, request, frames, task)

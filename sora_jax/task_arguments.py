@@ -1,0 +1,84 @@
+"""The arguments of `sora-jax sample` for tasks, and which of them go together; nothing heavy."""
+
+from argparse import Namespace
+
+FITS = ("crop", "pad")
+DIRECTIONS = ("forward", "backward", "both")
+# The argument that asks for a task -> those that go with it, beside the settings of any video.
+GIVEN: dict[str, tuple[str, ...]] = {
+    "keyframe": (),
+    "extend": ("video", "seconds", "window"),
+    "loop": ("video", "seconds"),
+    "join": ("seconds",),
+    "edit": ("strength", "window"),
+    "inpaint": ("mask", "window"),
+    "outpaint": ("video", "window"),
+    "interpolate": ("video", "strength"),
+    "refine": ("video", "strength"),
+    "seconds": ("window", "image"),
+}
+_NEEDS_VIDEO = ("extend", "outpaint", "interpolate", "refine")
+_EXTRAS = ("video", "seconds", "window", "mask", "strength")
+
+
+def add(group) -> None:
+    """The arguments of the tasks."""
+    argument = group.add_argument
+    argument(
+        "--keyframe",
+        action="append",
+        metavar="FRAME:FILE",
+        help="show this picture at this frame, -1 is the last; may be given several times",
+    )
+    argument(
+        "--video", metavar="FILE", help="of --extend, --loop, --outpaint, --interpolate, --refine"
+    )
+    argument("--extend", choices=DIRECTIONS, help="make --seconds more of --video")
+    argument("--seconds", type=float, help="how long: of a film, or of what is added")
+    argument("--window", type=int, metavar="FRAMES", help="frames of a long film seen at once")
+    argument("--loop", action="store_true", help="make the end lead back to the beginning")
+    argument("--join", nargs=2, metavar=("A", "B"), help="lead from video A to video B")
+    argument("--edit", metavar="FILE", help="draw this video anew after the prompt")
+    argument("--strength", type=float, help="how much is drawn anew: more than 0, at most 1")
+    argument("--inpaint", metavar="FILE", help="make a part of this video anew: --mask")
+    argument("--mask", metavar="FILE|X,Y,W,H", help="white is made anew; or a box in pixels")
+    argument("--outpaint", metavar="WxH", help="put --video into a larger picture of this size")
+    argument("--interpolate", type=int, metavar="N", help="N times the frame rate of --video")
+    argument(
+        "--refine", type=float, metavar="SCALE", help="--video at SCALE times its size, sharper"
+    )
+    argument("--fit", choices=FITS, help="how inputs are brought to --size (default: crop)")
+
+
+def asked(args: Namespace) -> str | None:
+    """The task that the arguments ask for; None is text to video, or a picture's animation.
+
+    Raises:
+      ValueError: several that exclude each other, or an argument that goes with none of them.
+    """
+    chosen = [name for name in GIVEN if getattr(args, name) not in (None, False)]
+    if len(chosen) > 1 and "seconds" in chosen:
+        chosen.remove("seconds")
+    if len(chosen) > 1:
+        raise ValueError(f"{flag(chosen[0])} and {flag(chosen[1])} exclude each other; use one.")
+    task = chosen[0] if chosen else None
+    fitting = GIVEN.get(task or "", ())
+    for name in (*_EXTRAS, *(("image", "last_image") if task else ())):
+        if getattr(args, name) is not None and name != task and name not in fitting:
+            wanted = [flag(other) for other, extras in GIVEN.items() if name in extras]
+            goes = f"it goes with {', '.join(wanted)}." if wanted else "leave one of them out."
+            raise ValueError(f"{flag(name)} does not go with {flag(task or 'prompt')}; {goes}")
+    if task in _NEEDS_VIDEO and args.video is None:
+        raise ValueError(f"{flag(task)} needs --video FILE.")
+    if task in ("extend",) and args.seconds is None:
+        raise ValueError("--extend needs --seconds: how much is to be added.")
+    if task == "inpaint" and args.mask is None:
+        raise ValueError("--inpaint needs --mask: a file, or X,Y,W,H in pixels.")
+    if task is not None and (args.prompts_file or args.again or args.batch != 1):
+        raise ValueError(f"{flag(task)} makes one video of one --prompt; leave out the others.")
+    return task
+
+
+def flag(name: str) -> str:
+    """The argument called `name`, as it is written."""
+    return f"--{name.replace('_', '-')}"
