@@ -27,6 +27,7 @@ from sora_jax.generate.experts import Experts, Part
 from sora_jax.generate.request import Request
 from sora_jax.generate.video import Video, array_hash, to_bytes
 from sora_jax.image import clip
+from sora_jax.prompts import weighted
 from sora_jax.vae import streaming
 
 # Called with the name of a stage and its seconds when it is over.
@@ -350,10 +351,15 @@ class Pipeline:
         return self._latents(self.vae.params, jnp.asarray(canvas_of.to_unit(frames)))
 
     def encode_text(self, prompts: Sequence[str], negative: Sequence[str] = ()):
-        """(text_emb "b l d", text_mask "b l") of prompts, negative ones after them."""
+        """(text_emb "b l d", text_mask "b l") of prompts, negative ones after them.
+
+        Words in parentheses with a weight, as in (a red ball:1.4), are weighted.
+        """
         limit = self.sampling.text_tokens
-        ids, mask = self.tokenizer.batch([*prompts, *negative], max_length=limit)
-        return self._encode(self.text.params, ids, mask), jnp.asarray(mask)
+        texts, weights = weighted.read([*prompts, *negative], self.tokenizer, limit)
+        ids, mask = self.tokenizer.batch(texts, max_length=limit)
+        text_emb = self._encode(self.text.params, ids, mask)
+        return weighted.apply(text_emb, weights, mask), jnp.asarray(mask)
 
     def decode(self, latents: ArrayLike) -> Float[Array, "b F H W 3"]:
         """Videos in [-1, 1] of normalised latents."""

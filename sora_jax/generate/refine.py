@@ -16,7 +16,7 @@ MOST_SCALE = 8
 
 
 def enlarged(
-    clip: UInt8[np.ndarray, "F H W 3"], *, scale: float, multiple: tuple[int, int]
+    clip: UInt8[np.ndarray, "F H W 3"], *, scale: float | int, multiple: tuple[int, int]
 ) -> UInt8[np.ndarray, "F2 H2 W2 3"]:
     """`clip` at `scale` times its size by cubic interpolation, its sides cut to multiples."""
     import cv2
@@ -31,10 +31,10 @@ def enlarged(
 def refine(
     pipe,
     prompt: str,
-    clip: UInt8[np.ndarray, "F H W 3"],
+    clip: UInt8[np.ndarray, "_ _ _ 3"],
     *,
-    scale: float = 2.0,
-    strength: float = STRENGTH,
+    scale: float | int = 2.0,
+    strength: float | int = STRENGTH,
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Video:

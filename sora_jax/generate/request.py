@@ -5,6 +5,7 @@ import dataclasses
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion import sampler, times
 from sora_jax.dit.patchify import check_pixels
+from sora_jax.prompts import weighted
 
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000
@@ -51,6 +52,8 @@ def check(request: Request, *, cell: tuple[int, int, int]) -> None:
     """
     if not request.prompt.strip():
         raise ValueError("the prompt is empty; describe the video in a sentence.")
+    for text in (request.prompt, request.negative_prompt):
+        weighted.parse(text)
     check_pixels(request.frames, request.height, request.width, cell=cell)
     if not 1 <= request.steps <= MAX_STEPS:
         raise ValueError(f"steps {request.steps} is out of range; use 1 to {MAX_STEPS}.")

@@ -21,7 +21,8 @@ from sora_jax.generate.denoise import OnStep
 from sora_jax.generate.video import Film, Video, array_hash
 from sora_jax.generate.windows import Sweep
 
-Clip = UInt8[np.ndarray, "G H W 3"]
+# Sizes differ from clip to clip, so they go without letters.
+Clip = UInt8[np.ndarray, "_ _ _ 3"]
 
 # What a mask of training is good for, in the words of the command.
 WORDS = {
@@ -49,10 +50,10 @@ def check(pipe, mask: str) -> None:
     )
 
 
-def whole(pipe, frames: int, *, least: int = 1) -> int:
-    """The frame count nearest to `frames`, and not below `least`, that the VAE takes."""
+def whole(pipe, frames: int) -> int:
+    """The most frames, of `frames`, that the VAE takes: 1 + a multiple of its temporal factor."""
     step = pipe.vae.config.scale_factor_temporal
-    return max(1 + round((frames - 1) / step) * step, 1 + -(-(least - 1) // step) * step)
+    return 1 + (frames - 1) // step * step
 
 
 def overlap_of(pipe, window: int) -> int:
@@ -99,7 +100,7 @@ def _render(
     task: dict[str, Any],
     *,
     draft: Clip | None = None,
-    strength: float = 1.0,
+    strength: float | int = 1.0,
     window: int | None = None,
     overlap: int | None = None,
     on_step: OnStep | None = None,
@@ -163,7 +164,7 @@ def extend(
     clip: Clip,
     *,
     direction: str = "forward",
-    seconds: float,
+    seconds: float | int,
     window: int | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
@@ -186,7 +187,7 @@ def extend(
     made = clip
     if direction in ("forward", "both"):
         check(pipe, "prefix")
-        known = min(whole(pipe, len(clip) - step / 2), overlap_of(pipe, length))
+        known = min(whole(pipe, len(clip)), overlap_of(pipe, length))
         canvas = canvas_of.of_clip(clip[-known:], max(known + added, length), at=0)
         sweep = Sweep(len(canvas.frames), length, overlap_of(pipe, length))
         film = windows.film(pipe, lambda *_: [request], sweep, canvases=[canvas], on_step=on_step)
@@ -208,7 +209,14 @@ def extend(
 
 
 def bridge(
-    pipe, prompt: str, first: Clip, second: Clip, *, seconds: float, on_step=None, **settings: Any
+    pipe,
+    prompt: str,
+    first: Clip,
+    second: Clip,
+    *,
+    seconds: float | int,
+    on_step=None,
+    **settings: Any,
 ) -> tuple[Any, Clip]:
     """The request, and about `seconds` of frames that lead from `first` to `second`.
 
@@ -238,7 +246,7 @@ def bridge(
 
 
 def join(
-    pipe, prompt: str, first: Clip, second: Clip, *, seconds: float = 0.5, **settings: Any
+    pipe, prompt: str, first: Clip, second: Clip, *, seconds: float | int = 0.5, **settings: Any
 ) -> Video:
     """`first`, about `seconds` that lead over, and `second`."""
     size = _sized(pipe, settings)
@@ -249,7 +257,7 @@ def join(
 
 
 def loop(
-    pipe, prompt: str, clip: Clip | None = None, *, seconds: float = 0.75, **settings: Any
+    pipe, prompt: str, clip: Clip | None = None, *, seconds: float | int = 0.75, **settings: Any
 ) -> Video:
     """A video whose end leads back to its beginning: `clip`, or one made first, and a bridge."""
     check(pipe, "middle")
@@ -262,13 +270,7 @@ def loop(
     return video_of(pipe, request, np.concatenate([clip, gap]), task)
 
 
-def _cut_to_whole(pipe, clip: Clip) -> Clip:
-    """The longest beginning of `clip` that the VAE takes."""
-    step = pipe.vae.config.scale_factor_temporal
-    return clip[: 1 + (len(clip) - 1) // step * step]
-
-
-def edit(pipe, prompt: str, clip: Clip, *, strength: float = 0.8, **settings: Any) -> Video:
+def edit(pipe, prompt: str, clip: Clip, *, strength: float | int = 0.8, **settings: Any) -> Video:
     """`clip` drawn anew after `prompt` (SDEdit): the larger `strength`, the less of it stays.
 
     Raises:
@@ -276,7 +278,7 @@ def edit(pipe, prompt: str, clip: Clip, *, strength: float = 0.8, **settings: An
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength:g} is out of range; use more than 0, at most 1.")
-    clip = _cut_to_whole(pipe, _fitted(clip, _sized(pipe, settings)))
+    clip = _fitted(clip, _sized(pipe, settings))[: whole(pipe, len(clip))]
     task = {"name": "edit", "clip": array_hash(clip), "strength": strength}
     return _render(pipe, prompt, None, task, draft=clip, strength=strength, **settings)
 
@@ -304,7 +306,7 @@ def inpaint(
     size = _sized(pipe, settings)
     hole = np.broadcast_to(hole, clip.shape[:3])
     shown = np.repeat(hole[..., None], 3, axis=-1).astype(np.uint8) * 255
-    clip, hole = (_cut_to_whole(pipe, _fitted(v, size)) for v in (clip, shown))
+    clip, hole = (_fitted(v, size)[: whole(pipe, len(v))] for v in (clip, shown))
     hole = hole[..., 0] > 0
     if not hole.any() or hole.all():
         raise ValueError(
@@ -324,7 +326,7 @@ def outpaint(
     """
     check(pipe, "border")
     width, height = size or (pipe.sampling.width, pipe.sampling.height)
-    clip = _cut_to_whole(pipe, clip)
+    clip = clip[: whole(pipe, len(clip))]
     rows, columns = clip.shape[1:3]
     if rows > height or columns > width or (rows, columns) == (height, width):
         raise ValueError(
@@ -339,7 +341,7 @@ def outpaint(
 
 
 def interpolate(
-    pipe, prompt: str, clip: Clip, *, times: int = 2, strength: float = 0.6, **settings: Any
+    pipe, prompt: str, clip: Clip, *, times: int = 2, strength: float | int = 0.6, **settings: Any
 ) -> Video:
     """`clip` at `times` its frame rate: frames between, blended and then drawn anew.
 
@@ -365,7 +367,7 @@ def interpolate(
     return dataclasses.replace(made, frames=frames)
 
 
-def seconds_to_frames(pipe, seconds: float, fps: float | None = None) -> int:
+def seconds_to_frames(pipe, seconds: float | int, fps: float | None = None) -> int:
     """Frames of a film of about `seconds`, its first frame one more.
 
     Raises:
@@ -373,8 +375,8 @@ def seconds_to_frames(pipe, seconds: float, fps: float | None = None) -> int:
     """
     if not seconds > 0:
         raise ValueError(f"seconds {seconds:g} is not above 0; use, for example, 10.")
-    rate = fps or pipe.sampling.fps
-    return whole(pipe, round(seconds * rate) + 1)
+    step = pipe.vae.config.scale_factor_temporal
+    return 1 + max(1, round(seconds * (fps or pipe.sampling.fps) / step)) * step
 
 
 def long(

@@ -1,0 +1,157 @@
+"""Each task: what was given is kept, the rest has the right length, bad input is one line."""
+
+import numpy as np
+import pytest
+
+import sora_jax
+from sora_jax.generate import refine, tasks
+from sora_jax.generate.pipeline import Pipeline
+
+PROMPT = "a red ball rolls left"
+FEW = {"steps": 2}
+
+
+def same(a, b):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_an_animated_picture_is_the_first_frame(pipe, clip):
+    video = tasks.animate(pipe, PROMPT, clip[0], **FEW)
+    assert video.frames.shape == (9, 16, 16, 3)
+    same(video.frames[0], clip[0])
+    again = pipe(PROMPT, image=clip[0], **FEW)
+    same(video.frames, again.frames)
+
+
+def test_keyframes_stand_where_they_were_asked(pipe, clip):
+    video = tasks.keyframes(pipe, PROMPT, {0: clip[0], 4: clip[1], -1: clip[2]}, **FEW)
+    same(video.frames[[0, 4, 8]], clip[:3])
+    assert video.metadata["task"]["name"] == "keyframes"
+    with pytest.raises(ValueError, match="keyframe -1 is given twice"):
+        tasks.keyframes(pipe, PROMPT, {8: clip[0], -1: clip[1]}, **FEW)
+    with pytest.raises(ValueError, match="keyframe 9 is outside the video; use 0 to 8"):
+        tasks.keyframes(pipe, PROMPT, {9: clip[0]}, **FEW)
+
+
+@pytest.mark.parametrize("length", [1, 4, 9])
+def test_extending_keeps_the_clip_and_adds_what_was_asked(pipe, clip, length):
+    clip = clip[:length]
+    video = tasks.extend(pipe, PROMPT, clip, seconds=1, **FEW)
+    assert len(video.frames) == length + 8
+    same(video.frames[:length], clip)
+
+
+def test_extending_both_ways(pipe, clip):
+    video = tasks.extend(pipe, PROMPT, clip, direction="both", seconds=0.5, **FEW)
+    assert len(video.frames) == 4 + 9 + 4
+    same(video.frames[4:13], clip)
+
+
+def test_a_join_leads_from_one_to_the_other(pipe, clip):
+    other = clip[::-1]
+    video = tasks.join(pipe, PROMPT, clip, other, seconds=0.5, **FEW)
+    assert len(video.frames) == 9 + 4 + 9
+    same(video.frames[:9], clip)
+    same(video.frames[13:], other)
+    with pytest.raises(ValueError, match="joins over at most 6"):
+        tasks.join(pipe, PROMPT, clip, other, seconds=2, **FEW)
+
+
+def test_a_loop_adds_a_bridge_to_the_clip(pipe, clip):
+    video = tasks.loop(pipe, PROMPT, clip, seconds=0.5, **FEW)
+    assert len(video.frames) == 13
+    same(video.frames[:9], clip)
+    made = tasks.loop(pipe, PROMPT, seconds=0.5, **FEW)
+    assert len(made.frames) == 13
+
+
+def test_the_less_strength_the_nearer_to_the_draft(pipe, clip):
+    smooth = np.repeat(clip[:1], 9, axis=0)
+    kept = pipe.decode(pipe.encode(smooth[None]))
+
+    def distance(strength):
+        video = tasks.edit(pipe, PROMPT, smooth, strength=strength, steps=8, schedule="linear")
+        return np.abs(video.frames / 127.5 - 1 - np.asarray(kept[0])).mean()
+
+    assert distance(0.05) < distance(0.5) < distance(1.0)
+    with pytest.raises(ValueError, match="strength 0 is out of range"):
+        tasks.edit(pipe, PROMPT, clip, strength=0.0)
+
+
+def test_inpainting_keeps_all_but_the_hole(pipe, clip):
+    hole = np.zeros((16, 16), bool)
+    hole[8:, 8:] = True
+    seen = {}
+    video = tasks.inpaint(pipe, PROMPT, clip, hole, **FEW)
+    same(video.frames[:, ~hole], clip[:, ~hole])
+    assert (video.frames[:, hole] != clip[:, hole]).any()
+    wrong = np.zeros((16, 8), bool)
+    with pytest.raises(ValueError, match="the mask is 8x16, the video 16x16 of 9 frames"):
+        tasks.inpaint(pipe, PROMPT, clip, wrong)
+    with pytest.raises(ValueError, match="marks nothing"):
+        tasks.inpaint(pipe, PROMPT, clip, np.zeros((16, 16), bool))
+    assert not seen
+
+
+def test_outpainting_puts_the_clip_in_the_middle(pipe, clip):
+    video = tasks.outpaint(pipe, PROMPT, clip, size=(32, 16), **FEW)
+    same(video.frames[:, :, 8:24], clip)
+    with pytest.raises(ValueError, match="must be larger"):
+        tasks.outpaint(pipe, PROMPT, clip, size=(16, 16))
+
+
+def test_interpolation_keeps_every_given_frame(pipe, clip):
+    video = tasks.interpolate(pipe, PROMPT, clip, times=2, **FEW)
+    assert len(video.frames) == 17 and video.fps == 16
+    same(video.frames[::2], clip)
+
+
+def test_a_film_is_made_part_by_part_and_saved(pipe, tmp_path):
+    film = tasks.long(pipe, PROMPT, frames=tasks.seconds_to_frames(pipe, 2), **FEW)
+    path = film.save(tmp_path / "film.mp4")
+    from sora_jax import video_io
+
+    assert len(video_io.read_video(path).frames) == 17
+    assert video_io.read_metadata(path)["task"] == {"name": "film", "window": 9, "overlap": 5}
+    assert (tmp_path / "film.json").is_file()
+
+
+def test_refining_enlarges_and_works_by_tiles(pipe, clip):
+    plain = refine.enlarged(clip, scale=2, multiple=(8, 8))
+    kept = np.asarray(pipe.decode(pipe.encode(plain[None])))[0]
+
+    def distance(strength):
+        options = {"strength": strength, "steps": 8, "schedule": "linear"}
+        video = refine.refine(pipe, PROMPT, clip, scale=2, **options)
+        assert video.frames.shape == (9, 32, 32, 3)
+        return np.abs(video.frames / 127.5 - 1 - kept).mean()
+
+    assert distance(0.1) < distance(0.9)
+    with pytest.raises(ValueError, match="scale 1 is out of range"):
+        refine.refine(pipe, PROMPT, clip, scale=1.0)
+
+
+def test_prompts_change_within_a_video(pipe):
+    timed = pipe("[0-0.5] a red ball [0.5-1.125] a blue ball", **FEW).frames
+    same(timed, pipe("[0-0.5] a red ball [0.5-1.125] a blue ball", **FEW).frames)
+    for text in ("a red ball", "a blue ball"):
+        assert (pipe(text, **FEW).frames != timed).any()
+    alike = pipe("[0-0.5] a red ball [0.5-1.125] a red ball", **FEW).frames
+    # Rows of text in another order round otherwise.
+    assert np.abs(alike.astype(int) - pipe("a red ball", **FEW).frames).max() <= 1
+
+
+def test_tasks_of_other_checkpoints_are_refused(pipeline_folder, clip):
+    plain = sora_jax.load(pipeline_folder)
+    assert isinstance(plain, Pipeline) and plain.tasks == ("none",)
+    hole = np.zeros((16, 16), bool)
+    hole[8:] = True
+    for call in (
+        lambda: tasks.animate(plain, PROMPT, clip[0]),
+        lambda: tasks.extend(plain, PROMPT, clip, seconds=1),
+        lambda: tasks.loop(plain, PROMPT),
+        lambda: tasks.inpaint(plain, PROMPT, clip, hole),
+        lambda: tasks.long(plain, PROMPT, frames=17),
+    ):
+        with pytest.raises(ValueError, match=r"not trained for: .* It can: text to video"):
+            call()

@@ -1,0 +1,102 @@
+"""Films by windows: where they lie, what they take over, and that nothing is lost on the way."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.generate import canvas as canvas_of
+from sora_jax.generate import windows
+from sora_jax.generate.video import to_bytes
+from sora_jax.generate.windows import Sweep
+
+
+def request_of(pipe, frames=9, **settings):
+    return pipe.request("a red ball rolls left", steps=2, frames=frames, **settings)
+
+
+def film(pipe, total, *, window=9, overlap=5, **options):
+    request = request_of(pipe, window)
+    sweep = Sweep(total, window, overlap)
+    return list(windows.film(pipe, lambda *_: [request], sweep, **options))
+
+
+@pytest.mark.parametrize(
+    ("total", "begins"),
+    [(9, [0]), (5, [0]), (13, [0, 4]), (17, [0, 4, 8]), (19, [0, 4, 8, 10])],
+)
+def test_windows_cover_a_film_and_the_last_ends_with_it(total, begins):
+    sweep = Sweep(total, 9, 5)
+    assert sweep.begins == begins
+    assert all(b < a + 9 for a, b in itertools.pairwise(begins)), "each takes something over"
+    assert begins[-1] == 0 or begins[-1] + 9 == total
+
+
+def test_windows_that_stand_still_are_refused():
+    with pytest.raises(ValueError, match="9 frames that take over 9; use 1 to 8"):
+        Sweep(20, 9, 9)
+
+
+def test_a_film_of_one_window_is_the_video(pipe):
+    request = request_of(pipe)
+    (made,) = film(pipe, 9)
+    np.testing.assert_array_equal(made[0], pipe.run([request])[0].frames)
+
+
+def test_a_film_has_all_its_frames_and_windows_differ(pipe):
+    parts = film(pipe, 19)
+    assert [part.shape[1] for part in parts] == [9, 4, 4, 2]
+    assert (parts[1] != parts[2]).any(), "each window has noise of its own"
+
+
+def test_latents_are_carried_and_frames_follow_from_one_decoder(pipe, monkeypatch):
+    seen = []
+    denoise = type(pipe.denoise).__call__
+
+    def spy(self, noise, request, text, given, **options):
+        seen.append((given, denoise(self, noise, request, text, given, **options)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(type(pipe.denoise), "__call__", spy)
+    parts = film(pipe, 13)
+    (_, first), (given, second) = seen
+    keep = np.asarray(given.keep)[0, :, 0, 0]
+    assert keep.tolist() == [True, True, True, False, False]
+    # Frames 5 to 8 are latent frames 3 and 4 of the first window, 1 and 2 of the second.
+    np.testing.assert_array_equal(given.clean[:, 1:3], first[:, 3:5])
+    np.testing.assert_array_equal(second[:, 1:3], first[:, 3:5])
+    stream = jnp.concatenate([first, second[:, 3:]], axis=1)
+    whole = to_bytes(pipe.decode(stream))
+    difference = np.concatenate(parts, axis=1).astype(int) - whole
+    assert np.abs(difference).max() <= 1, "decoded in parts as a whole, rounding apart"
+
+
+def test_what_is_given_anywhere_in_a_film_comes_back(pipe, clip):
+    canvas = canvas_of.blank(17, 16, 16)
+    canvas_of.place(canvas, clip[:3], at=0)
+    canvas_of.place(canvas, clip[3:5], at=13)
+    made = np.concatenate(film(pipe, 17, canvases=[canvas]), axis=1)[0]
+    np.testing.assert_array_equal(made[:3], clip[:3])
+    np.testing.assert_array_equal(made[13:15], clip[3:5])
+
+
+def test_a_canvas_may_be_shorter_than_its_film(pipe, clip):
+    canvas = canvas_of.of_pictures({0: clip[0]}, 9, size=(16, 16))
+    longer = canvas_of.of_pictures({0: clip[0]}, 17, size=(16, 16))
+    short, long = (film(pipe, 17, canvases=[c]) for c in (canvas, longer))
+    np.testing.assert_array_equal(np.concatenate(short, axis=1), np.concatenate(long, axis=1))
+
+
+def test_going_back_ends_where_the_clip_begins(pipe, clip):
+    request = request_of(pipe)
+    made = windows.before(pipe, [request], clip[None], overlap=4, total=7)
+    assert made.shape == (1, 7, 16, 16, 3)
+    one = windows.before(pipe, [request], clip[None], overlap=4, total=5)
+    np.testing.assert_array_equal(made[:, 2:], one)
+
+
+def test_steps_are_counted_over_all_windows(pipe):
+    seen = []
+    film(pipe, 13, on_step=lambda step, total, _: seen.append((step, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
