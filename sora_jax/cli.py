@@ -12,6 +12,7 @@ from sora_jax import DTYPES, task_arguments
 
 EXAMPLES = """examples:
   sora-jax sample --prompt "a red ball rolls left in the meadow" --out ball.mp4
+  sora-jax storyboard film.yaml --out film.mp4
   sora-jax train --config configs/paperworld.py:smoke --workdir runs/smoke
   sora-jax eval --suite paperworld --out scores.json
   sora-jax data build --input videos --out sets/videos
@@ -28,7 +29,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_sample, _add_train, _add_plan, _add_eval, _add_data, _add_info, _add_convert):
+    for add in (
+        *(_add_sample, _add_storyboard, _add_train, _add_plan, _add_eval),
+        *(_add_data, _add_info, _add_convert),
+    ):
         add(commands)
     return top
 
@@ -57,6 +61,14 @@ def _add_sample(commands) -> None:
     )
     what.add_argument(
         "--again", metavar="FILE", help="make a video again from its .json or its own metadata"
+    )
+    sample.add_argument(
+        "--expand-prompt",
+        nargs="?",
+        const="auto",
+        metavar="WRITER",
+        help="write a detailed prompt first: paperworld (built in, for the shipped weights), "
+        "http(s)://HOST/v1#MODEL, or the folder of a language model",
     )
     sample.add_argument(
         "--lora",
@@ -135,6 +147,12 @@ def _add_sample(commands) -> None:
     _checkpoint(sample)
 
 
+def _add_storyboard(commands) -> None:
+    from sora_jax import storyboard_command
+
+    storyboard_command.add(commands, _command)
+
+
 def _add_train(commands) -> None:
     train = _command(
         commands,
@@ -160,7 +178,12 @@ def _add_plan(commands) -> None:
 
 def _add_eval(commands) -> None:
     evaluate = _command(commands, "eval", _evaluate, "Score a checkpoint on a suite of prompts.")
-    evaluate.add_argument("--suite", default="paperworld", help="default: paperworld")
+    evaluate.add_argument(
+        "--suite", default="paperworld", help="paperworld (text to video, the default) or tasks"
+    )
+    evaluate.add_argument(
+        "--tasks", metavar="NAME,...", help="of suite tasks, such as animate,extend (default: all)"
+    )
     evaluate.add_argument("--out", required=True, metavar="FILE.json")
     evaluate.add_argument("--prompts", type=int, default=256, help="of each kind (default: 256)")
     evaluate.add_argument("--steps", type=int, metavar="N")
@@ -257,6 +280,8 @@ def _evaluate(args) -> None:
     video_io.check_output_path(args.out, allowed=(".json",))
     options = {"prompts": args.prompts, "seed": args.seed}
     options |= {k: v for k in ("steps", "guidance") if (v := getattr(args, k)) is not None}
+    if args.tasks is not None:
+        options["tasks"] = evaluate.chosen_tasks(args.suite, args.tasks)
     result = evaluate.run_suite(args.suite, sora_jax.load(args.checkpoint), args.out, **options)
     report.print_table(result)
 

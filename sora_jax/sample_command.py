@@ -11,7 +11,9 @@ import sora_jax
 from sora_jax import task_command, video_io
 from sora_jax.convert import folder
 from sora_jax.generate import Pipeline, Request, Video, array_hash, conditions
+from sora_jax.generate.video import Film
 from sora_jax.progress import LearnedProgress, Progress
+from sora_jax.prompts import timed, writers
 
 AT_ONCE = 8  # videos denoised together at most
 _NAMES = (
@@ -82,10 +84,14 @@ def run(args: Namespace) -> list[Path]:
     if again:
         settings = {name: again.get(name) for name in _NAMES}
         settings["size"] = (again["width"], again["height"])
+    given = [again.get("prompt_given")] if again else [None] * len(prompts)
+    if args.expand_prompt is not None:
+        first = pipe.request(prompts[0], **settings)  # before a writer is asked, which may be slow
+        given, prompts = prompts, _expand(args, prompts, console, picture=first.frames == 1)
     if task is not None:
         prompt = _cut(pipe, prompts[0], console)
         pipe.request(prompt, **settings)  # refuses what no video can have before weights are read
-        return [_run_task(pipe, task, args, prompt, settings, console, begun)]
+        return [_run_task(pipe, task, args, prompt, settings, console, begun, given[0])]
     first_seed = again.get("seed", args.seed or 0)
     requests = [
         pipe.request(_cut(pipe, prompt, console), seed=first_seed + i, **settings)
@@ -118,6 +124,7 @@ def run(args: Namespace) -> list[Path]:
             for video in videos:
                 video.metadata["noise_sha256"] = array_hash(noise)
         for offset, video in enumerate(videos):
+            _note(video, given[(start + offset) // args.batch])
             path = _numbered(out, start + offset, len(requests))
             written.append(video.save(path))
             if args.sheet:
@@ -132,13 +139,14 @@ def run(args: Namespace) -> list[Path]:
     return written
 
 
-def _run_task(pipe, task, args, prompt, settings, console, begun) -> Path:
-    """Makes and writes the video of a task."""
+def _run_task(pipe, task, args, prompt, settings, console, begun, given) -> Path:
+    """Makes and writes the video of a task; `given` is what its prompt was made of, if anything."""
     pipe.load_weights()
     _line(console, "load", time.perf_counter() - begun)
     clock = time.perf_counter()
     with LearnedProgress("denoising") as progress:
         made = task_command.make(pipe, task, args, prompt, settings, progress.on_step)
+        _note(made, given)
         path = task_command.save(made, Path(args.out), sheet=args.sheet)
     _line(console, _TASK_STAGE, time.perf_counter() - clock)
     print(path)
@@ -168,7 +176,8 @@ def _check_again(
         )
     given = [name for name in (*_NAMES, "size") if getattr(args, name) is not None]
     given += ["seed"] * (args.seed is not None) + ["batch"] * (args.batch != 1)
-    given += [name for name in ("dtype", "mesh") if getattr(args, name) is not None]
+    others = ("dtype", "mesh", "expand_prompt")
+    given += [name for name in others if getattr(args, name) is not None]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"--again takes all settings from {args.again}; leave out {flags}.")
@@ -251,10 +260,25 @@ def _prompts(args: Namespace) -> list[str]:
     return prompts
 
 
+def _expand(args: Namespace, prompts: list[str], console: Console, *, picture: bool) -> list[str]:
+    """The prompts in the words of the writer that --expand-prompt names, shown."""
+    writer = writers.make_writer(args.expand_prompt, checkpoint=args.checkpoint, picture=picture)
+    expanded = [writers.expand(prompt, writer) for prompt in prompts]
+    for prompt in expanded:
+        console.print(f"{'prompt':>10} {prompt}", markup=False, soft_wrap=True)
+    return expanded
+
+
+def _note(video: Video | Film, given: str | None) -> None:
+    """Records what a prompt was before it was expanded."""
+    if given is not None:
+        video.metadata["prompt_given"] = given
+
+
 def _cut(pipe: Pipeline, prompt: str, console: Console) -> str:
     """The prompt as the text encoder can take it; says how a long one was cut."""
     limit = pipe.sampling.text_tokens
-    kept, was_cut = pipe.tokenizer.truncate(prompt, limit)
+    kept, was_cut = timed.truncate(prompt, pipe.tokenizer, limit)
     if was_cut:
         text = f"prompt is longer than {limit} tokens and was cut to: {kept!r}"
         console.print(text, markup=False)

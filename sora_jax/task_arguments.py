@@ -15,10 +15,10 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "outpaint": ("video", "window"),
     "interpolate": ("video", "strength"),
     "refine": ("video", "strength"),
-    "seconds": ("window", "image"),
+    "seconds": ("window", "joint", "image"),
 }
 _NEEDS_VIDEO = ("extend", "outpaint", "interpolate", "refine")
-_EXTRAS = ("video", "seconds", "window", "mask", "strength")
+_EXTRAS = ("video", "seconds", "window", "joint", "mask", "strength")
 
 
 def add(group) -> None:
@@ -28,7 +28,7 @@ def add(group) -> None:
         "--keyframe",
         action="append",
         metavar="FRAME:FILE",
-        help="show this picture at this frame, -1 is the last; may be given several times",
+        help="show this picture at this frame, or as the last; may be given several times",
     )
     argument(
         "--video", metavar="FILE", help="of --extend, --loop, --outpaint, --interpolate, --refine"
@@ -36,6 +36,12 @@ def add(group) -> None:
     argument("--extend", choices=DIRECTIONS, help="make --seconds more of --video")
     argument("--seconds", type=float, help="how long: of a film, or of what is added")
     argument("--window", type=int, metavar="FRAMES", help="frames of a long film seen at once")
+    argument(
+        "--joint",
+        action="store_true",
+        default=None,
+        help="denoise the windows of --seconds together, blended at every step",
+    )
     argument("--loop", action="store_true", help="make the end lead back to the beginning")
     argument("--join", nargs=2, metavar=("A", "B"), help="lead from video A to video B")
     argument("--edit", metavar="FILE", help="draw this video anew after the prompt")

@@ -74,7 +74,8 @@ def make(
         raise ValueError(f"--frames {frames} and --seconds {args.seconds:g}: give one of them.")
     image = None if args.image is None else clip(args.image)[0]
     total = tasks.seconds_to_frames(pipe, args.seconds, given.get("fps"))
-    return tasks.long(pipe, prompt, frames=total, image=image, **given)
+    joint = bool(args.joint)
+    return tasks.long(pipe, prompt, frames=total, image=image, joint=joint, **given)
 
 
 def save(made: Video | Film, out: Path, *, sheet: bool) -> Path:
@@ -113,8 +114,9 @@ def _keyframes(texts: list[str]) -> dict[int, np.ndarray]:
     pictures: dict[int, np.ndarray] = {}
     for text in texts:
         frame, colon, path = text.partition(":")
+        frame = "-1" if frame == "last" else frame
         if not (colon and path and frame.strip().lstrip("-").isdigit()):
-            raise ValueError(f"--keyframe {text}: write FRAME:FILE, for example 8:middle.png.")
+            raise ValueError(f"--keyframe {text}: write FRAME:FILE, such as 8:a.png or last:b.png.")
         if int(frame) in pictures:
             raise ValueError(f"--keyframe {frame} is given twice; give each frame once.")
         pictures[int(frame)] = video_io.read_video(path, num_frames=1).frames[0]

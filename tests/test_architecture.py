@@ -15,12 +15,16 @@ FLOORS = [
         "plan_command",
         "info",
         "sample_command",
+        "storyboard_command",
+        "task_arguments",
+        "task_command",
         "import_command",
         "data_command",
         "config_file",
     },
     {"train", "evaluate"},
     {"generate", "convert"},
+    {"prompts"},
     {"text", "vae", "dit", "image"},
     {"attention", "layers", "checkpoint", "data"},
     {"ring_attention", "flash", "diffusion", "sharding", "video_io", "types"}
@@ -30,8 +34,12 @@ FLOORS = [
 # On one floor, but strangers to each other; so are all that stand in two of them.
 APART = {"data", "text", "vae", "dit", "image", "diffusion"}
 FORBIDDEN = {"torch", "tensorflow", "diffusers", "transformers", "sora_jax.cli"}
-# A captioner is somebody else's model, run by the library that knows it; see the extra `caption`.
-ALLOWED = {"data/build/captioner.py": {"torch", "transformers"}}
+# Captioners and writers of prompts are somebody else's models, run by the library that knows them;
+# see the extras `caption` and `prompts`.
+ALLOWED = {
+    "data/build/captioner.py": {"torch", "transformers"},
+    "prompts/causal.py": {"torch", "transformers"},
+}
 
 FLOOR_OF = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -14,7 +14,7 @@ from jaxtyping import Bool, UInt8
 
 from sora_jax import video_io
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import texts, windows
+from sora_jax.generate import memory, texts, windows
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Picture
 from sora_jax.generate.denoise import OnStep
@@ -61,9 +61,23 @@ def overlap_of(pipe, window: int) -> int:
     return whole(pipe, (window + 1) // 2)
 
 
-def window_of(pipe, frames: int | None = None) -> int:
-    """Frames of a window by default: what the checkpoint makes by default."""
-    return pipe.sampling.frames if frames is None else min(frames, pipe.sampling.frames)
+def window_of(pipe, frames: int | None = None, *, settings: Mapping[str, Any] = {}) -> int:
+    """Frames of a window by default: what the checkpoint was trained on, or what memory holds.
+
+    Args:
+      frames: of the film, where it may be shorter.
+      settings: the film's, for its size.
+    """
+    trained = pipe.sampling.frames
+    most = trained if frames is None else min(frames, trained)
+    width, height = _sized(pipe, settings)
+    cells = (height // pipe.cell[1]) * (width // pipe.cell[2])
+    return memory.fitting(
+        most,
+        temporal=pipe.vae.config.scale_factor_temporal,
+        per_latent_frame=memory.window_bytes(pipe.dit.config, cells),
+        free=memory.free_bytes(),
+    )
 
 
 def _fitted(clip: np.ndarray, size: tuple[int, int], *, name: str = "the video") -> Clip:
@@ -82,7 +96,7 @@ def _fitted(clip: np.ndarray, size: tuple[int, int], *, name: str = "the video")
     return np.stack([video_io.fit(frame, size[::-1]) for frame in clip])
 
 
-def _sized(pipe, settings: dict[str, Any]) -> tuple[int, int]:
+def _sized(pipe, settings: Mapping[str, Any]) -> tuple[int, int]:
     return settings.get("size") or (pipe.sampling.width, pipe.sampling.height)
 
 
@@ -108,7 +122,7 @@ def _render(
 ) -> Video:
     """The film of a canvas (or of a draft), in one window or in several."""
     total = len(draft) if canvas is None else len(canvas.frames)
-    window = whole(pipe, min(total, window or window_of(pipe, total)))
+    window = whole(pipe, min(total, window or window_of(pipe, total, settings=settings)))
     if total > window:
         check(pipe, "prefix")
     settings = settings | {"frames": window}
@@ -179,7 +193,7 @@ def extend(
     if not seconds > 0:
         raise ValueError(f"seconds {seconds:g} is not above 0; say how much is to be added.")
     clip = _fitted(clip, _sized(pipe, settings))
-    settings = settings | {"frames": window_of(pipe, window)}
+    settings = settings | {"frames": window or window_of(pipe, settings=settings)}
     request = pipe.request(prompt, **settings)
     step = pipe.vae.config.scale_factor_temporal
     added = max(step, round(seconds * request.fps / step) * step)
@@ -226,7 +240,7 @@ def bridge(
     check(pipe, "middle")
     if not seconds > 0:
         raise ValueError(f"seconds {seconds:g} is not above 0; say how long the join takes.")
-    step, length = pipe.vae.config.scale_factor_temporal, window_of(pipe)
+    step, length = pipe.vae.config.scale_factor_temporal, window_of(pipe, settings=settings)
     request = pipe.request(prompt, **(settings | {"frames": length}))
     gap = max(step, round(seconds * request.fps / step) * step)
     most = length - 1 - step
@@ -386,6 +400,7 @@ def long(
     frames: int,
     window: int | None = None,
     overlap: int | None = None,
+    joint: bool = False,
     image: Picture | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
@@ -394,12 +409,16 @@ def long(
 
     Args:
       frames: of the film, 1 + a multiple of the VAE's temporal factor.
-      window: frames that the model sees at once; by default what it makes by default.
+      window: frames that the model sees at once; by default what it was trained on, or what the
+        memory holds.
       overlap: frames that a window takes over from the one before; by default half.
+      joint: denoise all windows together, blended where they overlap at every step, instead of one
+        after the other; latents of the whole film are in memory then, and no model need have been
+        trained to continue. Prompts without time stamps alone.
       image: picture that it begins with.
     """
-    window = window_of(pipe, frames) if window is None else min(window, frames)
-    if frames > window:
+    window = min(window or window_of(pipe, frames, settings=settings), frames)
+    if frames > window and not joint:
         check(pipe, "prefix")
     request = pipe.request(prompt, **(settings | {"frames": window}))
     canvases = None
@@ -408,8 +427,11 @@ def long(
         canvases = [canvas_of.of_pictures({0: image}, window, size=(request.width, request.height))]
     sweep = Sweep(frames, window, overlap or overlap_of(pipe, window))
     texts.check(pipe, prompt, frames=frames, fps=request.fps)
-    made = windows.film(pipe, lambda *_: [request], sweep, canvases=canvases, on_step=on_step)
-    task = {"name": "film", "window": sweep.window, "overlap": sweep.overlap}
+    if joint:
+        made = windows.joint(pipe, [request], sweep, canvases=canvases, on_step=on_step)
+    else:
+        made = windows.film(pipe, lambda *_: [request], sweep, canvases=canvases, on_step=on_step)
+    task = {"name": "film", "window": sweep.window, "overlap": sweep.overlap, "joint": joint}
     metadata = pipe.metadata(dataclasses.replace(request, frames=frames))
     return Film(
         parts=(part[0] for part in made),

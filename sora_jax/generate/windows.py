@@ -17,10 +17,11 @@ from jaxtyping import Float, UInt8
 from sora_jax.generate import canvas as canvas_of
 from sora_jax.generate import texts
 from sora_jax.generate.canvas import Canvas
-from sora_jax.generate.conditions import Conditions
+from sora_jax.generate.conditions import Conditions, Tiles
 from sora_jax.generate.denoise import OnStep, Start
 from sora_jax.generate.request import Request
 from sora_jax.generate.video import to_bytes
+from sora_jax.prompts import timed
 
 # The requests of a window from its number and its first frame; all of one size.
 RequestsAt = Callable[[int, int], Sequence[Request]]
@@ -111,6 +112,48 @@ def film(
         yield made
         frames = made if frames is None else np.concatenate([frames, made], axis=1)
         frames, end = frames[:, -sweep.window :], begin + length
+
+
+def joint(
+    pipe,
+    requests: Sequence[Request],
+    sweep: Sweep,
+    *,
+    canvases: Sequence[Canvas] | None = None,
+    on_step: OnStep | None = None,
+) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
+    """As `film`, all windows denoised together: see `tiles`.
+
+    Args:
+      requests: of one window each.
+
+    Raises:
+      ValueError: time-stamped prompts, which windows at other times would read alike.
+    """
+    if any(timed.is_timed(request.prompt) for request in requests):
+        raise ValueError("time-stamped prompts need windows one after the other: not --joint.")
+    step = pipe.vae.config.scale_factor_temporal
+    whole = [dataclasses.replace(request, frames=sweep.total) for request in requests]
+    if canvases is not None:
+        canvases = _cut(canvases, 0, sweep.total)
+    given = Conditions() if canvases is None else pipe.conditions(whole[0], canvases=canvases)
+    size = pipe.latent_shape(requests[0])[:3]
+    latents = pipe.denoise(
+        pipe.noise(whole),
+        whole[0],
+        texts.embed(pipe, requests),
+        given,
+        tiles=Tiles(size, (1 + (sweep.overlap - 1) // step, 0, 0)),
+        on_step=on_step,
+    )
+    decoder, begin = pipe.decoder(), 0
+    for part in range(0, latents.shape[1], size[0]):
+        made = to_bytes(decoder(latents[:, part : part + size[0]]))
+        if canvases is not None:
+            pairs = zip(_cut(canvases, begin, made.shape[1]), made, strict=True)
+            made = np.stack([canvas_of.paste(*pair) for pair in pairs])
+        begin += made.shape[1]
+        yield made
 
 
 def _noise(pipe, requests: Sequence[Request], number: int) -> jax.Array:

@@ -49,7 +49,10 @@ def normalize(text: str) -> str:
 
 
 class Tokenizer(abc.ABC):
-    """What a text encoder needs of a tokenizer: `encode` with eos last, `truncate`, `batch`."""
+    """What a text encoder needs of a tokenizer: `encode` with eos last, `truncate`, `batch`.
+
+    `offsets` tells which characters an id stands for.
+    """
 
     @property
     @abc.abstractmethod
@@ -63,6 +66,14 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def encode(self, text: str, *, max_length: int) -> list[int]:
         """Ids of `text`, cut as `truncate` cuts it, with eos last; "" is eos alone."""
+
+    @abc.abstractmethod
+    def clean(self, text: str) -> str:
+        """The normalised text that `encode` reads."""
+
+    @abc.abstractmethod
+    def offsets(self, text: str, *, max_length: int) -> list[tuple[int, int]]:
+        """Where in `clean(text)` the characters of each id begin and end; eos has no place."""
 
     @abc.abstractmethod
     def save(self, folder) -> None:
@@ -150,6 +161,13 @@ class ByteTokenizer(Tokenizer):
         """Ids of `text`, cut as `truncate` cuts it, with eos last; "" is eos alone."""
         text, _ = self.truncate(text, max_length)
         return [byte + _FIRST_BYTE for byte in text.encode("utf-8")] + [EOS]
+
+    def clean(self, text: str) -> str:
+        return normalize(text)
+
+    def offsets(self, text: str, *, max_length: int) -> list[tuple[int, int]]:
+        text, _ = self.truncate(text, max_length)
+        return [(i, i + 1) for i, letter in enumerate(text) for _ in letter.encode("utf-8")]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` up to the first eos; specials and broken characters are left out."""

@@ -66,7 +66,7 @@ class UnigramTokenizer(Tokenizer):
         """
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}; allowed are 1 (eos alone) and more.")
-        text = normalize(html.unescape(html.unescape(text)))
+        text = self.clean(text)
         encoded = self._backend.encode(text, add_special_tokens=False)
         room = max_length - 1
         if len(encoded.ids) <= room:
@@ -78,6 +78,14 @@ class UnigramTokenizer(Tokenizer):
         text, _ = self.truncate(text, max_length)
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return [*ids[: max_length - 1], EOS]
+
+    def clean(self, text: str) -> str:
+        return normalize(html.unescape(html.unescape(text)))
+
+    def offsets(self, text: str, *, max_length: int) -> list[tuple[int, int]]:
+        text, _ = self.truncate(text, max_length)
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        return encoded.offsets[: max_length - 1]
 
     def save(self, folder) -> None:
         """Copies the file it was read from, and a config that names it for transformers."""

@@ -20,7 +20,7 @@ def tasks_folder(pipeline_folder, tmp_path_factory):
     return target
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pipe(tasks_folder):
     return sora_jax.load(tasks_folder)
 

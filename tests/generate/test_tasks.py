@@ -112,7 +112,12 @@ def test_a_film_is_made_part_by_part_and_saved(pipe, tmp_path):
     from sora_jax import video_io
 
     assert len(video_io.read_video(path).frames) == 17
-    assert video_io.read_metadata(path)["task"] == {"name": "film", "window": 9, "overlap": 5}
+    assert video_io.read_metadata(path)["task"] == {
+        "name": "film",
+        "window": 9,
+        "overlap": 5,
+        "joint": False,
+    }
     assert (tmp_path / "film.json").is_file()
 
 

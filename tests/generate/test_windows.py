@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import windows
+from sora_jax.generate import memory, windows
 from sora_jax.generate.video import to_bytes
 from sora_jax.generate.windows import Sweep
 
@@ -100,3 +100,28 @@ def test_steps_are_counted_over_all_windows(pipe):
     seen = []
     film(pipe, 13, on_step=lambda step, total, _: seen.append((step, total)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_windows_denoised_together_are_one_run_where_one_is_all(pipe):
+    request = request_of(pipe)
+    (made,) = windows.joint(pipe, [request], Sweep(9, 9, 5))
+    difference = made[0].astype(int) - pipe.run([request])[0].frames
+    assert np.abs(difference).max() <= 1, "the blend divides by a weight: it rounds"
+
+
+def test_windows_denoised_together_keep_what_is_given(pipe, clip):
+    canvas = canvas_of.of_pictures({0: clip[0]}, 9, size=(16, 16))
+    parts = list(windows.joint(pipe, [request_of(pipe)], Sweep(17, 9, 5), canvases=[canvas]))
+    made = np.concatenate(parts, axis=1)[0]
+    assert len(made) == 17
+    np.testing.assert_array_equal(made[0], clip[0])
+    with pytest.raises(ValueError, match="not --joint"):
+        stamped = pipe.request("[0-1] a [1-2] b", steps=2, frames=9)
+        next(windows.joint(pipe, [stamped], Sweep(17, 9, 5)))
+
+
+@pytest.mark.parametrize(
+    ("free", "frames"), [(1e9, 17), (9 / 0.8, 17), (8 / 0.8, 9), (3 / 0.8, 5), (0.0, 3)]
+)
+def test_a_window_is_halved_until_memory_holds_it(free, frames):
+    assert memory.fitting(17, temporal=2, per_latent_frame=1.0, free=free) == frames

@@ -32,6 +32,18 @@ def test_decode_inverts_encode(text):
     assert tokenizer.decode(tokenizer.encode(text, max_length=512)) == text
 
 
+@pytest.mark.parametrize("text", PROMPTS)
+def test_offsets_say_which_letter_a_byte_belongs_to(text):
+    tokenizer = ByteTokenizer()
+    clean = tokenizer.clean(f"  {text} ")
+    offsets = tokenizer.offsets(text, max_length=512)
+    assert clean == text and len(offsets) == len(tokenizer.encode(text, max_length=512)) - 1
+    assert [(i, i + 1) for i in range(len(clean))] == sorted(set(offsets))
+    for i, letter in enumerate(clean):
+        assert offsets.count((i, i + 1)) == len(letter.encode())
+    assert tokenizer.offsets(text, max_length=3) == offsets[: len(tokenizer.truncate(text, 3)[0])]
+
+
 def test_vocabulary_is_byt5s():
     tokenizer = ByteTokenizer()
     assert tokenizer.vocab_size == 384

@@ -88,6 +88,19 @@ def test_long_prompts_are_cut_behind_a_piece(spiece):
         tokenizer.truncate(text, 0)
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_offsets_say_which_letters_an_id_stands_for(spiece, text):
+    tokenizer = UnigramTokenizer.from_file(spiece)
+    clean = tokenizer.clean(text)
+    offsets = tokenizer.offsets(text, max_length=512)
+    assert len(offsets) == len(tokenizer.encode(text, max_length=512)) - 1
+    covered = {i for start, end in offsets for i in range(start, end)}
+    assert covered >= {i for i, letter in enumerate(clean) if letter != " "}
+    assert [start for start, _ in offsets] == sorted(start for start, _ in offsets)
+    assert tokenizer.offsets(text, max_length=4)[:2] == offsets[:2]
+    assert tokenizer.clean("a &amp;amp; b") == "a & b"
+
+
 def test_damaged_files_are_told(spiece, tmp_path):
     data = spiece.read_bytes()
     for name, content, words in (

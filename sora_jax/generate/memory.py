@@ -1,0 +1,40 @@
+"""How many frames a model can see at once in the memory that there is, by an estimate."""
+
+import os
+
+import jax
+
+from sora_jax.dit.config import DiTConfig
+
+SHARE = 0.8  # of free memory that a window may take
+_STREAMS = 8  # float32 copies of a token's residual stream alive at once: norms, q, k, v, outputs
+
+
+def window_bytes(config: DiTConfig, tokens: int, *, rows: int = 2) -> float:
+    """Activations of one evaluation on `rows` videos of `tokens` each; guidance makes two of one.
+
+    A block at a time is alive: its streams and the hidden layer of its MLP. Attention's kernels
+    keep no table of pairs.
+    """
+    return rows * tokens * 4.0 * (_STREAMS * config.width + 2 * config.ffn_dim)
+
+
+def free_bytes() -> float:
+    """Memory that is free on the first device; that of the machine, where devices are its CPUs."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return float(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def fitting(frames: int, *, temporal: int, per_latent_frame: float, free: float) -> int:
+    """The longest window of at most `frames` frames, halved until `free` bytes hold it.
+
+    Args:
+      temporal: frames in a latent frame after the first; windows are 1 + a multiple of it.
+      per_latent_frame: bytes.
+    """
+    latents = 1 + (frames - 1) // temporal
+    while latents > 2 and latents * per_latent_frame > SHARE * free:
+        latents = 1 + (latents - 1) // 2
+    return 1 + (latents - 1) * temporal

@@ -1,0 +1,89 @@
+"""Storyboards on the tiny model: lengths, what is carried over, and the plan."""
+
+import numpy as np
+import pytest
+
+import sora_jax
+from sora_jax import cli, video_io
+from sora_jax.generate import board, storyboard
+
+SETTINGS = {"steps": 2}
+
+
+def made(pipe, *shots, **options):
+    values = {"shots": [{"prompt": "a red ball", "seconds": 1, **shot} for shot in shots]}
+    film = storyboard.render(pipe, board.parse(values), **SETTINGS, **options)
+    return film, [np.asarray(part) for part in film.parts]
+
+
+def test_every_shot_has_its_length_and_the_plan_says_so(pipe):
+    shots = ({"seconds": 0.5}, {"seconds": 2}, {"begins": "continue"}, {"carry": 0})
+    steps = []
+    film, parts = made(pipe, *shots, on_step=lambda i, n, x: steps.append((i, n)))
+    assert [len(part) for part in parts] == [4, 16, 8, 8]
+    values = {"shots": [{"prompt": "a red ball", "seconds": 1, **shot} for shot in shots]}
+    plan = storyboard.plan(pipe, board.parse(values), **SETTINGS)
+    assert [part.frames for part in plan] == [4, 16, 8, 8]
+    assert steps[-1] == (len(steps), 2 * sum(part.windows for part in plan))
+    assert film.metadata["frames"] == 36 and film.metadata["task"]["name"] == "storyboard"
+
+
+def test_a_shot_begins_with_its_picture(pipe, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    path = video_io.save_image(tmp_path / "a.png", picture)
+    _, parts = made(pipe, {}, {"keyframe": str(path)})
+    np.testing.assert_array_equal(parts[1][0], picture)
+
+
+def prompts_seen(pipe, monkeypatch, *shots):
+    seen = []
+    original = type(pipe).encode_text
+
+    def spy(self, prompts, negative=()):
+        seen.append(list(prompts))
+        return original(self, prompts, negative)
+
+    monkeypatch.setattr(type(pipe), "encode_text", spy)
+    made(pipe, *shots)
+    return seen
+
+
+def test_a_cut_shows_the_model_both_sides_of_it(pipe, monkeypatch):
+    seen = prompts_seen(pipe, monkeypatch, {}, {"prompt": "a red ball at night", "seconds": 0.5})
+    assert seen[0] == ["a red ball"]
+    assert seen[1] == ["a red ball. Cut to: the red ball at night"]
+
+
+def test_prompts_change_within_a_shot(pipe, monkeypatch):
+    spans = [{"at": 0, "text": "it stays"}, {"at": 1, "text": "it rolls"}]
+    seen = prompts_seen(pipe, monkeypatch, {"prompt": spans, "seconds": 2})
+    assert seen[0][:2] == ["it stays", "it rolls"]
+    short = [{"at": 0, "text": "a"}, {"at": 0.1, "text": "b"}]
+    with pytest.raises(ValueError, match=r"shot 1: the prompt at 0 s is for 0.1 s"):
+        made(pipe, {"prompt": short})
+
+
+def test_another_seed_makes_another_film(pipe):
+    (_, first), (_, second) = (made(pipe, {"seed": seed}) for seed in (1, 2))
+    assert (first[0] != second[0]).any()
+
+
+def test_what_a_checkpoint_cannot_do_is_refused_before_work(pipeline_folder):
+    plain = sora_jax.load(pipeline_folder)
+    with pytest.raises(ValueError, match="not trained for"):
+        made(plain, {}, {})
+
+
+def test_the_command_plans_and_renders(tasks_folder, tmp_path, capsys):
+    file = tmp_path / "film.yaml"
+    file.write_text("shots: [{prompt: a red ball, seconds: 1}, {prompt: it stays, seconds: 1}]")
+    base = ["storyboard", str(file), "--checkpoint", str(tasks_folder), "--steps", "1"]
+    assert cli.main([*base, "--plan"]) == 0
+    assert "2 shots, 2 s, 16 frames" in capsys.readouterr().out
+    out = tmp_path / "film.mp4"
+    assert cli.main([*base, "--out", str(out)]) == 0
+    assert len(video_io.read_video(out).frames) == 16
+    assert cli.main(base) == 2
+    file.write_text("shots: [{prompt: a red ball, seconds: 0}]")
+    assert cli.main([*base, "--out", str(out)]) == 2
+    assert "shot 1: seconds is 0" in capsys.readouterr().err

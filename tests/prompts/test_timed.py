@@ -1,0 +1,108 @@
+"""Time stamps are read strictly, and every latent frame finds its prompt."""
+
+import numpy as np
+import pytest
+
+from sora_jax.prompts import timed
+from sora_jax.prompts.timed import Segment
+
+TWO = "[0s-1s] a red ball rolls left [1s-2s] the red ball stays still"
+
+
+def test_segments_are_read_in_their_order():
+    wanted = (
+        Segment(0.0, 1.0, "a red ball rolls left"),
+        Segment(1.0, 2.0, "the red ball stays still"),
+    )
+    assert timed.parse(TWO, duration=2.0) == wanted
+    for stamps in ("[0-1]{}[1-2]{}", "[ 0.0 s – 1 s ]{}[1.s-2]{}", "[0s-1s]\n{}\n[1s-2s]\n{}\n"):
+        assert timed.parse(stamps.format(*(s.text for s in wanted)), duration=2.0) == wanted
+    assert timed.split(timed.render(wanted)) == wanted
+
+
+def test_what_no_stamp_covers_belongs_to_the_prompt_before():
+    segments = timed.parse("[0-1] a [1.5-1.75] b", duration=2.125)
+    assert segments == (Segment(0.0, 1.5, "a"), Segment(1.5, 2.125, "b"))
+    assert timed.split("[0-1] a [1.5-1.75] b")[0].end == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a red ball", "no time stamp; write [START-END]"),
+        ("[0s-1s a red ball", "time stamp '[0s-1s a red ball': write [START-END]"),
+        ("[0s] a red ball", "time stamp '[0s]'"),
+        ("[-1-2] a", "time stamp '[-1-2]'"),
+        ("[0:00-0:05] a", "time stamp '[0:00-0:05]'"),
+        ("[0-1] a [1-x] b", "time stamp '[1-x]'"),
+        ("first [0-1] a", "'first' stands before the first time stamp"),
+        ("[1-1] a", "[1s-1s] ends before it has begun"),
+        ("[0-1] a [1.5-1.2] b", "[1.5s-1.2s] ends before it has begun"),
+        ("[0-1] [1-2] b", "[0s-1s] has no prompt"),
+        ("[0-1] a [0.5-2] b", "[0.5s-2s] begins before [0s-1s] has ended"),
+        ("[1-2] b [0-1] a", "[0s-1s] begins before [1s-2s] has ended"),
+        ("[0.5-2] a", "[0.5s-2s] comes first"),
+        ("[0-1] a [1-3] b", "[1s-3s] ends behind the video, which lasts 2 s"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(prompt, words):
+    with pytest.raises(ValueError) as error:
+        timed.parse(prompt, duration=2.0)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a red ball", "a [small] ball", "[2 cats] play", "[a-b] x", "array[0]", "[x:1]", ""]
+)
+def test_brackets_of_other_kinds_are_no_stamps(prompt):
+    assert not timed.is_timed(prompt)
+    assert timed.without_stamps(prompt) == prompt
+
+
+def test_what_was_meant_as_a_stamp_is_one():
+    for prompt in (TWO, "[0s-1 a", "[0 to 1] a", "a [1.5s] b"):
+        assert timed.is_timed(prompt)
+        assert not timed.is_timed(timed.without_stamps(prompt))
+    assert timed.without_stamps(TWO) == "a red ball rolls left the red ball stays still"
+
+
+def test_latent_frames_take_the_prompt_of_their_middle():
+    # 17 frames at 8 a second, latent frames of 4: middles at 1/16, 3/8, 7/8, 11/8 and 15/8 s.
+    segments = timed.parse(TWO, duration=17 / 8)
+    found = timed.latent_prompts(segments, frames=17, fps=8.0, temporal=4)
+    np.testing.assert_array_equal(found, [0, 0, 0, 1, 1])
+    # Of 2: middles at 1/16 and then at 1/4, 1/2, ..., 2 s; that at 1 s is the second's.
+    found = timed.latent_prompts(segments, frames=17, fps=8.0, temporal=2)
+    np.testing.assert_array_equal(found, [0] * 4 + [1] * 5)
+
+
+def test_by_brute_force_every_latent_frame_lies_where_most_of_it_is_seen():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        temporal, fps = int(rng.choice([2, 4])), float(rng.choice([8, 16, 24]))
+        frames = 1 + temporal * int(rng.integers(3, 12))
+        cuts = np.sort(rng.uniform(0.3, 0.9, 2)) * frames / fps
+        segments = [
+            Segment(float(a), float(b), "x")
+            for a, b in zip([0.0, *cuts], [*cuts, frames / fps], strict=True)
+        ]
+        try:
+            found = timed.latent_prompts(segments, frames=frames, fps=fps, temporal=temporal)
+        except ValueError as error:
+            assert "is too short" in str(error)
+            continue
+        for j, index in enumerate(found):
+            first, last = (0, 0) if j == 0 else (1 + (j - 1) * temporal, j * temporal)
+            middle = (first + last + 1) / 2 / fps
+            assert segments[index].start <= middle < segments[index].end
+
+
+def test_a_segment_without_a_latent_frame_is_refused():
+    segments = timed.parse("[0-1] a [1-1.1] b [1.1-2] c", duration=17 / 8)
+    with pytest.raises(ValueError, match=r"\[1s-1\.1s\] is too short: a latent frame is 0\.5 s"):
+        timed.latent_prompts(segments, frames=17, fps=8.0, temporal=4)
+
+
+def test_a_picture_has_one_prompt():
+    segments = timed.parse("[0s-0.125s] a red ball", duration=1 / 8)
+    assert timed.latent_prompts(segments, frames=1, fps=8.0, temporal=4).tolist() == [0]

@@ -1,0 +1,132 @@
+"""Measures films of a minute: peak memory against 10 s, what is kept to the end, and drift.
+
+python tools/bench_minute.py [--checkpoint DIR] [--films 16] [--seconds 60] [--out FILE.json]
+
+Memory: `sora-jax sample --seconds S` in a process of its own, its peak resident size. Films: of
+prompts whose verb goes on, in batches; the oracle reads colour and shape in the last 2 s, and
+brightness and saturation there are compared with those of the first 2 s.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ONGOING = ("bounces", "spins", "stays")
+ENDS = 17  # frames that are judged at each end
+BATCH = 8
+TARGETS = {"memory_ratio": 1.1, "kept": 0.9, "drift": 0.1}
+
+
+def memory(checkpoint: str, seconds: float) -> tuple[float, float]:
+    """(peak resident GiB, seconds) of the command that makes one film."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, "-m", "sora_jax.cli", "sample"),
+            *("--prompt", "a red ball spins in the meadow", "--checkpoint", checkpoint),
+            *("--seconds", str(seconds), "--out", str(Path(folder) / "film.mp4")),
+        ]
+        begun = time.perf_counter()
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            raise SystemExit(f"{' '.join(command)} failed")
+        return usage.ru_maxrss / 2**20, time.perf_counter() - begun
+
+
+def films(checkpoint: str, count: int, seconds: float, seed: int) -> list[dict]:
+    """What the oracle and plain colours say of both ends of `count` films."""
+    import cv2
+
+    import sora_jax
+    from sora_jax import cli
+    from sora_jax.data.paperworld.source import seen_prompts
+    from sora_jax.evaluate import scores
+    from sora_jax.generate import tasks, windows
+    from sora_jax.generate.windows import Sweep
+
+    cli.setup_jax()
+    pipe = sora_jax.load(checkpoint)
+    prompts = [p for p in seen_prompts(6 * count, seed=seed) if p.scene.subject.verb in ONGOING]
+    total, window = tasks.seconds_to_frames(pipe, seconds), tasks.window_of(pipe)
+
+    def look(frames: np.ndarray) -> tuple[float, float]:
+        hsv = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2HSV) for frame in frames])
+        return float(hsv[..., 2].mean()), float(hsv[..., 1].mean())
+
+    records = []
+    for begin in range(0, count, BATCH):
+        chosen = prompts[begin : min(begin + BATCH, count)]
+        requests = [
+            pipe.request(p.text, frames=window, seed=seed + begin + i) for i, p in enumerate(chosen)
+        ]
+        sweep = Sweep(total, window, tasks.overlap_of(pipe, window))
+        first = last = None
+        clock = time.perf_counter()
+        for part in windows.film(pipe, lambda *_, r=requests: r, sweep):
+            first = part[:, :ENDS] if first is None else first
+            last = part if last is None else np.concatenate([last, part], axis=1)[:, -ENDS:]
+        spent = (time.perf_counter() - clock) / len(chosen)
+        for prompt, head, tail in zip(chosen, first, last, strict=True):
+            right = [scores.judge(clip, prompt.scene)["right"] for clip in (head, tail)]
+            looks = np.array([look(clip) for clip in (head, tail)])
+            brightness, saturation = np.abs(looks[1] / looks[0] - 1)
+            records.append(
+                {
+                    "prompt": prompt.text,
+                    "begin": {name: right[0][name] for name in ("colour", "shape", "place")},
+                    "end": {name: right[1][name] for name in ("colour", "shape", "place")},
+                    "brightness": float(brightness),
+                    "saturation": float(saturation),
+                    "seconds": spent,
+                }
+            )
+        print(f"{len(records)}/{count} films", file=sys.stderr, flush=True)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", default="paperworld")
+    parser.add_argument("--films", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    short, long = memory(args.checkpoint, 10), memory(args.checkpoint, args.seconds)
+    records = films(args.checkpoint, args.films, args.seconds, args.seed)
+    names = ("colour", "shape", "place")
+    result = {
+        "memory_gib": {"10 s": short[0], f"{args.seconds:g} s": long[0]},
+        "command_seconds": {"10 s": short[1], f"{args.seconds:g} s": long[1]},
+        "memory_ratio": long[0] / short[0],
+        "begin": {n: float(np.mean([r["begin"][n] for r in records])) for n in names},
+        "end": {n: float(np.mean([r["end"][n] for r in records])) for n in names},
+        # Of what was there at the beginning.
+        "kept": {
+            n: float(np.mean([r["end"][n] for r in records if r["begin"][n]] or [0.0]))
+            for n in names
+        },
+        "drift_brightness": float(np.max([r["brightness"] for r in records])),
+        "drift_saturation": float(np.max([r["saturation"] for r in records])),
+        "drift_within_10_percent": float(
+            np.mean([max(r["brightness"], r["saturation"]) <= TARGETS["drift"] for r in records])
+        ),
+        "seconds_per_film": float(np.mean([r["seconds"] for r in records])),
+        "targets": TARGETS,
+        "films": records,
+    }
+    text = json.dumps(result, indent=2)
+    if args.out is not None:
+        args.out.write_text(text + "\n")
+    print(json.dumps({k: v for k, v in result.items() if k != "films"}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
