@@ -18,7 +18,7 @@ from sora_jax import sharding
 from sora_jax.convert.folder import SamplingDefaults
 from sora_jax.diffusion import times
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import conditions, tasks, texts
+from sora_jax.generate import conditions, detail, tasks, texts
 from sora_jax.generate import request as requests_of
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Conditions, Picture
@@ -269,7 +269,7 @@ class Pipeline:
         clock.stop("decode", video)
         frames = to_bytes(video)
         if canvases is not None:
-            frames = [canvas_of.paste(*pair) for pair in zip(canvases, frames, strict=True)]
+            frames = [detail.finish(*pair) for pair in zip(canvases, frames, strict=True)]
         return [
             Video(
                 frames=frames,

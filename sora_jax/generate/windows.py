@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import texts
+from sora_jax.generate import detail, texts
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Conditions, Tiles
 from sora_jax.generate.denoise import OnStep, Start
+from sora_jax.generate.detail import Reference
 from sora_jax.generate.request import Request
 from sora_jax.generate.video import to_bytes
 from sora_jax.prompts import timed
@@ -83,6 +84,7 @@ def film(
     begins = sweep.begins
     decoder = pipe.decoder()
     frames = latents = end = None
+    references: list[list[Reference]] = [[] for _ in canvases or ()]
     for number, begin in enumerate(begins):
         requests = requests_at(number, begin)
         length = requests[0].frames
@@ -107,11 +109,25 @@ def film(
             fresh = latents[:, 1 + (known - 1) // pipe.vae.config.scale_factor_temporal :]
         made = to_bytes(decoder(fresh))
         if canvases is not None:
-            pairs = zip(_cut(canvases, begin + known, len(made[0])), made, strict=True)
-            made = np.stack([canvas_of.paste(*pair) for pair in pairs])
+            local = _cut(canvases, begin + known, made.shape[1])
+            finished = [
+                _finish(*parts, begin + known)
+                for parts in zip(local, made, references, strict=True)
+            ]
+            made = np.stack(finished)
         yield made
         frames = made if frames is None else np.concatenate([frames, made], axis=1)
         frames, end = frames[:, -sweep.window :], begin + length
+
+
+def _finish(
+    canvas: Canvas, decoded: np.ndarray, references: list[Reference], begin: int
+) -> np.ndarray:
+    """A stretch of a film with what is given; `references` keep the last that was given."""
+    found = [r._replace(frame=r.frame + begin) for r in detail.references(canvas, decoded)]
+    made = detail.carry(decoded, [*references, *found], begin=begin)
+    references[:] = (references + found)[-1:]
+    return canvas_of.paste(canvas, made)
 
 
 def joint(
@@ -147,11 +163,13 @@ def joint(
         on_step=on_step,
     )
     decoder, begin = pipe.decoder(), 0
+    references: list[list[Reference]] = [[] for _ in canvases or ()]
     for part in range(0, latents.shape[1], size[0]):
         made = to_bytes(decoder(latents[:, part : part + size[0]]))
         if canvases is not None:
-            pairs = zip(_cut(canvases, begin, made.shape[1]), made, strict=True)
-            made = np.stack([canvas_of.paste(*pair) for pair in pairs])
+            local = _cut(canvases, begin, made.shape[1])
+            parts = zip(local, made, references, strict=True)
+            made = np.stack([_finish(*part, begin) for part in parts])
         begin += made.shape[1]
         yield made
 
@@ -246,6 +264,8 @@ def before(
             pipe.conditions(requests[0], canvases=canvases),
             on_step=_counted(on_step, number, windows),
         )
-        fresh = to_bytes(pipe.decode(latents))[:, : length - overlap]
+        decoded = to_bytes(pipe.decode(latents))
+        finished = [detail.finish(*pair) for pair in zip(canvases, decoded, strict=True)]
+        fresh = np.stack(finished)[:, : length - overlap]
         made = np.concatenate([fresh, made], axis=1)
     return made[:, : made.shape[1] - overlap][:, -total:]
