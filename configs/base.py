@@ -66,6 +66,7 @@ def get_config() -> ConfigDict:
     # Inference folder whose text encoder is used as it is (in text.dtype); "" trains one of
     # config.text with the DiT.
     c.text_checkpoint = ""
+    c.image_checkpoint = ""  # folder whose image encoder is used, where dit.image_dim is set
 
     c.vae_loss = ConfigDict()
     c.vae_loss.l1 = 1.0

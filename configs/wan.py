@@ -9,8 +9,9 @@ the way: --config.data.kind=folder --config.data.batching=fixed
 --config.data.text_embeddings=False --config.data.path=CLIPS.
 
 Variants: full (the first) and smoke; t2v_1.3b, t2v_14b, i2v_14b, flf2v_14b (Wan 2.1); ti2v_5b,
-t2v_a14b, i2v_a14b (2.2; each expert of the last two has these sizes). Training is text to video:
-the image-to-video variants are for loading, converting and counting.
+t2v_a14b, i2v_a14b (2.2; each expert of the last two has these sizes). ti2v_5b is given the first
+frame in half of the examples. The image-to-video variants read pixels, and i2v_14b the image
+encoder of --config.image_checkpoint=DIR; flf2v_14b is for loading, converting and counting.
 
 A row holds a clip: 81 frames of 832x480 are 21 x 30 x 52 = 32,760 tokens, and of the 5B, whose VAE
 folds 16x16 pixels, 121 of 1280x704 are 31 x 22 x 40 = 27,280. Slices and meshes: SLICES and
@@ -68,6 +69,12 @@ def get_config(arg: str = "full"):
         c.data.pack.tokens = 27_648
     elif arg != "t2v_1.3b":
         c.batch_size = 16
+    if arg == "ti2v_5b":
+        c.tasks.weights = ConfigDict({"none": 0.5, "first": 0.5})
+    elif arg.startswith("i2v"):
+        c.tasks.weights = ConfigDict({"first": 1.0})
+        c.data.kind, c.data.text_embeddings, c.data.batching = "folder", False, "fixed"
+        c.sample_every = 0
     shift = SHIFT.get(arg, 5.0)
     c.diffusion.shift.update(shift_lo=shift, shift_hi=shift)
     c.optim.update(peak_lr=1e-5, weight_decay=0.01)
@@ -78,6 +85,7 @@ def get_config(arg: str = "full"):
 def from_scratch(variant: str) -> ConfigDict:
     """Settings that the pre-training runs share, at the sizes of one of VARIANTS; unlocked."""
     c = get_config(variant).unlock()
+    c.tasks.weights = ConfigDict({"none": 1.0})
     c.num_steps = 300_000
     c.optim.update(peak_lr=1e-4, warmup_steps=2000, final_lr=0.1, b2=0.95, ema_decay=0.9999)
     c.log_every, c.checkpoint_every, c.sample_every = 50, 1000, 5000

@@ -19,9 +19,11 @@ from sora_jax.diffusion.tasks import TaskMixture, TokenTimes
 from sora_jax.dit import patchify
 from sora_jax.dit.flops import flops as dit_flops
 from sora_jax.dit.model import DiT, DiTConfig
+from sora_jax.image.clip import preprocess
 from sora_jax.text.tokenizer import Tokenizer
 from sora_jax.train import masks, packed
 from sora_jax.train.conditioning import Conditioning
+from sora_jax.train.pictures import Pictures
 from sora_jax.train.vae_stage import to_float, vae_config
 
 # Edges of the buckets of t that the loss is logged by: shape and motion are decided in the middle.
@@ -32,15 +34,19 @@ T_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 class Prepare:
     """Per-record numpy work in the loader: token ids and mask beside the pixels or latents.
 
-    Cached embeddings of the caption, where a record has them, take the place of its ids. Apart
+    Cached embeddings of the caption, where a record has them, take the place of its ids; with
+    `image_size` the first frame is there as an image encoder takes it. Apart
     from the stage, so that reader processes are not sent the VAE.
     """
 
     tokenizer: Tokenizer
     text_tokens: int
+    image_size: int | None = None
 
     def __call__(self, record: dict) -> dict:
         pixels = {name: record[name] for name in ("video", "latents") if name in record}
+        if self.image_size is not None:
+            pixels["image"] = preprocess(record["video"][0], size=self.image_size)
         if "text_emb" in record:
             emb = record["text_emb"][: self.text_tokens]
             fill = self.text_tokens - len(emb)
@@ -87,12 +93,6 @@ class DiTStage:
         self.text = Conditioning(config, abstract=abstract)
         self.components = ("dit", "text") if self.text.is_trained else ("dit",)
         self.dit_config = dit_config(config.dit, self.vae_config.z_dim, self.text.config.width)
-        if self.dit_config.in_channels != self.vae_config.z_dim or self.dit_config.image_dim:
-            raise ValueError(
-                f"config.dit takes {self.dit_config.in_channels} channels and image features "
-                f"{config.dit.image_dim}: training is text to video so far; set in_channels, "
-                "image_dim and image_positions to 0."
-            )
         self.time_config = times.TimeConfig(
             kind=config.diffusion.kind, mean=config.diffusion.mean, std=config.diffusion.std
         )
@@ -103,7 +103,11 @@ class DiTStage:
         if config.data.get("batching", "fixed") == "pack":
             self.max_segments = int(config.data.pack.max_segments)
             self.pack_weight = config.data.pack_weight
-        self.prepare = Prepare(self.text.tokenizer, self.text.text_tokens)
+        self.pictures = None
+        if self.dit_config.in_channels != self.vae_config.z_dim or self.dit_config.image_dim:
+            self.pictures = Pictures(config, self.dit_config, self.vae_config, self.tasks)
+        image_size = None if self.pictures is None else self.pictures.image_size
+        self.prepare = Prepare(self.text.tokenizer, self.text.text_tokens, image_size)
         abstract = nnx.eval_shape(lambda: DiT(self.dit_config, rngs=nnx.Rngs(0)))
         self.dit_graphdef = nnx.split(abstract, nnx.Param)[0]
 
@@ -115,11 +119,14 @@ class DiTStage:
     @functools.cached_property
     def frozen(self):
         """Parameters of what is not trained: the VAE, and a text encoder that is given."""
-        return {"vae": self.vae.load()} | self.text.load()
+        pictures = {} if self.pictures is None else self.pictures.load()
+        return {"vae": self.vae.load()} | self.text.load() | pictures
 
     def frozen_shardings(self, mesh):
-        """A VAE whole on every device, a text encoder cut up."""
+        """VAE and image encoder whole on every device, a text encoder cut up."""
         places = {"vae": jax.tree.map(lambda _: sharding.named(mesh), self.vae.abstract)}
+        if "image" in self.frozen:
+            places["image"] = jax.tree.map(lambda _: sharding.named(mesh), self.frozen["image"])
         if "text" in self.frozen:
             places["text"] = sharding.tree_shardings(self.frozen["text"], mesh)
         return places
@@ -127,6 +134,8 @@ class DiTStage:
     def place_frozen(self, mesh):
         """`frozen` on the mesh."""
         placed = dict(self.frozen, vae=sharding.replicate(self.frozen["vae"], mesh))
+        if "image" in placed:
+            placed["image"] = sharding.replicate(placed["image"], mesh)
         if "text" in placed:
             where = self.frozen_shardings(mesh)["text"]
             placed["text"] = jax.device_put(placed["text"], where)
@@ -157,7 +166,9 @@ class DiTStage:
         t = times.sample_t(t_key, (b,), config=self.time_config, shift=shift)
         noise = jax.random.normal(noise_key, x0.shape)
         velocity = self.velocity(params, text_emb, mask)
-        if self.tasks.is_plain:
+        if self.pictures is not None:
+            velocity = self._pictured(params, frozen, batch, key, text_emb, mask)
+        if self.tasks.is_plain or self.pictures is not None:
             loss = objective.flow_matching_loss(velocity, x0, noise=noise, t=t)
             return jnp.mean(loss), by_bucket(loss, t)
         given = self._masked(key, t, jnp.full_like(t, shift), x0.shape[1:4])
@@ -168,6 +179,22 @@ class DiTStage:
         )
         some = jnp.any(given.counted, axis=(1, 2, 3))
         return jnp.sum(loss) / jnp.maximum(jnp.sum(some), 1), by_bucket(loss, t, counted=some)
+
+    def _pictured(self, params, frozen, batch, key, text_emb, mask):
+        """Velocity function of a model that takes what is given as channels."""
+        dit = nnx.merge(self.dit_graphdef, params["dit"])
+        video = to_float(batch["video"])
+        vae = nnx.merge(self.vae.graphdef, frozen["vae"])
+        known = self.pictures.known(jax.random.fold_in(key, 1), *video.shape[:2])
+        channels = self.pictures.channels(vae, video, known)
+        features = self.pictures.features(frozen, batch)
+        return lambda x_t, t: dit(
+            jnp.concatenate([x_t, channels], axis=-1),
+            t,
+            text_emb,
+            text_mask=mask,
+            image_emb=features,
+        )
 
     def _masked(self, key, t, shift, size) -> TokenTimes:
         """Times and mask of the tokens of latents of one `size`, each (b, f', h', w')."""

@@ -138,6 +138,8 @@ def run_parts(run: Path, weights: str, *, statistics: bool = True):
         else rewrite.from_folder(config.text_checkpoint, "text"),
         "vae": rewrite.from_folder(config.vae_checkpoint, "vae"),
     }
+    if stage.dit_config.image_dim is not None:
+        parts["image"] = rewrite.from_folder(config.image_checkpoint, "image")
     return parts, config, step
 
 
@@ -270,14 +272,23 @@ def write_pipeline(out: Path, config, stage) -> None:
     )
     shape = (1, config.data.frames, config.data.height, config.data.width, 3)
     tokens = stage.tokens_per_clip({"video": jax.ShapeDtypeStruct(shape, jnp.uint8)})
-    write_index(out, shift=times.shift_for_tokens(tokens, stage.token_shift))
+    write_index(
+        out,
+        shift=times.shift_for_tokens(tokens, stage.token_shift),
+        pictures=stage.pictures is not None,
+    )
     folder.write_json(out / "sampling.json", dataclasses.asdict(defaults))
 
 
-def write_index(out: Path, *, shift: float, expand_timesteps: bool = False) -> None:
+def write_index(
+    out: Path, *, shift: float, expand_timesteps: bool = False, pictures: bool = False
+) -> None:
     """model_index.json and the scheduler's config, from which diffusers builds a WanPipeline.
 
     The tokenizer is already in its folder.
+
+    Args:
+      pictures: the transformer takes pictures as channels: a WanImageToVideoPipeline.
     """
     tokenizer = folder.read_json(out / "tokenizer" / "tokenizer_config.json")["tokenizer_class"]
     index = {
@@ -292,6 +303,13 @@ def write_index(out: Path, *, shift: float, expand_timesteps: bool = False) -> N
         "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
+    if pictures:
+        image = (out / folder.COMPONENTS["image"].folder).is_dir()
+        index |= {
+            "_class_name": "WanImageToVideoPipeline",
+            "image_encoder": ["transformers", "CLIPVisionModel"] if image else [None, None],
+            "image_processor": ["transformers", "CLIPImageProcessor"] if image else [None, None],
+        }
     scheduler = {
         "_class_name": "UniPCMultistepScheduler",
         "_diffusers_version": _DIFFUSERS_VERSION,

@@ -1,0 +1,128 @@
+"""Training of models that take what is given as channels beside the noise: Wan's image-to-video.
+
+The same mixture of masks as for models with a time for every token, drawn over video frames: beside
+the noisy latents lie the mask of the frames that are given and the latents of a video that shows
+them and is grey elsewhere (Wan Team 2025, arXiv:2503.20314, section 5.1). Wan 2.1's models also
+attend to CLIP's features of the first frame, by a frozen tower. Every token is noisy and counted.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from sora_jax.convert import folder
+from sora_jax.diffusion import tasks
+from sora_jax.diffusion.tasks import TaskMixture
+from sora_jax.dit.config import DiTConfig
+from sora_jax.types import Video
+from sora_jax.vae.config import VAEConfig
+
+IN_TIME = ("none", "first", "first_last", "keyframes", "prefix", "suffix", "middle", "loop")
+WITH_FIRST = ("first", "first_last", "prefix", "middle", "loop")  # those that give frame 0
+
+
+def mask_channels(known: Bool[Array, "b F"], *, temporal: int) -> Float[Array, "b f temporal"]:
+    """The mask of each latent frame, a channel for each video frame in it; as in sampling."""
+    first = jnp.repeat(known[:, :1], temporal, axis=1)
+    spread = jnp.concatenate([first, known[:, 1:]], axis=1)
+    return spread.reshape(known.shape[0], -1, temporal).astype(jnp.float32)
+
+
+class Pictures:
+    """What a batch gives such a model, drawn anew in every step.
+
+    Args:
+      config: the run's; `image_checkpoint` is the folder whose image encoder is used.
+
+    Raises:
+      ValueError: channels that fit no such model, masks in space, or batches without pixels.
+    """
+
+    def __init__(self, config: Any, dit: DiTConfig, vae: VAEConfig, mixture: TaskMixture):
+        wanted = 2 * vae.z_dim + vae.scale_factor_temporal
+        if dit.in_channels != wanted:
+            raise ValueError(
+                f"config.dit.in_channels {dit.in_channels}: with this VAE of {vae.z_dim} channels "
+                f"it is 0 for text to video, or {wanted} for masks and pictures."
+            )
+        if dit.image_positions is not None:
+            raise ValueError(
+                "config.dit.image_positions: first-and-last-frame models are not trained so far; "
+                "set it to 0."
+            )
+        allowed = WITH_FIRST if dit.image_dim else IN_TIME
+        for name in mixture.trained:
+            if name not in allowed:
+                raise ValueError(
+                    f"config.tasks.weights.{name}: this model is given whole frames"
+                    + (", the first among them" if dit.image_dim else "")
+                    + f"; use {', '.join(allowed)}."
+                )
+        data = config.data
+        if data.get("batching", "fixed") != "fixed" or data.kind == "latents" or data.cache:
+            raise ValueError(
+                "models that take pictures are trained on pixels of one size: set "
+                "config.data.batching to 'fixed', data.cache to '' and data.kind to a source."
+            )
+        if config.sample_every:
+            raise ValueError(
+                f"config.sample_every {config.sample_every}: previews show no pictures so far; "
+                "set it to 0."
+            )
+        self.mixture, self._temporal = mixture, vae.scale_factor_temporal
+        self._tower = None
+        if dit.image_dim is not None:
+            path = config.get("image_checkpoint", "")
+            if not path:
+                raise ValueError(
+                    "config.image_checkpoint is empty; set it to the folder of the image encoder."
+                )
+            self._tower = folder.open_component(Path(path), "image")
+
+    def load(self) -> dict[str, Any]:
+        """Parameters of the frozen image encoder, if there is one."""
+        return {} if self._tower is None else {"image": self._tower.load()}
+
+    @property
+    def image_size(self) -> int | None:
+        """Pixels a side of what the image encoder takes; None without one."""
+        return None if self._tower is None else self._tower.config.image_size
+
+    def known(self, key: jax.Array, clips: int, frames: int) -> Bool[Array, "b F"]:
+        """Which frames of each clip are given."""
+        draws = tasks.draw(key, (clips,), self.mixture)
+        of_frames = jax.tree.map(lambda x: jnp.repeat(x[:, None], frames, axis=1), draws)
+        zeros = jnp.zeros((clips, frames), jnp.int32)
+        places = jnp.broadcast_to(jnp.arange(frames), (clips, frames))
+        return tasks.given(
+            of_frames,
+            jnp.stack([places, zeros, zeros], axis=-1),
+            jnp.broadcast_to(jnp.array([frames, 1, 1]), (clips, frames, 3)),
+            u_token=jnp.ones((clips, frames)),
+        )
+
+    def channels(
+        self, vae: Any, video: Video, known: Bool[Array, "b F"]
+    ) -> Float[Array, "b f h w m"]:
+        """Mask and latents that lie beside the noise.
+
+        Args:
+          vae: frozen.
+          video: in [-1, 1].
+        """
+        shown = jnp.where(known[:, :, None, None, None], video, 0.0)
+        latents = jax.lax.stop_gradient(vae.encode(shown))
+        mask = mask_channels(known, temporal=self._temporal)[:, :, None, None]
+        mask = jnp.broadcast_to(mask, (*latents.shape[:-1], mask.shape[-1]))
+        return jnp.concatenate([mask, latents], axis=-1)
+
+    def features(self, frozen: dict[str, Any], batch: dict[str, Array]) -> jax.Array | None:
+        """CLIP's features of the first frames, for models that attend to them."""
+        if self._tower is None:
+            return None
+        tower = nnx.merge(self._tower.graphdef, frozen["image"])
+        return jax.lax.stop_gradient(tower(batch["image"]))

@@ -1,0 +1,107 @@
+"""Training of models that take what is given as channels: the same as sampling shows them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from sora_jax.convert import folder
+from sora_jax.generate import conditions
+from sora_jax.image.clip import CLIPVision, CLIPVisionConfig
+from sora_jax.train.dit_stage import DiTStage
+from sora_jax.train.loop import train
+from sora_jax.train.pictures import mask_channels
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """A tiny image encoder."""
+    path = tmp_path_factory.mktemp("image")
+    config = CLIPVisionConfig(width=8, mlp_dim=12, depth=2, num_heads=2, image_size=8, patch_size=4)
+    tower = CLIPVision(config, rngs=nnx.Rngs(0))
+    folder.save_component(path, "image", config, nnx.split(tower, nnx.Param)[1])
+    return path
+
+
+@pytest.fixture
+def config(dit_config, image_folder):
+    dit_config.dit.update(in_channels=4 + 4 + 4, image_dim=8)
+    dit_config.image_checkpoint = str(image_folder)
+    dit_config.tasks.weights = {"first": 1.0}
+    return dit_config
+
+
+def test_masks_are_those_that_sampling_shows():
+    known = np.random.default_rng(0).random((6, 9)) < 0.5
+    made = mask_channels(jnp.asarray(known), temporal=4)
+    for row, expected in zip(made, known, strict=True):
+        np.testing.assert_array_equal(row, conditions.mask_channels(expected, temporal=4))
+
+
+def test_channels_are_those_that_sampling_shows(config):
+    stage = DiTStage(config)
+    vae = nnx.merge(stage.vae.graphdef, stage.frozen["vae"])
+    video = jax.random.uniform(jax.random.key(0), (2, 5, 32, 32, 3), minval=-1)
+    known = stage.pictures.known(jax.random.key(1), 2, 5)
+    assert known[:, 0].all() and not known[:, 1:].any()
+    made = stage.pictures.channels(vae, video, known)
+    picture = np.asarray(video[0, 0])
+    shown = conditions.condition_video([picture, None], 5)
+    mask = conditions.mask_channels(conditions.known_frames(5, last=False), temporal=4)
+    np.testing.assert_allclose(made[0, :, 1, 1, :4], mask)
+    np.testing.assert_allclose(made[:1, ..., 4:], vae.encode(jnp.asarray(shown)), atol=1e-5)
+
+
+def test_a_run_learns_and_goes_into_a_pipeline(config, tmp_path):
+    import sora_jax
+    from sora_jax.train.export import export
+
+    config.num_steps, config.batch_size = 2, 8
+    train(config.lock(), tmp_path / "run")
+    out = export(tmp_path / "run", tmp_path / "model")
+    index = folder.read_json(out / "model_index.json")
+    assert index["_class_name"] == "WanImageToVideoPipeline"
+    pipe = sora_jax.load(out)
+    assert pipe.way == "channels" and pipe.tasks == ("first",)
+    picture = np.full((32, 32, 3), 200, np.uint8)
+    assert pipe("a ball", image=picture, steps=1).frames.shape == (5, 32, 32, 3)
+
+
+def test_the_loss_depends_on_the_picture_by_either_road(config):
+    stage = DiTStage(config)
+    params = stage.init(jax.random.key(0))
+    # The head and the image's output start at zero: let everything speak.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    params = jax.tree.unflatten(tree, leaves)
+    record = {"video": np.zeros((5, 32, 32, 3), np.uint8), "caption": "a ball"}
+    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], stage.prepare(record))
+    assert batch["image"].shape == (1, 8, 8, 3)
+
+    def loss(batch):
+        return float(stage.loss(params, stage.frozen, batch, jax.random.key(2))[0])
+
+    other = dict(batch, image=batch["image"] + 1)
+    assert loss(batch) != loss(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dit.in_channels": 9}, "it is 0 for text to video, or 12"),
+        ({"dit.image_positions": 10}, "first-and-last-frame models are not trained"),
+        ({"tasks.weights": {"suffix": 1.0}}, "suffix: this model is given whole frames, the first"),
+        ({"tasks.weights": {"box": 1.0}}, "box: this model is given whole frames"),
+        ({"data.batching": "pack"}, "trained on pixels of one size"),
+        ({"image_checkpoint": ""}, "image_checkpoint is empty"),
+        ({"sample_every": 5}, "previews show no pictures"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(config, change, message):
+    config.update_from_flattened_dict({k: v for k, v in change.items() if "weights" not in k})
+    config.tasks.weights = ConfigDict(change.get("tasks.weights", config.tasks.weights))
+    with pytest.raises(ValueError, match=message):
+        DiTStage(config)
