@@ -30,6 +30,7 @@ def test_every_caption_becomes_its_scene_s_plain_sentence(frames):
         ("an emerald fish swims right in the ocean", "a green fish slides right by the sea"),
         ("a tiny scarlet parcel spins downtown", "a small red box spins in the city"),
         ("a ball that is red spins, snow", "a red ball spins in the snow"),
+        ("ball spins, purple, snow", "a purple ball spins in the snow"),
         ("orange sphere going left, woods", "an orange ball rolls left in the forest"),
         ("a green heart doesn\u2019t move on a green meadow",
          "a green heart stays still in the meadow"),
@@ -94,6 +95,11 @@ def test_what_is_missing_is_filled_in_the_same_way_each_time_and_with_pairs_of_t
                 assert f" {shape} {verb}" not in shot
         shots = sentence.split(". Cut to: ")
         assert len({shot.split(" in ")[-1] for shot in shots}) == len(shots)
+
+
+def test_a_colour_of_a_place_is_none_of_a_thing():
+    assert "green" not in rewrite("ball spins on a green meadow")
+    assert "a green ball" in rewrite("ball, green, meadow")
 
 
 def test_the_text_decides_what_is_filled_in():
