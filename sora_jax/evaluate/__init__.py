@@ -1,5 +1,5 @@
 """Suites that score what a checkpoint generates; no training code."""
 
-from sora_jax.evaluate.suites import SUITES, find_suite, run_suite
+from sora_jax.evaluate.suites import SUITES, chosen_tasks, find_suite, run_suite
 
-__all__ = ["SUITES", "find_suite", "run_suite"]
+__all__ = ["SUITES", "chosen_tasks", "find_suite", "run_suite"]

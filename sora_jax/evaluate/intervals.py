@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 Z_95 = statistics.NormalDist().inv_cdf(0.975)
@@ -36,3 +37,21 @@ def wilson(right: int, total: int, *, z: float | int = Z_95) -> Interval:
     low = 0.0 if right == 0 else max(0.0, centre - half)
     high = 1.0 if right == total else min(1.0, centre + half)
     return Interval(low, high)
+
+
+def median_interval(values: Sequence[float | int]) -> tuple[float, float]:
+    """Interval of a median, between the values whose ranks are the ends of Wilson's around half.
+
+    How many values lie below the true median is binomial with p = 1/2, whatever they are
+    distributed like, so that their order alone decides. Ranks are rounded outwards.
+
+    Raises:
+      ValueError: no values.
+    """
+    if not values:
+        raise ValueError("a median of nothing; give at least one value.")
+    ordered, total = sorted(values), len(values)
+    # Wilson's lower end at exactly half, which an odd number of values has no count for.
+    low = 0.5 - Z_95 / 2 / math.sqrt(total + Z_95**2)
+    rank = max(1, math.floor(low * total))
+    return float(ordered[rank - 1]), float(ordered[total - rank])

@@ -68,7 +68,8 @@ def evaluate(
     # Refused seeds and settings show before an hour of sampling does.
     for last in (0, 2 * prompts - 1):
         request = pipeline.request("a check", seed=seed + last, **options)
-    result = _header(pipeline, request, prompts=prompts, batch_size=batch_size, seed=seed)
+    run = {"prompts": prompts, "batch_size": batch_size, "seed": seed}
+    result = header("paperworld", pipeline, request, **run)
     for i, (split, make_prompts) in enumerate(SPLITS.items()):
         asked = make_prompts(prompts, settings=settings, seed=seed)
         section = score_prompts(
@@ -128,7 +129,7 @@ def score_prompts(
         for i, prompt in enumerate(prompts)
     ]
     records, seconds = [], []
-    for batch in _batches(requests, batch_size):
+    for batch in batches(requests, batch_size):
         begun = time.perf_counter()
         # A short last batch is filled up: another shape would compile the model again.
         fill = [batch[-1]] * (min(batch_size, len(requests)) - len(batch))
@@ -199,7 +200,7 @@ def score_vae(
         return vae.decode(vae.encode(video))
 
     judgements, ratios = [], []
-    for batch in _batches(prompts, batch_size):
+    for batch in batches(prompts, batch_size):
         clips = np.stack([render(prompt.scene) for prompt in batch])
         fill = min(batch_size, len(prompts)) - len(batch)
         padded = np.concatenate([clips, np.repeat(clips[-1:], fill, axis=0)])
@@ -235,7 +236,8 @@ def verdict(result: dict[str, Any]) -> dict[str, Any]:
     return {"targets": table, "passed": all(row["passed"] for row in table.values())}
 
 
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """`items` in runs of `size`, the last of them perhaps shorter."""
     for begin in range(0, len(items), size):
         yield items[begin : begin + size]
 
@@ -247,7 +249,7 @@ def _check(pipeline, **counts: int) -> None:
     scene_settings(pipeline)
 
 
-def _header(pipeline, request, **run: int) -> dict[str, Any]:
+def header(suite: str, pipeline, request, **run: int) -> dict[str, Any]:
     """What was scored and how, the noise and prompt of a single video left out."""
     import jax
 
@@ -258,7 +260,7 @@ def _header(pipeline, request, **run: int) -> dict[str, Any]:
         del settings[name]
     settings["guidance_interval"] = list(request.guidance_interval)  # as JSON gives it back
     return {
-        "suite": "paperworld",
+        "suite": suite,
         **pipeline.info,
         "sora_jax": __version__,
         "jax": jax.__version__,

@@ -60,9 +60,14 @@ def write(result: dict[str, Any], out: Path, *, gallery: Gallery) -> list[Path]:
         labels, clips = zip(*items, strict=True)
         sheet = video_io.contact_sheet(clips, columns=COLUMNS, labels=labels)
         written.append(video_io.save_image(path, sheet))
+    return [*written, save_json(result, out)]
+
+
+def save_json(result: dict[str, Any], out: Path) -> Path:
+    """Writes `result` by an atomic rename, and returns the path."""
     with video_io.atomic_path(out) as temporary:
         temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    return [*written, out]
+    return out
 
 
 def table(result: dict[str, Any]):
@@ -97,10 +102,13 @@ def table(result: dict[str, Any]):
 
 
 def print_table(result: dict[str, Any], console=None) -> None:
-    """Prints `table`, by default to standard output."""
+    """Prints the table of the result's suite, by default to standard output."""
     from rich.console import Console
 
-    (console or Console()).print(table(result))
+    from sora_jax.evaluate import task_report
+
+    make = task_report.table if result["suite"] == "tasks" else table
+    (console or Console()).print(make(result))
 
 
 def _target(target: dict[str, Any] | None) -> str:

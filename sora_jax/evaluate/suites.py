@@ -23,9 +23,25 @@ def _paperworld(pipeline, out: Path, **options) -> dict[str, Any]:
     return result
 
 
+def _tasks(pipeline, out: Path, **options) -> dict[str, Any]:
+    from sora_jax.evaluate import report
+    from sora_jax.evaluate.task_report import TaskGallery
+    from sora_jax.evaluate.tasks import evaluate
+
+    gallery = TaskGallery()
+    result = evaluate(pipeline, on_video=gallery.add, **options)
+    gallery.save(out)
+    report.save_json(result, out)
+    return result
+
+
 SUITES = {
     "paperworld": Suite(
         "colour, shape, place and verb of generated videos, read back by the oracle", _paperworld
+    ),
+    "tasks": Suite(
+        "pictures animated, videos extended, joined and painted in; permanence, cuts, physics",
+        _tasks,
     ),
 }
 
@@ -41,6 +57,21 @@ def find_suite(name: str) -> Suite:
         hint = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(SUITES)}."
         raise ValueError(f"unknown suite {name!r}; {hint}")
     return SUITES[name]
+
+
+def chosen_tasks(suite: str, words: str) -> tuple[str, ...]:
+    """The option `tasks` of `suite` for words such as "animate,extend".
+
+    Raises:
+      ValueError: a suite that has none, or an unknown task.
+    """
+    from sora_jax.evaluate import tasks
+
+    if suite != "tasks":
+        raise ValueError(f"--tasks is for --suite tasks, not for {suite!r}; leave it out.")
+    groups = tuple(word.strip() for word in words.split(","))
+    tasks.chosen(groups)
+    return groups
 
 
 def run_suite(name: str, pipeline, out: str | Path, **options) -> dict[str, Any]:

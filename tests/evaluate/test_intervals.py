@@ -1,10 +1,11 @@
 """Wilson's interval against published values and its own definition."""
 
 import math
+import random
 
 import pytest
 
-from sora_jax.evaluate.intervals import Z_95, wilson
+from sora_jax.evaluate.intervals import Z_95, median_interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,21 @@ def test_impossible_counts_are_refused_in_one_line(right, total):
     with pytest.raises(ValueError, match="0 <= right <= total") as error:
         wilson(right, total)
     assert "\n" not in str(error.value)
+
+
+def test_interval_of_a_median_is_of_values_around_it_whatever_their_distances():
+    # Of 100 tosses of a coin 40 to 60 are heads 96 times of 100, 41 to 59 only 94 times.
+    assert median_interval(range(1, 101)) == (40, 61)
+    assert median_interval([x**3 for x in range(1, 101)]) == (40**3, 61**3)
+    assert median_interval([5, 1, 3]) == (1, 5) and median_interval([2]) == (2, 2)
+    with pytest.raises(ValueError, match="median of nothing"):
+        median_interval([])
+
+
+def test_interval_of_a_median_holds_it_nineteen_times_of_twenty():
+    rng = random.Random(0)
+    held = 0
+    for _ in range(2000):
+        low, high = median_interval([rng.expovariate(1) for _ in range(64)])
+        held += low <= math.log(2) <= high
+    assert 0.95 < held / 2000 < 0.98

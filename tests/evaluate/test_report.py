@@ -86,4 +86,4 @@ def test_unknown_suite_names_the_nearest_and_bad_output_is_refused_before_work(
         run_suite("paperworld", pipeline, tmp_path / "x.txt")
     with pytest.raises(ValueError, match="does not exist"):
         run_suite("paperworld", pipeline, tmp_path / "missing" / "x.json")
-    assert pipeline.batches == [] and set(SUITES) == {"paperworld"}
+    assert pipeline.batches == [] and set(SUITES) == {"paperworld", "tasks"}
