@@ -49,14 +49,14 @@ class Progress:
         """`done` units are complete; `notes` are shown beside the bar."""
         if self._quiet:
             return
-        self._done = done
+        moved, self._done = done > self._done, done
         now = time.monotonic()
         rate = (done - self._start) / max(now - self._begun, 1e-9)
         note = "  ".join(f"{name} {value}" for name, value in notes.items())
         if self._bar is not None:
             shown = f"{rate:.2f} {self._unit}/s"
             self._bar.update(self._task, completed=done, rate=shown, note=note)
-        elif now - self._printed > 30 or done >= self._total:
+        elif now - self._printed > 30 or (moved and done >= self._total):
             self._printed = now
             left = (self._total - done) / rate if rate else 0.0
             print(

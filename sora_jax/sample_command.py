@@ -11,6 +11,7 @@ import sora_jax
 from sora_jax import task_command, video_io
 from sora_jax.convert import folder
 from sora_jax.generate import Pipeline, Request, Video, array_hash, conditions
+from sora_jax.generate.preview import check_preview, watched
 from sora_jax.generate.video import Film
 from sora_jax.progress import LearnedProgress, Progress
 from sora_jax.prompts import timed, writers
@@ -18,7 +19,7 @@ from sora_jax.prompts import timed, writers
 AT_ONCE = 8  # videos denoised together at most
 _NAMES = (
     *("negative_prompt", "frames", "fps", "steps", "guidance", "guidance_2"),
-    *("guidance_interval", "guidance_rescale", "shift", "solver", "schedule"),
+    *("guidance_interval", "guidance_rescale", "shift", "solver", "schedule", "cache_threshold"),
 )
 _PICTURES = ("image", "last_image")
 _TASK_STAGE = "make"  # a task's windows are denoised, decoded and written in turn
@@ -34,6 +35,8 @@ def run(args: Namespace) -> list[Path]:
     task = task_command.asked(args)
     out = Path(args.out)
     video_io.check_output_path(out)
+    if args.preview is not None:
+        check_preview(args.preview, out=out)
     arrays = {"latents": args.save_latents, "text_emb": args.save_text_embeddings}
     arrays = {name: Path(path) for name, path in arrays.items() if path is not None}
     for path in arrays.values():
@@ -80,6 +83,10 @@ def run(args: Namespace) -> list[Path]:
                 f"{args.again} was made with {name} {again.get(name)}, model_index.json now says "
                 f"{pipe.info.get(name)}; set it back."
             )
+    if again and again.get("cache_sha256") not in (None, pipe.cache_hash):
+        raise ValueError(
+            f"{args.again} was made with another feature_cache in sampling.json; set it back."
+        )
     settings = {name: getattr(args, name) for name in _NAMES} | {"size": parse_size(args.size)}
     if again:
         settings = {name: again.get(name) for name in _NAMES}
@@ -115,6 +122,7 @@ def run(args: Namespace) -> list[Path]:
             chunk,
             together,
             console,
+            preview=args.preview,
             noise=noise,
             pictures=pictures,
             on_tensor=tensors.__setitem__,
@@ -145,7 +153,8 @@ def _run_task(pipe, task, args, prompt, settings, console, begun, given) -> Path
     _line(console, "load", time.perf_counter() - begun)
     clock = time.perf_counter()
     with LearnedProgress("denoising") as progress:
-        made = task_command.make(pipe, task, args, prompt, settings, progress.on_step)
+        on_step = watched(pipe, args.preview, progress.on_step, fps=args.fps)
+        made = task_command.make(pipe, task, args, prompt, settings, on_step)
         _note(made, given)
         path = task_command.save(made, Path(args.out), sheet=args.sheet)
     _line(console, _TASK_STAGE, time.perf_counter() - clock)
@@ -221,15 +230,24 @@ def _read_picture(path: str | None) -> np.ndarray | None:
 
 
 def _denoise(
-    pipe: Pipeline, chunk: list[Request], together: int, console: Console, **options
+    pipe: Pipeline,
+    chunk: list[Request],
+    together: int,
+    console: Console,
+    *,
+    preview: str | None,
+    **options,
 ) -> list[Video]:
     """The chunk's videos; a short chunk is filled up, so that one program serves all."""
     full = chunk + chunk[-1:] * (together - len(chunk))
-    with Progress("denoising", total=chunk[0].steps) as progress:
+    computed = int(pipe.denoise.computed(chunk[0]).sum())
+    with Progress("denoising", total=computed) as progress:
         videos = pipe.run(
             full,
             on_stage=lambda name, seconds: _line(console, name, seconds),
-            on_step=lambda step, *_: progress.update(step),
+            on_step=watched(
+                pipe, preview, lambda step, *_: progress.update(step), fps=chunk[0].fps
+            ),
             **options,
         )
     return videos[: len(chunk)]
@@ -287,7 +305,8 @@ def _cut(pipe: Pipeline, prompt: str, console: Console) -> str:
 
 def _read_metadata(path: Path) -> dict:
     metadata = folder.read_json(path) if path.suffix == ".json" else video_io.read_metadata(path)
-    needed = {"prompt", "seed", "width", "height", "checkpoint_sha256", *_NAMES} - {"guidance_2"}
+    needed = {"prompt", "seed", "width", "height", "checkpoint_sha256", *_NAMES}
+    needed -= {"guidance_2", "cache_threshold"}  # what older files may lack
     if missing := needed - set(metadata):
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; give a video made here.")
     return metadata

@@ -135,7 +135,7 @@ def test_two_experts_share_a_video_at_the_boundary(pipeline_folder, tmp_path):
     steps = {"both": [], "alone": []}
     for name, pipe in (("both", both), ("alone", alone)):
         request = pipe.request("a ball", steps=4, schedule="linear", solver="euler", shift=1.0)
-        pipe.run([request], on_step=lambda i, n, x, n_=name: steps[n_].append(np.asarray(x)))
+        pipe.run([request], on_step=lambda i, n, m, n_=name: steps[n_].append(np.asarray(m.x)))
     same = [np.allclose(a, b, atol=1e-5) for a, b in zip(*steps.values(), strict=True)]
     assert same == [True, True, True, False]  # t = 1, .75, .5, .25
     request = both.request("a ball", guidance=3.0, guidance_2=4.0)

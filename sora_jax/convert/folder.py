@@ -30,6 +30,7 @@ from sora_jax.convert.tensors import hash_files, missing_file, write_shards
 from sora_jax.convert.text import entries_held, text_entries
 from sora_jax.convert.vae import vae_entries
 from sora_jax.convert.weights import INDEX, PICKLES, Weights, open_weights
+from sora_jax.diffusion.feature_cache import ChangeCurve
 from sora_jax.diffusion.times import NO_SHIFT, TokenShift
 from sora_jax.dit.model import DiT, DiTConfig
 from sora_jax.image.clip import CLIPVision, CLIPVisionConfig
@@ -74,7 +75,8 @@ class SamplingDefaults:
 
     `guidance_2` is for the second of two transformers, None the same. `text_tokens` is the longest
     prompt in tokens, end of sequence included. `tasks` are the masks that it was trained with, by
-    the names in `diffusion.tasks.MASKS`.
+    the names in `diffusion.tasks.MASKS`. `feature_cache` was measured by
+    `tools/calibrate_cache.py`, and is what a request's `cache_threshold` needs.
     """
 
     width: int = 64
@@ -91,6 +93,7 @@ class SamplingDefaults:
     schedule: str = "wan"
     text_tokens: int = 224
     tasks: Sequence[str] = ("none",)
+    feature_cache: ChangeCurve | None = None
 
 
 def read_json(path: Path) -> dict:
@@ -360,4 +363,9 @@ def read_sampling(folder: Path) -> SamplingDefaults:
             f"{path}: shift {shift} is neither a number nor tokens_lo, shift_lo, tokens_hi and "
             "shift_hi."
         ) from error
+    if (curve := values.get("feature_cache")) is not None:
+        try:
+            values["feature_cache"] = ChangeCurve(**curve)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
     return SamplingDefaults(**values)

@@ -10,6 +10,7 @@ head are zero: all gates are closed, every block is the identity and the velocit
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,9 @@ _zeros = nnx.initializers.zeros_init()
 
 # Time of each token: per example, per token, or per cell of the grid of patches.
 Time = Float[Array, " b"] | Float[Array, "b n"] | Float[Array, "b f_grid h_grid w_grid"]
+
+# Called with the embedded tokens and what runs the blocks on them; gives what the head reads.
+Around = Callable[[jax.Array, Callable[[jax.Array], jax.Array]], jax.Array]
 
 
 def _pairs_apart(head_dim: int):
@@ -234,6 +238,7 @@ class DiT(nnx.Module):
         text_of_frames: Int[Array, "b f_grid"] | None = None,
         num_texts: int = 1,
         image_emb: Float[Array, "b i d_image"] | None = None,
+        around: Around | None = None,
     ) -> Float[Array, "b f h w c_out"]:
         """Velocity at time `t` of every example (b,), token (b, n) or patch (b, f', h', w').
 
@@ -248,6 +253,7 @@ class DiT(nnx.Module):
           text_segment_ids: which of the texts, in [0, num_texts), a text token belongs to.
           text_of_frames: the text of every frame of patches.
           image_emb: image features, for models that take them (`config.image_dim`).
+          around: looks at what the blocks do, or stands in for them (a cache between steps).
 
         Raises:
           ValueError: if the patches do not tile the latents, `t` does not fit the tokens, or
@@ -272,6 +278,7 @@ class DiT(nnx.Module):
             num_segments=num_texts,
             image_emb=image_emb,
             positions=patchify.positions(*grid)[None],
+            around=around,
         )
         return patchify.unpatchify(velocity, self.config.patch_size, grid=grid)
 
@@ -289,6 +296,7 @@ class DiT(nnx.Module):
         num_segments: int = 1,
         t_of_segments: bool = False,
         image_emb: Float[Array, "b i d_image"] | None = None,
+        around: Around | None = None,
     ) -> Float[Array, "b n p_out"]:
         """The model on patch tokens, where several examples may share a row (packing).
 
@@ -305,6 +313,7 @@ class DiT(nnx.Module):
           text_of_tokens: the segment of text that a token attends to, where it is not its own.
           num_segments: static bound on the number of segments in a row.
           image_emb: image features of the whole row.
+          around: as in `__call__`.
 
         Raises:
           ValueError: if the text is longer than `config.text_len`, or segment ids are given
@@ -340,9 +349,9 @@ class DiT(nnx.Module):
         time = self.time_embed(t)
         modulation = self.time_proj(jax.nn.silu(time)).reshape(*t.shape, 6, config.width)
         x = sharding.constrain(self.patch_embed(x), "batch", "tokens", "act_embed")
-        x = self._run_blocks(
-            x,
-            self.text_embed(embed.append_zero_rows(text_emb, padding_rows)),
+        blocks = functools.partial(
+            self._run_blocks,
+            text=self.text_embed(embed.append_zero_rows(text_emb, padding_rows)),
             modulation=modulation,
             rotation=rope.rotation(positions, config.head_dim),
             text_bias=text_bias,
@@ -352,6 +361,7 @@ class DiT(nnx.Module):
             image=None if image_emb is None else self.image_embed(image_emb),
             membership=membership,
         )
+        x = blocks(x) if around is None else around(x, blocks)
         modulation_out = time[:, :, None] + self.modulation_out[...][None, None]
         shift, scale = (_to_tokens(modulation_out[:, :, i], membership) for i in range(2))
         return self.proj_out(self.norm_out(x) * (1 + scale) + shift)

@@ -21,6 +21,7 @@ from sora_jax.dit import patchify
 from sora_jax.dit.config import DiTConfig
 from sora_jax.generate import tiles as tiling
 from sora_jax.generate.canvas import to_unit
+from sora_jax.generate.residual import Residual
 from sora_jax.types import Latents, Velocity
 from sora_jax.vae.config import VAEConfig
 
@@ -137,8 +138,19 @@ class Tiles(NamedTuple):
     overlap: tiling.Size
 
 
-def conditioned(dit, text: Text, conditions: Conditions, *, tiles: Tiles | None = None) -> Velocity:
-    """The transformer as velocity(x, t) over 1 or 2 times the batch that `conditions` are for."""
+def conditioned(
+    dit,
+    text: Text,
+    conditions: Conditions,
+    *,
+    tiles: Tiles | None = None,
+    residual: Residual | None = None,
+) -> Velocity:
+    """The transformer as velocity(x, t) over 1 or 2 times the batch that `conditions` are for.
+
+    Args:
+      residual: given in place of the blocks, or stored by them; of every tile, where there are any.
+    """
 
     def velocity(x: Latents, t: Float[Array, ""]) -> Latents:
         repeats = x.shape[0] // next((len(c) for c in conditions if c is not None), x.shape[0])
@@ -153,19 +165,26 @@ def conditioned(dit, text: Text, conditions: Conditions, *, tiles: Tiles | None 
             x = jnp.concatenate([x, channels], axis=-1)
         known = _texts(text, x.shape[0]) | {"image_emb": features}
         if tiles is None:
-            return dit(x, time, **known)
+            return dit(x, time, **known, around=None if residual is None else residual.around)
         patch = dit.config.patch_size
         grid = patchify.grid(*x.shape[1:4], patch_size=patch)
         time = time if time.ndim > 1 else time[:, None, None, None]
         time = patchify.spread(jnp.broadcast_to(time, (x.shape[0], *grid)), patch)
         pf, ph, pw = patch
-        return tiling.blended(
-            lambda part, t: dit(part, t[:, ::pf, ::ph, ::pw], **known),
-            x,
-            time,
-            tile=tiles.size,
-            overlap=tiles.overlap,
+
+        def of_tile(part, t, given):
+            own = None if residual is None else Residual(given)
+            around = None if own is None else own.around
+            part = dit(part, t[:, ::pf, ::ph, ::pw], **known, around=around)
+            return part, None if own is None else own.stored
+
+        given = None if residual is None else residual.given
+        x, stored = tiling.blended_with(
+            of_tile, x, time, given, tile=tiles.size, overlap=tiles.overlap
         )
+        if residual is not None:
+            residual.stored = stored
+        return x
 
     return velocity
 

@@ -2,23 +2,48 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from sora_jax.diffusion import feature_cache, path, sampler, times
 from sora_jax.diffusion import guidance as guidances
-from sora_jax.diffusion import path, sampler, times
+from sora_jax.diffusion.feature_cache import ChangeCurve
 from sora_jax.generate import conditions
 from sora_jax.generate.conditions import Conditions, Text, Tiles
 from sora_jax.generate.experts import Experts
 from sora_jax.generate.request import Request
+from sora_jax.generate.residual import Residual
 
-# Called with the number of denoising steps done, their total, and the noisy latents.
-OnStep = Callable[[int, int, jax.Array], None]
+
+class Moment(NamedTuple):
+    """A video on its way: latents after a step, and before it."""
+
+    x: Float[Array, "b f h w c"]
+    before: Float[Array, "b f h w c"]
+    times: tuple[float, float]  # of both
+    given: Conditions
+
+    def guess(self, patch_size: Sequence[int]) -> Float[Array, "b f h w c"]:
+        """The clean latents that the step headed for, given tokens as they were given."""
+        t, t_before = self.times
+        x0 = self.x - t / (t - t_before) * (self.x - self.before)
+        if self.given.clean is None:
+            return x0
+        clean, keep = self.given.clean, self.given.keep
+        return conditions.keep_clean(x0, clean, keep, patch_size=tuple(patch_size))
+
+
+# Called after every step with the number of those so far that ran the transformer's blocks, and
+# with how many will: all of them but for a cache, whose steps take no time to speak of.
+OnStep = Callable[[int, int, Moment], None]
+# Called with the time, and what the blocks added to the tokens, of every step that ran them.
+OnResidual = Callable[[float, jax.Array], None]
 
 
 class Start(NamedTuple):
@@ -42,6 +67,7 @@ class _Kind:
     first: int  # the step that denoising begins with
     guide: guidances.GuidanceConfig
     tiles: Tiles | None
+    blocks: str  # "run"; "store": also give their residual; "reuse": take one in their place
 
 
 class Denoiser:
@@ -49,10 +75,17 @@ class Denoiser:
 
     Args:
       jit: compiles a function for the pipeline's mesh.
+      curve: of the checkpoint, for requests with a `cache_threshold`.
     """
 
-    def __init__(self, experts: Experts, jit: Callable[[Callable], Callable]):
-        self.experts, self._jit = experts, jit
+    def __init__(
+        self,
+        experts: Experts,
+        jit: Callable[[Callable], Callable],
+        *,
+        curve: ChangeCurve | None = None,
+    ):
+        self.experts, self.curve, self._jit = experts, curve, jit
         self._step = functools.lru_cache(maxsize=16)(self._make_step)
 
     def __call__(
@@ -65,6 +98,7 @@ class Denoiser:
         start: Start | None = None,
         tiles: Tiles | None = None,
         on_step: OnStep | None = None,
+        on_residual: OnResidual | None = None,
     ) -> Float[Array, "b f h w c"]:
         """Latents of `request`, given tokens among them as they were given."""
         table, told = times.schedule(request.schedule, request.steps, shift=request.shift)
@@ -73,29 +107,57 @@ class Denoiser:
             first = first_step(table, start.strength)
             x = path.interpolate(start.latents, noise, t=jnp.float32(table[first]))
         state = sampler.make_solver(lambda x, t: x, table[first:], solver=request.solver).init(x)
-        for i in range(first, request.steps):
+        computed, residual = self.computed(request, first=first), None
+        # Where no step reuses, the program is the one without a cache, to the bit.
+        run = "run" if computed.all() and on_residual is None else "store"
+        for i, runs in enumerate(computed, first):
             expert = self.experts.at(told[i])
-            seen = told[i : i + (2 if request.solver == "heun" else 1)]
             kind = _Kind(
                 request.steps,
                 request.shift,
                 request.solver,
                 request.schedule,
                 first,
-                guidances.at_times(request.guide(expert), seen),
+                self._guide(request, told, i),
                 tiles,
+                run if runs else "reuse",
             )
             if not self.experts.placed(expert):
                 jax.block_until_ready(state.x)  # steps under way hold the other's memory
-            step = self._step(kind)
-            state = step(state, i - first, self.experts.params(expert), text, given)
+            step, before = self._step(kind), state.x
+            params, taken = self.experts.params(expert), None if runs else residual
+            state, stored = step(state, i - first, params, text, given, taken)
+            residual = stored if runs else residual
+            if on_residual is not None and runs:
+                on_residual(float(told[i]), residual)
             if on_step is not None:
                 jax.block_until_ready(state.x)
-                on_step(i - first + 1, request.steps - first, state.x)
+                moment = Moment(state.x, before, (float(table[i + 1]), float(table[i])), given)
+                on_step(int(computed[: i - first + 1].sum()), int(computed.sum()), moment)
         if given.clean is None:
             return state.x
         patch = self.experts.parts[0].config.patch_size
         return conditions.keep_clean(state.x, given.clean, given.keep, patch_size=patch)
+
+    def computed(self, request: Request, *, first: int = 0) -> Bool[np.ndarray, " s"]:
+        """Which steps from `first` on run the blocks; the others reuse what the last one stored."""
+        steps = range(first, request.steps)
+        if not request.cache_threshold:
+            return np.ones(len(steps), bool)
+        _, told = times.schedule(request.schedule, request.steps, shift=request.shift)
+        # What another transformer stored is of no use, nor what was stored for other rows.
+        of = [(self.experts.at(told[i]), self._guide(request, told, i).needs_uncond) for i in steps]
+        return feature_cache.computed_steps(
+            self.curve,
+            told[first : request.steps],
+            threshold=request.cache_threshold,
+            fresh=np.array([True, *(a != b for a, b in itertools.pairwise(of))]),
+        )
+
+    def _guide(self, request: Request, told: np.ndarray, i: int) -> guidances.GuidanceConfig:
+        """Guidance of step i, at the times that it evaluates."""
+        seen = told[i : i + sampler.num_evaluations(request.solver, 1)]
+        return guidances.at_times(request.guide(self.experts.at(told[i])), seen)
 
     def _make_step(self, kind: _Kind):
         """The jitted step of the solver; kept, so that a second video compiles nothing."""
@@ -103,13 +165,13 @@ class Denoiser:
         table, told = table[kind.first :], told[kind.first :]
 
         @self._jit
-        def step(state, i, params, text, given):
+        def step(state, i, params, text, given, taken):
             dit = self.experts.parts[0].module(params)
-            velocity = conditions.conditioned(dit, text, given, tiles=kind.tiles)
+            residual = None if kind.blocks == "run" else Residual(taken)
+            velocity = conditions.conditioned(dit, text, given, tiles=kind.tiles, residual=residual)
             guided = guidances.guided_velocity(velocity, config=kind.guide)
-            return sampler.make_solver(guided, table, solver=kind.solver, model_times=told).step(
-                state, i
-            )
+            solver = sampler.make_solver(guided, table, solver=kind.solver, model_times=told)
+            return solver.step(state, i), None if residual is None else residual.stored
 
         return step
 

@@ -66,7 +66,7 @@ class Pipeline:
         self._latents = self._jit(lambda params, video: vae.module(params).encode(video))
         if image is not None:
             self._features = self._jit(lambda params, pixels: image.module(params)(pixels))
-        self.denoise = Denoiser(experts, self._jit)
+        self.denoise = Denoiser(experts, self._jit, curve=sampling.feature_cache)
 
     def _jit(self, function: Callable) -> Callable:
         """`function` compiled for the pipeline's mesh."""
@@ -83,6 +83,12 @@ class Pipeline:
     def tasks(self) -> tuple[str, ...]:
         """Masks that the checkpoint was trained with, by their names in `diffusion.tasks`."""
         return tuple(self.sampling.tasks)
+
+    @property
+    def cache_hash(self) -> str | None:
+        """Of what decides, with a request's `cache_threshold`, which steps reuse."""
+        curve = self.sampling.feature_cache
+        return None if curve is None else array_hash(np.array([curve.times, curve.change]))
 
     @property
     def dit(self) -> Part:
@@ -130,9 +136,15 @@ class Pipeline:
             seed=given.get("seed", 0),
             shift=float(given.get("shift", 1.0)),
             guidance_2=float(chosen["guidance"] if second is None else second),
+            cache_threshold=float(given.get("cache_threshold", 0.0)),
             **chosen,
         )
         requests_of.check(request, cell=self.cell)
+        if request.cache_threshold and self.sampling.feature_cache is None:
+            raise ValueError(
+                "cache_threshold needs a checkpoint whose features were measured; run "
+                "tools/calibrate_cache.py --checkpoint DIR, or leave it out."
+            )
         if "shift" in given:
             return request
         shift = times.shift_for_tokens(self.num_tokens(request), self.sampling.shift)
@@ -163,6 +175,7 @@ class Pipeline:
         shift: float | None = None,
         solver: str | None = None,
         schedule: str | None = None,
+        cache_threshold: float | None = None,
         seed: int = 0,
     ) -> Video:
         """One video of `prompt`; everything not given is the checkpoint's default.
@@ -178,6 +191,8 @@ class Pipeline:
           schedule: "wan" and "flow_match_euler" are diffusers', "wan_official" is the official
             code's, "linear" is even in t.
           shift: moves steps towards noise; by default it follows from the number of tokens.
+          cache_threshold: above 0, steps may reuse what the transformer computed in one before,
+            as long as that is not measured to change by more; .06 halves the work. 0 is exact.
           seed: the noise; equal arguments and checkpoint give equal frames on one machine.
 
         Raises:
@@ -197,6 +212,7 @@ class Pipeline:
             shift=shift,
             solver=solver,
             schedule=schedule,
+            cache_threshold=cache_threshold,
             seed=seed,
         )
         return self.run([request], pictures=(image, last_image))[0]
@@ -411,6 +427,8 @@ class Pipeline:
 
         # A list, as JSON gives back what the files hold.
         interval = {"guidance_interval": list(request.guidance_interval)}
+        if request.cache_threshold:
+            interval["cache_sha256"] = self.cache_hash
         shown = {
             f"{name}_sha256": array_hash(picture)
             for name, picture in zip(("image", "last_image"), pictures, strict=True)

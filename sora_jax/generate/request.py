@@ -4,6 +4,7 @@ import dataclasses
 
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion import sampler, times
+from sora_jax.diffusion.feature_cache import MAX_THRESHOLD
 from sora_jax.dit.patchify import check_pixels
 from sora_jax.prompts import weighted
 
@@ -17,6 +18,8 @@ class Request:
     """Everything that decides a video, pictures apart; what `Pipeline.request` makes.
 
     `guidance_2` is the scale for the second transformer, of little noise, in models with two.
+    `cache_threshold` is how far the residual of the transformer's blocks may move before they run
+    again (`diffusion.feature_cache`); 0 runs them at every step.
     """
 
     prompt: str
@@ -33,6 +36,7 @@ class Request:
     shift: float
     solver: str
     schedule: str
+    cache_threshold: float
     seed: int
 
     def guide(self, expert: int = 0) -> guidances.GuidanceConfig:
@@ -67,5 +71,15 @@ def check(request: Request, *, cell: tuple[int, int, int]) -> None:
                 f"guidance {scale} is out of range; use 0 to {MAX_GUIDANCE:g}, 1 is off."
             )
     _ = request.guide()  # checks interval and rescale
-    sampler.num_evaluations(request.solver, 1)
+    evaluations = sampler.num_evaluations(request.solver, 1)
+    if not 0 <= request.cache_threshold <= MAX_THRESHOLD:
+        raise ValueError(
+            f"cache_threshold {request.cache_threshold} is out of range; use 0 (off) to "
+            f"{MAX_THRESHOLD:g}."
+        )
+    if request.cache_threshold and evaluations > 1:
+        raise ValueError(
+            f"cache_threshold {request.cache_threshold} needs a solver that evaluates the model "
+            f"once a step, {request.solver} does {evaluations} times; use another solver, or 0."
+        )
     times.schedule(request.schedule, request.steps, shift=request.shift)

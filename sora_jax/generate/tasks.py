@@ -271,15 +271,21 @@ def join(
 
 
 def loop(
-    pipe, prompt: str, clip: Clip | None = None, *, seconds: float | int = 0.75, **settings: Any
+    pipe,
+    prompt: str,
+    clip: Clip | None = None,
+    *,
+    seconds: float | int = 0.75,
+    on_step: OnStep | None = None,
+    **settings: Any,
 ) -> Video:
     """A video whose end leads back to its beginning: `clip`, or one made first, and a bridge."""
     check(pipe, "middle")
     if clip is None:
-        clip = pipe(prompt, **settings).frames
+        clip = pipe.run([pipe.request(prompt, **settings)], on_step=on_step)[0].frames
     clip = _fitted(clip, _sized(pipe, settings))
     settings = {k: v for k, v in settings.items() if k != "frames"}
-    request, gap = bridge(pipe, prompt, clip, clip, seconds=seconds, **settings)
+    request, gap = bridge(pipe, prompt, clip, clip, seconds=seconds, on_step=on_step, **settings)
     task = {"name": "loop", "clip": array_hash(clip), "added": len(gap)}
     return video_of(pipe, request, np.concatenate([clip, gap]), task)
 

@@ -7,6 +7,7 @@ it, weighted by a ramp that falls towards a tile's sides.
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,24 @@ def blended(
       t: time of every latent position.
       tile: frames, rows and columns of latents; more than there are is all.
     """
+    alone = lambda part, times, _: (velocity(part, times), None)  # noqa: E731
+    return blended_with(alone, x, t, None, tile=tile, overlap=overlap)[0]
+
+
+def blended_with(
+    velocity: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
+    x: Latents,
+    t: Float[Array, "b f h w"],
+    given: Any,
+    *,
+    tile: Size,
+    overlap: Size,
+) -> tuple[Latents, Any]:
+    """As `blended`, of a velocity that also takes, and gives, something of each tile.
+
+    Args:
+      given: a tree of arrays, tiles first, or None; so is what is given back.
+    """
     tile = tuple(min(a, b) for a, b in zip(tile, x.shape[1:4], strict=True))
     axes = [begins(*sizes) for sizes in zip(x.shape[1:4], tile, overlap, strict=True)]
     places = jnp.array(list(itertools.product(*axes)))
@@ -54,17 +73,18 @@ def blended(
     weight = jnp.asarray(f[:, None, None] * h[None, :, None] * w[None, None, :])[None, ..., None]
     count = x.shape[0]
 
-    def add(total, place):
-        sums, weights = total
+    def add(total, each):
+        (sums, weights), (place, own) = total, each
         at = (0, *place, 0)
         part = jax.lax.dynamic_slice(x, at, (count, *tile, x.shape[-1]))
         times = jax.lax.dynamic_slice(t, at[:-1], (count, *tile))
-        fresh = velocity(part, times).astype(sums.dtype) * weight
+        part, made = velocity(part, times, own)
+        fresh = part.astype(sums.dtype) * weight
         old = jax.lax.dynamic_slice(sums, at, fresh.shape)
         sums = jax.lax.dynamic_update_slice(sums, old + fresh, at)
         old = jax.lax.dynamic_slice(weights, at, weight.shape)
-        return (sums, jax.lax.dynamic_update_slice(weights, old + weight, at)), None
+        return (sums, jax.lax.dynamic_update_slice(weights, old + weight, at)), made
 
     empty = jnp.zeros(x.shape, x.dtype), jnp.zeros((1, *x.shape[1:4], 1), x.dtype)
-    (sums, weights), _ = jax.lax.scan(add, empty, places)
-    return sums / weights
+    (sums, weights), made = jax.lax.scan(add, empty, (places, given))
+    return sums / weights, made

@@ -76,7 +76,7 @@ def test_equals_the_official_pipeline(case, tmp_path):
         [request],
         noise=golden["noise"][None],
         pictures=(golden.get("picture"), None),
-        on_step=lambda i, n, x: seen.append(np.asarray(x[0])),
+        on_step=lambda i, n, moment: seen.append(np.asarray(moment.x[0])),
         on_tensor=outputs.__setitem__,
     )
     # Of a picture that is a clean first frame, only the other frames are denoised.

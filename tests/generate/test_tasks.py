@@ -61,8 +61,9 @@ def test_a_loop_adds_a_bridge_to_the_clip(pipe, clip):
     video = tasks.loop(pipe, PROMPT, clip, seconds=0.5, **FEW)
     assert len(video.frames) == 13
     same(video.frames[:9], clip)
-    made = tasks.loop(pipe, PROMPT, seconds=0.5, **FEW)
-    assert len(made.frames) == 13
+    steps = []
+    made = tasks.loop(pipe, PROMPT, seconds=0.5, on_step=lambda *s: steps.append(s), **FEW)
+    assert len(made.frames) == 13 and len(steps) == 2 * 2
 
 
 def test_the_less_strength_the_nearer_to_the_draft(pipe, clip):

@@ -223,7 +223,7 @@ def test_family_renders_the_same_frames_step_by_step(name, tmp_path):
             [request],
             pictures=pictures_of(family),
             noise=noise,
-            on_step=lambda i, n, x, steps=steps: steps.append(np.asarray(x)),
+            on_step=lambda i, n, moment, steps=steps: steps.append(np.asarray(moment.x)),
             on_tensor=ours.__setitem__,
         )[0]
         # Where the first latent frame is given, what the solver makes of it is thrown away.
