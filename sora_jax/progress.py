@@ -83,5 +83,6 @@ class LearnedProgress:
 
     def on_step(self, step: int, total: int, *_) -> None:
         if self._shown is None:
-            self._shown = Progress(self._title, total=total, unit=self._unit).__enter__()
+            shown = Progress(self._title, total=total, unit=self._unit, start=step)
+            self._shown = shown.__enter__()
         self._shown.update(step)

@@ -1,6 +1,5 @@
 """Pipelines from inference folders: which parts there are, where they go, what made them."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,9 +67,7 @@ def load_pipeline(
     vae, dit = load("vae"), experts.parts[0]
     expand = bool(index.get("expand_timesteps"))
     sampling = folder.read_sampling(path)
-    if expand and tuple(sampling.tasks) == ("none",):  # TI2V-5B
-        sampling = dataclasses.replace(sampling, tasks=("none", "first"))
-    by_token = tuple(sampling.tasks) != ("none",)
+    by_token = expand or tuple(sampling.tasks) != ("none",)
     way = conditions.takes(dit.config, vae.config, expand_timesteps=by_token)
     if dit.config.image_dim is not None and "image" not in held:
         raise ValueError(f"{path}: the transformer attends to pictures; add image_encoder/.")

@@ -82,7 +82,9 @@ class Pipeline:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Masks that the checkpoint was trained with, by their names in `diffusion.tasks`."""
-        return tuple(self.sampling.tasks)
+        trained = tuple(self.sampling.tasks)
+        # The published TI2V-5B has no list of ours: text, or the first frame.
+        return ("none", "first") if self.way == "clean" and trained == ("none",) else trained
 
     @property
     def cache_hash(self) -> str | None:
