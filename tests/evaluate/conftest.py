@@ -56,8 +56,9 @@ class FakePipeline:
             raise ValueError(f"steps {steps} is out of range; use 1 to 1000.")
         given = {"steps": steps, "guidance": guidance}
         defaults = dataclasses.asdict(self.sampling)
-        for name in ("text_tokens", "tasks"):  # what a request does not have
+        for name in ("text_tokens", "tasks", "feature_cache"):  # what a request does not have
             del defaults[name]
+        defaults["cache_threshold"] = 0.0
         defaults["shift"] = self.sampling.shift.shift_lo
         defaults["guidance_2"] = self.sampling.guidance
         chosen = defaults | {name: value for name, value in given.items() if value is not None}
