@@ -233,4 +233,5 @@ def test_family_renders_the_same_frames_step_by_step(name, tmp_path):
         frames = (np.asarray(pipe.decode(ours["latents"])[0]) + 1) / 2
         print(f"{name}, {solver}: frames differ by up to {np.abs(frames - theirs).max():.2e}")
         np.testing.assert_allclose(frames, theirs, atol=1e-4)
-        assert np.abs(video.frames / 255 - theirs).max() < 0.5 / 255 + 1e-4
+        if not (family.expand and family.pictures):  # else the picture itself is put back
+            assert np.abs(video.frames / 255 - theirs).max() < 0.5 / 255 + 1e-4

@@ -57,7 +57,7 @@ def folder(request, tmp_path_factory):
 def test_a_model_s_words_are_the_prompt_and_the_same_each_time(folder):
     writer = make_writer(folder)
     text = writer("a red ball rolls left")
-    assert text and set(text.split()) <= set(WORDS[len(SPECIAL) :])
+    assert text and set(text.split()) <= set(WORDS[3:])
     assert writer("a red ball rolls left") == text == make_writer(folder)("a red ball rolls left")
 
 
