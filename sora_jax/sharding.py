@@ -34,9 +34,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "act_heads": "tensor",
     "act_mlp": "tensor",
     "frames": None,
-    # Not cut: XLA's partitioner gives wrong values for some VAEs that are (docs/status.md).
-    "height": None,
-    "width": None,
+    "height": CONTEXT,
+    "width": "tensor",
     "channels": None,
     # weights
     "embed": ("fsdp", CONTEXT),

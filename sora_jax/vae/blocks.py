@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sora_jax.vae import space
 from sora_jax.vae.conv import Carry, CausalConv3d, FrameConv
 
 Features = Float[Array, "b t h w c"]
@@ -64,6 +65,7 @@ class FrameAttention(nnx.Module):
     def __call__(self, x: Features) -> Features:
         b, t, h, w, c = x.shape
         q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(b, t, h * w, 3 * c), 3, axis=-1)
+        k, v = space.gather(k, 2), space.gather(v, 2)
         logits = jnp.einsum("btqc,btkc->btqk", q, k) * c**-0.5
         y = jnp.einsum("btqk,btkc->btqc", jax.nn.softmax(logits, axis=-1), v)
         return x + self.proj(y.reshape(x.shape))

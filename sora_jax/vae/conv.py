@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from sora_jax import sharding
+from sora_jax.vae import space
 from sora_jax.vae.plane_conv import plane_conv
 
 # Channels, in and out, from which gathering neighbourhoods pays.
@@ -39,9 +40,11 @@ def conv3d(
 ) -> Float[Array, "b t h w o"]:
     """Cross-correlation over (time, height, width): operands in `dtype`, sums in float32.
 
-    `padding` counts zeros before and after along each of the three axes. The formulation
-    follows the platform that the program is compiled for, not the one it is traced on.
+    `padding` counts zeros before and after along each of the three axes; on a tile of a frame they
+    are its neighbours' rows (`space`), and the stride divides the tile. The formulation follows
+    the platform that the program is compiled for, not the one it is traced on.
     """
+    x, padding = space.with_neighbours(x, padding)
     return _conv3d(x, kernel, stride, padding, dtype)
 
 
@@ -241,12 +244,13 @@ class Carry:
     """Frames that causal layers hand from one chunk of a clip to the next, in call order.
 
     One object serves one pass of the encoder or decoder: layers take what they kept from the
-    chunk before and leave what the next chunk needs in `kept`. Made from None it stands for
-    the start of a clip, where everything before is zeros.
+    chunk before, `taken`, and leave what the next chunk needs in `kept`. Made from None it stands
+    for the start of a clip, where everything before is zeros.
     """
 
     def __init__(self, kept: Sequence[jax.Array] | None = None):
         self.first = kept is None
+        self.taken = kept
         self._previous = iter(kept or ())
         self.kept: list[jax.Array] = []
 

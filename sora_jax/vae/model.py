@@ -8,6 +8,7 @@ single image is a clip; every `scale_factor_temporal` frames after it become one
 the mean and std of the config, which nothing outside this file uses.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,11 +18,13 @@ from jaxtyping import Array, Float, Key
 
 from sora_jax import sharding
 from sora_jax.types import Latents, Video
+from sora_jax.vae import space
 from sora_jax.vae.blocks import ChannelRMSNorm, DownStage, MidBlock, UpStage, run_block
 from sora_jax.vae.config import VAEConfig
 from sora_jax.vae.conv import Carry, CausalConv3d
 
-_ACTIVATION = ("batch", "frames", "height", "width", "channels")
+# Rows and columns are cut by `space`, or not at all.
+_ACTIVATION = ("batch", "frames", None, None, "channels")
 
 
 class Moments(NamedTuple):
@@ -130,8 +133,7 @@ class VideoVAE(nnx.Module):
 
     def moments_of(self, video: Video, carry: Carry | None = None) -> Moments:
         """`encode_moments` of a clip, or of its next chunk; checks nothing."""
-        x = sharding.constrain(patchify(video, self.config.patch_size or 1), *_ACTIVATION)
-        x = self.quant_conv(self.encoder(x, carry))
+        x = self._run(_encode, (self.encoder, self.quant_conv), video, carry)
         mean, logvar = jnp.split(x, 2, axis=-1)
         return Moments(mean, jnp.clip(logvar, -30.0, 20.0))
 
@@ -150,9 +152,24 @@ class VideoVAE(nnx.Module):
 
     def decode_raw(self, latents: Latents, carry: Carry | None = None) -> Video:
         """`decode` without the clamp, whose gradient training needs; `carry` as in blocks.py."""
-        x = sharding.constrain(self.denormalize(latents), *_ACTIVATION)
-        x = self.decoder(self.post_quant_conv(x), carry)
-        return unpatchify(x, self.config.patch_size or 1)
+        modules = (self.post_quant_conv, self.decoder)
+        return self._run(_decode, modules, self.denormalize(latents), carry)
+
+    def _run(self, body: Callable, modules, x: jax.Array, carry: Carry | None) -> jax.Array:
+        """`body(modules, x, patch size, carry)`, over space where there is a mesh."""
+        patch = self.config.patch_size or 1
+
+        def local(modules, x, kept):
+            own = None if carry is None else Carry(kept)
+            y = body(modules, x, patch, own)
+            return y, () if own is None else tuple(own.kept)
+
+        x = sharding.constrain(x, *_ACTIVATION)
+        multiple = self.config.scale_factor_spatial if body is _encode else 1
+        y, kept = space.run(local, modules, x, carry and carry.taken, multiple=multiple)
+        if carry is not None:
+            carry.kept.extend(kept)
+        return sharding.constrain(y, *_ACTIVATION)
 
     def normalize(self, raw: Latents) -> Latents:
         """Raw latents to zero mean and unit variance per channel."""
@@ -165,6 +182,16 @@ class VideoVAE(nnx.Module):
         return latents * _per_channel(self.config.latents_std) + _per_channel(
             self.config.latents_mean
         )
+
+
+def _encode(modules, video: Video, patch: int, carry: Carry | None) -> jax.Array:
+    encoder, quant_conv = modules
+    return quant_conv(encoder(patchify(video, patch), carry))
+
+
+def _decode(modules, x: jax.Array, patch: int, carry: Carry | None) -> Video:
+    post_quant_conv, decoder = modules
+    return unpatchify(decoder(post_quant_conv(x), carry), patch)
 
 
 def _per_channel(values) -> jax.Array:
