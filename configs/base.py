@@ -148,6 +148,7 @@ def get_config() -> ConfigDict:
     c.sample.guidance_rescale = 0.0  # in [0, 1]; against over-saturation at large scales
     c.sample.solver = "unipc"  # or "dpmpp_2m", "ab2", "heun", "euler"
     c.sample.schedule = "wan"  # as diffusers' UniPC; or "flow_match_euler", or "linear" in t
+    c.sample.refine_prefix = ""  # words before captions of parts of larger pictures
     c.sample.prompts = ("a red ball rolls left in the meadow",)
 
     c.log_every = 20  # steps

@@ -11,6 +11,7 @@ smoke, seconds.
 from ml_collections import ConfigDict
 
 from configs import base
+from sora_jax.data.paperworld.captions import NEAR
 
 
 def get_config(arg: str = "full"):
@@ -57,6 +58,8 @@ def get_config(arg: str = "full"):
         elif arg == "tasks":
             sizes["shots"] = (0.25, 64, 64, 17, 4_000)
             sizes["late"] = (0.25, 64, 64, 17, 4_000)
+            sizes["hits"] = (0.15, 64, 64, 17, 3_000)
+            sizes["near"] = (0.15, 64, 64, 17, 3_000)
         for name, (weight, width, height, frames, clips) in sizes.items():
             part = {"weight": weight, "width": width, "height": height, "frames": frames}
             part |= {"cache": f"runs/paperworld_{name}", "cache_clips": clips}
@@ -66,6 +69,11 @@ def get_config(arg: str = "full"):
                 {"multi_shot": 1.0, "collisions": 0.0, "companions": 0.0}
             )
             c.data.parts.late.world = ConfigDict({"late": 1.0, "collisions": 0.0})
+            c.data.parts.hits.world = ConfigDict(
+                {"collisions": 1.0, "multi_shot": 0.0, "companions": 0.0}
+            )
+            c.data.parts.near.world = ConfigDict({"near": 1.0})
+            c.sample.refine_prefix = NEAR
             c.tasks.weights = ConfigDict(
                 {
                     **{"none": 0.4, "first": 0.1, "first_last": 0.05, "keyframes": 0.05},

@@ -75,7 +75,8 @@ class SamplingDefaults:
 
     `guidance_2` is for the second of two transformers, None the same. `text_tokens` is the longest
     prompt in tokens, end of sequence included. `tasks` are the masks that it was trained with, by
-    the names in `diffusion.tasks.MASKS`. `feature_cache` was measured by
+    the names in `diffusion.tasks.MASKS`. `refine_prefix` are the words before captions of parts of
+    larger pictures, which refining puts before its prompt. `feature_cache` was measured by
     `tools/calibrate_cache.py`, and is what a request's `cache_threshold` needs.
     """
 
@@ -93,6 +94,7 @@ class SamplingDefaults:
     schedule: str = "wan"
     text_tokens: int = 224
     tasks: Sequence[str] = ("none",)
+    refine_prefix: str = ""
     feature_cache: ChangeCurve | None = None
 
 

@@ -62,7 +62,8 @@ def refine(
         )
     settings = settings | {"size": (columns, rows), "frames": whole}
     request = pipe.request(prompt, **settings)
-    trained = pipe.request(prompt, **(settings | {"size": None, "frames": None}))
+    words = pipe.sampling.refine_prefix + prompt
+    trained = pipe.request(words, **(settings | {"size": None, "frames": None}))
     request = dataclasses.replace(request, shift=trained.shift)
     tile = pipe.latent_shape(trained)[:3]
     latents = pipe.denoise(

@@ -269,6 +269,7 @@ def write_pipeline(out: Path, config, stage) -> None:
         schedule=config.sample.schedule,
         text_tokens=config.text_tokens,
         tasks=stage.tasks.trained,
+        refine_prefix=config.sample.get("refine_prefix", ""),
     )
     shape = (1, config.data.frames, config.data.height, config.data.width, 3)
     tokens = stage.tokens_per_clip({"video": jax.ShapeDtypeStruct(shape, jnp.uint8)})

@@ -56,7 +56,12 @@ class FakePipeline:
             raise ValueError(f"steps {steps} is out of range; use 1 to 1000.")
         given = {"steps": steps, "guidance": guidance}
         defaults = dataclasses.asdict(self.sampling)
-        for name in ("text_tokens", "tasks", "feature_cache"):  # what a request does not have
+        for name in (
+            "text_tokens",
+            "tasks",
+            "refine_prefix",
+            "feature_cache",
+        ):  # what a request does not have
             del defaults[name]
         defaults["cache_threshold"] = 0.0
         defaults["shift"] = self.sampling.shift.shift_lo

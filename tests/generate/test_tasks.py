@@ -1,5 +1,7 @@
 """Each task: what was given is kept, the rest has the right length, bad input is one line."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -135,6 +137,16 @@ def test_refining_enlarges_and_works_by_tiles(pipe, clip):
     assert distance(0.1) < distance(0.9)
     with pytest.raises(ValueError, match="scale 1 is out of range"):
         refine.refine(pipe, PROMPT, clip, scale=1.0)
+
+
+def test_refining_says_that_tiles_are_parts_where_the_model_was_told(pipe, clip, monkeypatch):
+    prefixed = dataclasses.replace(pipe.sampling, refine_prefix="close view: ")
+    options = {"scale": 2, "steps": 2}
+    said = refine.refine(pipe, "close view: " + PROMPT, clip, **options)
+    monkeypatch.setattr(pipe, "sampling", prefixed)
+    video = refine.refine(pipe, PROMPT, clip, **options)
+    same(video.frames, said.frames)
+    assert video.metadata["prompt"] == PROMPT
 
 
 def test_prompts_change_within_a_video(pipe):

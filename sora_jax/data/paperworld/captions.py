@@ -10,6 +10,7 @@ from sora_jax.data.paperworld.scene import Actor, Camera, Scene, Shot
 # The plain sentence is the one that prompts are written in, so it is the most frequent.
 STYLES: Final[dict[str, float]] = {"plain": 0.6, "terse": 0.1, "free": 0.2, "detailed": 0.1}
 MAX_BYTES: Final = 220
+NEAR: Final = "close view: "  # before the sentence of a part of a larger picture
 
 # The first of each is the canonical word.
 SIZE_WORDS: Final = {
@@ -160,7 +161,11 @@ def describe(scene: Scene) -> str:
 
     A medium size goes unsaid, as does a still camera and, in a single image, the verb.
     """
-    return _join(scene, _Words(None))
+    return _near(scene) + _join(scene, _Words(None))
+
+
+def _near(scene: Scene) -> str:
+    return "" if scene.near is None else NEAR
 
 
 def caption(scene: Scene) -> str:
@@ -177,6 +182,7 @@ def caption(scene: Scene) -> str:
     elif style == "detailed":
         text = _detailed(scene, _Words(rng))
     else:
-        text = describe(scene)
+        text = _join(scene, _Words(None))
+    text = _near(scene) + text
     # Three detailed shots can run long; the plain sentence never does.
     return text if len(text) <= MAX_BYTES else describe(scene)

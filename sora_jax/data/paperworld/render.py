@@ -111,6 +111,12 @@ def _render_shot(
 
 def render(scene: Scene) -> UInt8[np.ndarray, "F H W 3"]:
     """The clip of a scene, RGB in 0..255."""
+    width, height = scene.width, scene.height
+    scale = 1 if scene.near is None else 2
     shots = zip(scene.shots, trajectories(scene), strict=True)
-    videos = [_render_shot(s, p, width=scene.width, height=scene.height) for s, p in shots]
-    return np.concatenate(videos)
+    videos = [_render_shot(s, p, width=scale * width, height=scale * height) for s, p in shots]
+    video = np.concatenate(videos)
+    if scene.near is None:
+        return video
+    x, y = round(scene.near[0] * width), round(scene.near[1] * height)
+    return np.ascontiguousarray(video[:, y : y + height, x : x + width])

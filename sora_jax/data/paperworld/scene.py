@@ -72,6 +72,7 @@ class Scene:
     frames: int
     fps: float
     wording: int = 0  # seeds the choice of caption style and synonyms
+    near: tuple[float, float] | None = None  # where in [0, 1] a window of half its sides lies
 
     @property
     def subject(self) -> Actor:
@@ -355,11 +356,16 @@ def sample_scene(
         cast = _heldout_cast(index) if split == "heldout" else _seen_cast(index)
         size = _choice(rng, vocab.SIZES)
         shots = (_single_shot(rng, cast, settings=settings, frames=settings.frames, size=size),)
+    wording = int(rng.integers(2**31))
+    near = None
+    if split == "train" and settings.near and rng.random() < settings.near:
+        near = (_uniform(rng, 0.0, 1.0), _uniform(rng, 0.0, 1.0))
     return Scene(
         shots=shots,
         width=settings.width,
         height=settings.height,
         frames=settings.frames,
         fps=float(settings.fps),
-        wording=int(rng.integers(2**31)),
+        wording=wording,
+        near=near,
     )

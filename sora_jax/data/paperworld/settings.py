@@ -11,7 +11,8 @@ class PaperworldSettings:
     or single; `occlusion` is the share of the verb "hides" among single subjects, and
     `moving_camera` applies to those verbs whose motion a pan or a zoom cannot be mistaken for,
     and `late` to verbs that go on: such a clip begins in the middle of them, as the continuation
-    of a long film does.
+    of a long film does. A `near` clip shows a quarter of the picture at twice the size, as a tile
+    of a larger picture does.
 
     Raises:
       ValueError: a size that is not a multiple of 8, a frame count, rate or share out of range.
@@ -27,6 +28,7 @@ class PaperworldSettings:
     occlusion: float | int = 0.125
     moving_camera: float | int = 0.1
     late: float | int = 0.0
+    near: float | int = 0.0
 
     def __post_init__(self) -> None:
         for name in ("width", "height"):
@@ -45,7 +47,8 @@ class PaperworldSettings:
                 f"paperworld size {self.width}x{self.height} is longer than 4:1; "
                 "make the sides more equal."
             )
-        shares = ("multi_shot", "collisions", "companions", "occlusion", "moving_camera", "late")
+        shares = ("multi_shot", "collisions", "companions", "occlusion", "moving_camera")
+        shares += ("late", "near")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"paperworld {name} {getattr(self, name)} is not in [0, 1].")

@@ -257,6 +257,18 @@ def test_sizes_and_durations_render(size, frames):
         )
 
 
+def test_a_near_clip_is_a_part_of_the_picture_at_twice_the_size_and_says_so():
+    far = PaperworldSettings(frames=3, width=128, height=128)
+    near = PaperworldSettings(frames=3, near=1.0)
+    for i in range(6):
+        scene = sample_scene(2, i, settings=near)
+        x, y = (round(64 * part) for part in scene.near)
+        whole = render(dataclasses.replace(scene, near=None, width=128, height=128))
+        np.testing.assert_array_equal(render(scene), whole[:, y : y + 64, x : x + 64])
+        assert caption(scene).startswith("close view: ") and len(caption(scene)) <= MAX_BYTES
+        assert describe(scene) == "close view: " + describe(sample_scene(2, i, settings=far))
+
+
 def test_source_survives_pickling_and_knows_its_length():
     source = PaperworldSource(4, SINGLE, "seen", length=10)
     copy = pickle.loads(pickle.dumps(source))
