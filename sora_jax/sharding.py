@@ -34,8 +34,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "act_heads": "tensor",
     "act_mlp": "tensor",
     "frames": None,
-    "height": CONTEXT,
-    "width": "tensor",
     "channels": None,
     # weights
     "embed": ("fsdp", CONTEXT),

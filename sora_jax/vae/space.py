@@ -8,66 +8,120 @@ partitioner is not asked to cut these convolutions: it gave wrong values for som
 """
 
 import contextvars
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 from sora_jax import sharding
 
+AXIS = "space"
+# Mesh axes whose devices have the same clips of a batch, and can share their frames.
+SHARED = ("tensor", sharding.CONTEXT)
 HEIGHT, WIDTH = 2, 3  # dimensions of (b, t, h, w, c)
 
 
-class Axis(NamedTuple):
-    """A mesh axis that cuts a dimension, and into how many tiles."""
+class Grid(NamedTuple):
+    """Tiles of a frame; device i of the axis has that of row i // columns, column i % columns."""
 
-    name: str
-    size: int
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
 
 
-_axes: contextvars.ContextVar[dict[int, Axis]] = contextvars.ContextVar("space_axes")
+WHOLE = Grid(1, 1)
+_grid: contextvars.ContextVar[Grid] = contextvars.ContextVar("space_grid", default=WHOLE)
+
+
+def grid_for(devices: int, rows: int, columns: int) -> Grid:
+    """The most tiles that divide `rows`, `columns` and `devices`, with the shortest borders."""
+    found = [
+        Grid(r, size // r)
+        for size in range(1, devices + 1)
+        for r in range(1, size + 1)
+        if devices % size == 0 and size % r == 0 and rows % r == 0 and columns % (size // r) == 0
+    ]
+    return max(found, key=lambda grid: (grid.size, -rows / grid.rows - columns / grid.columns))
 
 
 def run(body: Callable, modules: Any, x: jax.Array, kept: Any, *, multiple: int) -> Any:
-    """`body(modules, x, kept)`, on tiles of x where a mesh has axes that cut its rows or columns.
+    """`body(modules, x, kept)` -> (y, kept), on tiles of x where there is a mesh to share it.
 
     Args:
-      body: gives a tree of arrays (b, t, h, w, c), each as many tiles as x.
+      body: of arrays (b, t, h, w, c).
       modules: a tree of NNX modules.
-      kept: arrays like x, what the chunk before left; or None.
+      kept: what the chunk before left, as it was returned; or None.
       multiple: rows and columns of a tile are multiples of this.
     """
     mesh = sharding.current_mesh()
-    if mesh is None or mesh.size == 1:
-        return body(modules, x, kept)
-    blocks = (x.shape[HEIGHT] // multiple, x.shape[WIDTH] // multiple)
-    spec = sharding.fitted(
-        mesh, (*x.shape[:2], *blocks, x.shape[-1]), "batch", "frames", "height", "width", "channels"
-    )
-    axes = {}
-    for dimension in (HEIGHT, WIDTH):
-        size = sharding.shards_of(mesh, spec, dimension)
-        if size > 1:
-            axes[dimension] = Axis(spec[dimension], size)
-    if not axes:
+    shared = 1 if mesh is None else math.prod(mesh.shape[name] for name in SHARED)
+    grid = grid_for(shared, x.shape[HEIGHT] // multiple, x.shape[WIDTH] // multiple)
+    if grid == WHOLE:
         return body(modules, x, kept)
     graph, weights = nnx.split(modules)
 
     def local(weights, x, kept):
-        token = _axes.set(axes)
+        token = _grid.set(grid)
         try:
             with sharding.use_mesh(None):  # weights are whole, and nothing is left to constrain
-                return body(nnx.merge(graph, weights), x, kept)
+                y, left = body(nnx.merge(graph, weights), _tile(x, grid), _first(kept))
         finally:
-            _axes.reset(token)
+            _grid.reset(token)
+        return jax.tree.map(lambda leaf: leaf[None], (y, left))
 
-    whole = jax.sharding.PartitionSpec()
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(whole, spec, spec), out_specs=spec, check_vma=False
+    batch = sharding.fitted(mesh, x.shape[:1], "batch")
+    cut = P(AXIS, *batch)
+    y, left = jax.shard_map(
+        local,
+        mesh=_space_mesh(mesh, grid.size),
+        in_specs=(P(), batch, cut),
+        out_specs=cut,
+        check_vma=False,
     )(weights, x, kept)
+    return jax.tree.map(lambda tiles: _join(tiles, grid), y), left
+
+
+def _space_mesh(mesh: Mesh, size: int) -> Mesh:
+    """The devices of `mesh`, in its order, with an axis of `size` of those that share clips."""
+    replicas = [name for name in mesh.axis_names if name not in SHARED]
+    names = (*replicas, AXIS, "rest")
+    order = [mesh.axis_names.index(name) for name in (*replicas, *SHARED)]
+    shape = (*(mesh.shape[name] for name in replicas), size, -1)
+    devices = np.transpose(mesh.devices, order).reshape(shape)
+    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _tile(x: jax.Array, grid: Grid) -> jax.Array:
+    """This device's part of whole frames."""
+    index = lax.axis_index(AXIS)
+    for dimension, place, count in (
+        (HEIGHT, index // grid.columns, grid.rows),
+        (WIDTH, index % grid.columns, grid.columns),
+    ):
+        size = x.shape[dimension] // count
+        x = lax.dynamic_slice_in_dim(x, place * size, size, axis=dimension)
+    return x
+
+
+def _first(kept: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0], kept)
+
+
+def _join(tiles: jax.Array, grid: Grid) -> jax.Array:
+    """(tiles, b, t, h, w, c) to whole frames."""
+    _, b, t, h, w, c = tiles.shape
+    tiles = tiles.reshape(grid.rows, grid.columns, b, t, h, w, c)
+    return tiles.transpose(2, 3, 0, 4, 1, 5, 6).reshape(b, t, grid.rows * h, grid.columns * w, c)
 
 
 def with_neighbours(x: jax.Array, padding: tuple) -> tuple[jax.Array, tuple]:
@@ -77,20 +131,23 @@ def with_neighbours(x: jax.Array, padding: tuple) -> tuple[jax.Array, tuple]:
       padding: rows before and after along time, height and width; the stride of the convolution
         divides a tile.
     """
-    axes = _axes.get({})
+    grid = _grid.get()
     left = list(padding)
-    for dimension, axis in axes.items():
+    places = np.arange(grid.size).reshape(grid)
+    for dimension, along in ((HEIGHT, places.T), (WIDTH, places)):
+        if along.shape[1] == 1:
+            continue
         before, after = left[dimension - 1]
         parts = [x]
         # Devices that nobody sends to, at the border, receive zeros.
         if before:
             rows = lax.slice_in_dim(x, x.shape[dimension] - before, None, axis=dimension)
-            forward = [(i, i + 1) for i in range(axis.size - 1)]
-            parts.insert(0, lax.ppermute(rows, axis.name, forward))
+            pairs = np.stack([along[:, :-1].ravel(), along[:, 1:].ravel()], axis=1)
+            parts.insert(0, lax.ppermute(rows, AXIS, pairs.tolist()))
         if after:
             rows = lax.slice_in_dim(x, 0, after, axis=dimension)
-            backward = [(i + 1, i) for i in range(axis.size - 1)]
-            parts.append(lax.ppermute(rows, axis.name, backward))
+            pairs = np.stack([along[:, 1:].ravel(), along[:, :-1].ravel()], axis=1)
+            parts.append(lax.ppermute(rows, AXIS, pairs.tolist()))
         x = jnp.concatenate(parts, axis=dimension)
         left[dimension - 1] = (0, 0)
     return x, tuple(left)
@@ -98,6 +155,6 @@ def with_neighbours(x: jax.Array, padding: tuple) -> tuple[jax.Array, tuple]:
 
 def gather(x: jax.Array, dimension: int) -> jax.Array:
     """The positions of all tiles along `dimension`, tile by tile."""
-    for axis in _axes.get({}).values():
-        x = lax.all_gather(x, axis.name, axis=dimension, tiled=True)
-    return x
+    if _grid.get() == WHOLE:
+        return x
+    return lax.all_gather(x, AXIS, axis=dimension, tiled=True)

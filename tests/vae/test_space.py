@@ -49,7 +49,7 @@ def close(a, b):
 @pytest.mark.parametrize(("kind", "sizes"), [("plain", ROWS), ("residual", BOTH)])
 def test_values_and_gradients_equal_one_device(random_vae, kind, sizes):
     vae = random_vae(CONFIGS[kind])
-    video = video_of(vae.config)
+    video = video_of(vae.config, columns=2)
     both = jax.value_and_grad(losses, argnums=(0, 1), has_aux=True)
     whole, cut = (run(both, mesh, vae, video) for mesh in (None, mesh_of(sizes)))
     (loss, outputs), gradients = whole
@@ -100,9 +100,23 @@ def test_the_border_of_a_frame_is_zeros():
     def body(modules, x, kept):
         y, left = space.with_neighbours(x, ((0, 0), (1, 2), (3, 3)))
         assert left == ((0, 0), (0, 0), (3, 3))
-        return y
+        return y, ()
 
     with sharding.use_mesh(mesh):
-        y = space.run(body, (), x, None, multiple=1).reshape(4, 5)
+        y = space.run(body, (), x, None, multiple=1)[0].reshape(4, 5)
     expected = [[0, 1, 2, 3, 4], [2, 3, 4, 5, 6], [4, 5, 6, 7, 8], [6, 7, 8, 0, 0]]
     np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    ("devices", "size", "grid"),
+    [
+        (4, (90, 160), (2, 2)),  # 720p
+        (64, (90, 160), (2, 32)),
+        (16, (60, 104), (4, 4)),  # 480p
+        (8, (9, 20), (1, 4)),  # half of the devices
+        (2, (3, 5), (1, 1)),
+    ],
+)
+def test_frames_are_cut_as_far_as_they_divide(devices, size, grid):
+    assert space.grid_for(devices, *size) == grid
