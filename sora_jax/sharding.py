@@ -21,6 +21,9 @@ CONTEXT = "context"
 MESH_AXES = ("data", "fsdp", "tensor", CONTEXT)
 # Those that cut weights for memory's sake: layers gather them before they multiply.
 STORAGE_AXES = ("fsdp", CONTEXT)
+# Those whose devices have the same clips, and can share their frames: see `space_mesh`.
+CLIP_AXES = ("tensor", CONTEXT)
+SPACE = "space"
 _TILE_ROWS = 8  # of a TPU's tiles of memory
 
 # Logical axis -> mesh axes. `data` replicates weights (across slices), `fsdp` shards weights
@@ -132,6 +135,21 @@ def _on_torus(sizes: dict[str, int], devices: list) -> np.ndarray:
         devices,
         allow_split_physical_axes=True,
     )
+
+
+def space_mesh(mesh: Mesh, size: int) -> Mesh:
+    """The devices of `mesh`, in its order, with an axis of `size` of those that share clips."""
+    replicas = [name for name in mesh.axis_names if name not in CLIP_AXES]
+    names = (*replicas, SPACE, "rest")
+    order = [mesh.axis_names.index(name) for name in (*replicas, *CLIP_AXES)]
+    shape = (*(mesh.shape[name] for name in replicas), size, -1)
+    devices = np.transpose(mesh.devices, order).reshape(shape)
+    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def tiles_of(pspec: PartitionSpec) -> PartitionSpec:
+    """Of arrays like those of `pspec`, with the tiles of a `space_mesh` in front."""
+    return PartitionSpec(SPACE, *pspec)
 
 
 def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:

@@ -17,14 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType, Mesh
-from jax.sharding import PartitionSpec as P
 
 from sora_jax import sharding
 
-AXIS = "space"
-# Mesh axes whose devices have the same clips of a batch, and can share their frames.
-SHARED = ("tensor", sharding.CONTEXT)
 HEIGHT, WIDTH = 2, 3  # dimensions of (b, t, h, w, c)
 
 
@@ -64,7 +59,7 @@ def run(body: Callable, modules: Any, x: jax.Array, kept: Any, *, multiple: int)
       multiple: rows and columns of a tile are multiples of this.
     """
     mesh = sharding.current_mesh()
-    shared = 1 if mesh is None else math.prod(mesh.shape[name] for name in SHARED)
+    shared = 1 if mesh is None else math.prod(mesh.shape[name] for name in sharding.CLIP_AXES)
     grid = grid_for(shared, x.shape[HEIGHT] // multiple, x.shape[WIDTH] // multiple)
     if grid == WHOLE:
         return body(modules, x, kept)
@@ -79,31 +74,22 @@ def run(body: Callable, modules: Any, x: jax.Array, kept: Any, *, multiple: int)
             _grid.reset(token)
         return jax.tree.map(lambda leaf: leaf[None], (y, left))
 
+    mesh = sharding.space_mesh(mesh, grid.size)
     batch = sharding.fitted(mesh, x.shape[:1], "batch")
-    cut = P(AXIS, *batch)
+    cut = sharding.tiles_of(batch)
     y, left = jax.shard_map(
         local,
-        mesh=_space_mesh(mesh, grid.size),
-        in_specs=(P(), batch, cut),
+        mesh=mesh,
+        in_specs=(sharding.spec(), batch, cut),
         out_specs=cut,
         check_vma=False,
     )(weights, x, kept)
     return jax.tree.map(lambda tiles: _join(tiles, grid), y), left
 
 
-def _space_mesh(mesh: Mesh, size: int) -> Mesh:
-    """The devices of `mesh`, in its order, with an axis of `size` of those that share clips."""
-    replicas = [name for name in mesh.axis_names if name not in SHARED]
-    names = (*replicas, AXIS, "rest")
-    order = [mesh.axis_names.index(name) for name in (*replicas, *SHARED)]
-    shape = (*(mesh.shape[name] for name in replicas), size, -1)
-    devices = np.transpose(mesh.devices, order).reshape(shape)
-    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
-
-
 def _tile(x: jax.Array, grid: Grid) -> jax.Array:
     """This device's part of whole frames."""
-    index = lax.axis_index(AXIS)
+    index = lax.axis_index(sharding.SPACE)
     for dimension, place, count in (
         (HEIGHT, index // grid.columns, grid.rows),
         (WIDTH, index % grid.columns, grid.columns),
@@ -143,11 +129,11 @@ def with_neighbours(x: jax.Array, padding: tuple) -> tuple[jax.Array, tuple]:
         if before:
             rows = lax.slice_in_dim(x, x.shape[dimension] - before, None, axis=dimension)
             pairs = np.stack([along[:, :-1].ravel(), along[:, 1:].ravel()], axis=1)
-            parts.insert(0, lax.ppermute(rows, AXIS, pairs.tolist()))
+            parts.insert(0, lax.ppermute(rows, sharding.SPACE, pairs.tolist()))
         if after:
             rows = lax.slice_in_dim(x, 0, after, axis=dimension)
             pairs = np.stack([along[:, 1:].ravel(), along[:, :-1].ravel()], axis=1)
-            parts.append(lax.ppermute(rows, AXIS, pairs.tolist()))
+            parts.append(lax.ppermute(rows, sharding.SPACE, pairs.tolist()))
         x = jnp.concatenate(parts, axis=dimension)
         left[dimension - 1] = (0, 0)
     return x, tuple(left)
@@ -157,4 +143,4 @@ def gather(x: jax.Array, dimension: int) -> jax.Array:
     """The positions of all tiles along `dimension`, tile by tile."""
     if _grid.get() == WHOLE:
         return x
-    return lax.all_gather(x, AXIS, axis=dimension, tiled=True)
+    return lax.all_gather(x, sharding.SPACE, axis=dimension, tiled=True)
