@@ -227,8 +227,8 @@ def show(result: dict[str, Any]) -> None:
     for row in result["ranked"]:
         mesh = " ".join(f"{k} {v}" for k, v in row["mesh"].items() if v > 1)
         table.add_row(
-            *(mesh, row["remat"], str(row["batch_size"]), f"{row['memory'] / GIB:.1f}"),
-            *(f"{row['seconds']:.2f}", f"{row['tokens_per_s']:,.0f}"),
+            *(mesh, row["remat"], str(row["batch_size"]), f"{row['memory'] / GIB:.3g}"),
+            *(f"{row['seconds']:.3g}", f"{row['tokens_per_s']:,.0f}"),
         )
     console.print(table)
     report.compare(result["plans"], console)
