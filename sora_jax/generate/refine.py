@@ -66,15 +66,18 @@ def refine(
     trained = pipe.request(words, **(settings | {"size": None, "frames": None}))
     request = dataclasses.replace(request, shift=trained.shift)
     tile = pipe.latent_shape(trained)[:3]
+    start = Start(pipe.encode(draft[None]), strength)
     latents = pipe.denoise(
         pipe.noise([request]),
         request,
         texts.embed(pipe, [trained]),
         pipe.conditions(request),
-        start=Start(pipe.encode(draft[None]), strength),
+        start=start,
         tiles=Tiles(tile, tuple(size // 2 for size in tile)),
         on_step=on_step,
     )
-    frames = to_bytes(pipe.decode(latents))[0, : len(clip)]
+    # What the VAE loses of the draft it loses of the refined as well: the change alone counts.
+    change = pipe.decode(latents)[0] - pipe.decode(start.latents)[0]
+    frames = to_bytes(draft / 127.5 - 1 + change)[: len(clip)]
     task = {"name": "refine", "clip": array_hash(clip), "scale": scale, "strength": strength}
     return tasks.video_of(pipe, request, frames, task)

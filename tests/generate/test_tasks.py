@@ -126,14 +126,15 @@ def test_a_film_is_made_part_by_part_and_saved(pipe, tmp_path):
 
 def test_refining_enlarges_and_works_by_tiles(pipe, clip):
     plain = refine.enlarged(clip, scale=2, multiple=(8, 8))
-    kept = np.asarray(pipe.decode(pipe.encode(plain[None])))[0]
-
     def distance(strength):
         options = {"strength": strength, "steps": 8, "schedule": "linear"}
         video = refine.refine(pipe, PROMPT, clip, scale=2, **options)
         assert video.frames.shape == (9, 32, 32, 3)
-        return np.abs(video.frames / 127.5 - 1 - kept).mean()
+        return np.abs(video.frames - plain.astype(int)).mean()
 
+    # What the VAE loses is not lost: a little noise changes little of what was enlarged.
+    lost = np.abs(np.asarray(pipe.decode(pipe.encode(plain[None]))) * 127.5 + 127.5 - plain).mean()
+    assert distance(0.01) < 0.1 * lost
     assert distance(0.1) < distance(0.9)
     with pytest.raises(ValueError, match="scale 1 is out of range"):
         refine.refine(pipe, PROMPT, clip, scale=1.0)
