@@ -126,6 +126,7 @@ def test_a_film_is_made_part_by_part_and_saved(pipe, tmp_path):
 
 def test_refining_enlarges_and_works_by_tiles(pipe, clip):
     plain = refine.enlarged(clip, scale=2, multiple=(8, 8))
+
     def distance(strength):
         options = {"strength": strength, "steps": 8, "schedule": "linear"}
         video = refine.refine(pipe, PROMPT, clip, scale=2, **options)
