@@ -4,8 +4,8 @@ sora-jax train --config configs/paperworld.py --workdir runs/paperworld \
     --config.vae_checkpoint=runs/vae/export
 
 Variants: full, clips of one size; packed, images and such clips in shared rows; tasks, these
-with every mask, more cuts, and clips that begin late; mixed, other durations and shapes too;
-smoke, seconds.
+with every mask, more cuts and collisions, clips that begin late, and parts of larger pictures;
+mixed, other durations and shapes too; smoke, seconds.
 """
 
 from ml_collections import ConfigDict

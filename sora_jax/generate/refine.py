@@ -10,6 +10,7 @@ from sora_jax.generate import tasks, texts
 from sora_jax.generate.conditions import Tiles
 from sora_jax.generate.denoise import OnStep, Start
 from sora_jax.generate.video import Video, array_hash, to_bytes
+from sora_jax.prompts import timed
 
 STRENGTH = 0.35  # of the noise: enough to draw edges anew, too little to move them
 MOST_SCALE = 8
@@ -62,7 +63,7 @@ def refine(
         )
     settings = settings | {"size": (columns, rows), "frames": whole}
     request = pipe.request(prompt, **settings)
-    words = pipe.sampling.refine_prefix + prompt
+    words = timed.begin(prompt, pipe.sampling.refine_prefix)
     trained = pipe.request(words, **(settings | {"size": None, "frames": None}))
     request = dataclasses.replace(request, shift=trained.shift)
     tile = pipe.latent_shape(trained)[:3]

@@ -69,6 +69,17 @@ def split(prompt: str) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
+def begin(prompt: str, words: str) -> str:
+    """`prompt` with `words` before it, or before the sentence behind each of its stamps.
+
+    Raises:
+      ValueError: as `split`, of a time-stamped prompt.
+    """
+    if not is_timed(prompt):
+        return words + prompt
+    return " ".join(f"{_stamp(segment)} {words}{segment.text}" for segment in split(prompt))
+
+
 def parse(prompt: str, *, duration: float) -> tuple[Segment, ...]:
     """The segments of `prompt`, from 0 to `duration` without a gap.
 

@@ -43,8 +43,9 @@ def grid_for(devices: int, rows: int, columns: int) -> Grid:
     found = [
         Grid(r, size // r)
         for size in range(1, devices + 1)
+        if devices % size == 0
         for r in range(1, size + 1)
-        if devices % size == 0 and size % r == 0 and rows % r == 0 and columns % (size // r) == 0
+        if size % r == 0 and rows % r == 0 and columns % (size // r) == 0
     ]
     return max(found, key=lambda grid: (grid.size, -rows / grid.rows - columns / grid.columns))
 

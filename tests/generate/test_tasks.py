@@ -149,6 +149,8 @@ def test_refining_says_that_tiles_are_parts_where_the_model_was_told(pipe, clip,
     video = refine.refine(pipe, PROMPT, clip, **options)
     same(video.frames, said.frames)
     assert video.metadata["prompt"] == PROMPT
+    times = f"[0-0.5] {PROMPT} [0.5-1] a blue box"
+    assert refine.refine(pipe, times, clip, **options).metadata["prompt"] == times
 
 
 def test_prompts_change_within_a_video(pipe):

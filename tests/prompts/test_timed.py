@@ -20,6 +20,12 @@ def test_segments_are_read_in_their_order():
     assert timed.split(timed.render(wanted)) == wanted
 
 
+def test_words_begin_every_sentence():
+    assert timed.begin("a red ball", "close view: ") == "close view: a red ball"
+    begun = timed.begin("[0-1] a red ball [1-2] a blue box", "close view: ")
+    assert begun == "[0s-1s] close view: a red ball [1s-2s] close view: a blue box"
+
+
 def test_what_no_stamp_covers_belongs_to_the_prompt_before():
     segments = timed.parse("[0-1] a [1.5-1.75] b", duration=2.125)
     assert segments == (Segment(0.0, 1.5, "a"), Segment(1.5, 2.125, "b"))

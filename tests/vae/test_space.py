@@ -46,10 +46,14 @@ def close(a, b):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), a, b)
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [("plain", ROWS), ("residual", BOTH)])
-def test_values_and_gradients_equal_one_device(random_vae, kind, sizes):
+@pytest.mark.parametrize(
+    ("kind", "sizes", "columns", "grid"),
+    [("plain", ROWS, 2, (4, 1)), ("residual", BOTH, 4, (2, 2))],
+)
+def test_values_and_gradients_equal_one_device(random_vae, kind, sizes, columns, grid):
     vae = random_vae(CONFIGS[kind])
-    video = video_of(vae.config, columns=2)
+    video = video_of(vae.config, columns=columns)
+    assert space.grid_for(4, 8, columns) == grid
     both = jax.value_and_grad(losses, argnums=(0, 1), has_aux=True)
     whole, cut = (run(both, mesh, vae, video) for mesh in (None, mesh_of(sizes)))
     (loss, outputs), gradients = whole
