@@ -39,13 +39,14 @@ def families(pipeline_folder, tmp_path_factory):
     make = lambda name, **how: variant(pipeline_folder, root / name, **how)  # noqa: E731
     experts = [("dit", masked), ("dit_2", masked)]
     return {
+        "i2v": (make("i2v", parts=[("dit", i2v), ("image", tower)]), 1),
         "flf2v": (make("flf2v", parts=[("dit", flf2v), ("image", tower)]), 2),
         "ti2v": (make("ti2v", index={"expand_timesteps": True}), 1),
         "a14b": (make("a14b", parts=experts, index={"boundary_ratio": 0.5}), 1),
     }
 
 
-FAMILIES = ["flf2v", "ti2v", "a14b"]
+FAMILIES = ["i2v", "flf2v", "ti2v", "a14b"]
 
 
 def assert_run_py_makes_the_same_video(source, count: int, out, scratch) -> None:

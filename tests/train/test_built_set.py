@@ -90,12 +90,13 @@ def test_all_can_be_fitted_to_one_size(built):
     assert source[0]["video"].shape == (9, 32, 48, 3)
 
 
-def test_ten_steps_on_cached_latents_then_a_sample(cached, tmp_path):
+@pytest.mark.parametrize("batching", ["pack", "bucket"])
+def test_ten_steps_on_cached_latents_then_a_sample(cached, tmp_path, batching):
     latents = LatentSource(cached)
     assert len({tuple(size) for size in latents.sizes.tolist()}) > 1
     run = tmp_path / "run"
     config = clips_config.get_config("smoke").unlock()
-    config.data.update(path=str(cached), batching="pack")
+    config.data.update(path=str(cached), batching=batching, bucket_tokens=1024)
     config.num_steps, config.checkpoint_every, config.sample_every = 10, 10, 0
     train(config, run, devices=jax.devices()[:1])
     export = tmp_path / "export"

@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from sora_jax.train.loop import train
 
@@ -20,8 +21,10 @@ def losses(config, workdir, *, devices=None, **mesh) -> list[float]:
     return [json.loads(line)["train/loss"] for line in lines]
 
 
-def test_losses_on_a_mesh_equal_those_on_one_device(dit_config, tmp_path):
-    alone = losses(dit_config, tmp_path / "one", devices=jax.devices()[:1])
+@pytest.mark.parametrize("stage", ["dit", "vae"])
+def test_losses_on_any_mesh_equal_those_on_one_device(stage, dit_config, vae_config, tmp_path):
+    config = {"dit": dit_config, "vae": vae_config}[stage]
+    alone = losses(config, tmp_path / "one", devices=jax.devices()[:1])
     assert len(set(alone)) == len(alone) == 2  # of step 1, and the mean of steps 2 and 3
-    many = losses(dit_config, tmp_path / "many", **MESH)
+    many = losses(config, tmp_path / "many", **MESH)
     np.testing.assert_allclose(many, alone, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The VAE trains on a folder of real clips; the DiT does in test_built_set.py."""
+"""Both stages train on a folder of real clips, and the VAE's reconstruction of them improves."""
 
 import importlib.util
 import json
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import folder as folder_config
+from sora_jax.train.export import export
 from sora_jax.train.loop import train
 
 ONE = jax.devices()[:1]
@@ -33,7 +34,7 @@ def rows(workdir: Path, name: str) -> list[float]:
     return [row[name] for line in lines if name in (row := json.loads(line))]
 
 
-def test_the_vae_learns_real_clips(clips, tmp_path, capsys):
+def test_both_stages_train_on_real_clips(clips, tmp_path, capsys):
     config = folder_config.get_config("vae_smoke").unlock()
     config.data.path = str(clips)
     config.num_steps, config.checkpoint_every, config.sample_every = 24, 24, 0
@@ -43,3 +44,12 @@ def test_the_vae_learns_real_clips(clips, tmp_path, capsys):
     with capsys.disabled():
         print(f"\nVAE on real clips, {len(psnr)} steps: {psnr[0]:.2f} -> {psnr[-1]:.2f} dB PSNR")
     assert np.mean(psnr[-4:]) > np.mean(psnr[:4]) + 1
+
+    exported = export(tmp_path / "vae", tmp_path / "vae_folder")
+    config = folder_config.get_config("smoke").unlock()
+    config.data.path, config.vae_checkpoint = str(clips), str(exported)
+    config.sample_every = 0
+    train(config, tmp_path / "dit", devices=ONE)
+    losses = rows(tmp_path / "dit", "train/loss")
+    assert len(losses) >= 2 and np.isfinite(losses).all()
+    assert (export(tmp_path / "dit", tmp_path / "pipeline") / "model_index.json").is_file()
