@@ -21,7 +21,7 @@ nnx.set_graph_updates(False)
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 if jax.__version_info__ < (0, 11):
-    # XLA's emitters through MLIR take twice the time of its older ones, and newer jax has no choice.
+    # Emitting through MLIR takes twice the time of the older way, which newer jax has no more.
     os.environ.setdefault(
         "XLA_FLAGS",
         "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",

@@ -16,6 +16,7 @@ _CALM_VERBS = ("falls", "bounces", "spins", "stays")  # those that go with a mov
 _ACTION = 2.0  # seconds a verb takes: 17 frames at 8 per second
 _SHORTEST_ACTION = 1.25  # seconds; a shorter shot shows the beginning of its verb
 _ONGOING_VERBS = ("bounces", "spins", "stays")
+_TURNING_VERBS = ("rolls", "spins")
 _LATEST = 6.0  # action seconds at which a clip of an ongoing verb begins
 _RETURN = 1.6  # seconds of the action after which a hidden subject is back
 
@@ -311,10 +312,13 @@ def _train_shots(rng: np.random.Generator, settings: PaperworldSettings) -> tupl
     known = _verbs_for(frames, float(settings.fps))
     hides = rng.random() < settings.occlusion and "hides" in known
     verbs = ("hides",) if hides else tuple(v for v in known if v != "hides")
+    # No draw where a share is 0: scenes stay what they were.
+    if settings.turning and rng.random() < settings.turning:
+        verbs = _TURNING_VERBS
     cast = _train_cast(rng, verbs)
-    size = _choice(rng, vocab.SIZES)
+    small = settings.small and rng.random() < settings.small
+    size = "small" if small else _choice(rng, vocab.SIZES)
     shot = _single_shot(rng, cast, settings=settings, frames=frames, size=size)
-    # No draw where the share is 0: scenes stay what they were.
     if settings.late and cast.verb in _ONGOING_VERBS and rng.random() < settings.late:
         shot = dataclasses.replace(shot, begin=_uniform(rng, 0.0, _LATEST))
     # Calm verbs are half of the solo verbs: doubling keeps the share of all clips.

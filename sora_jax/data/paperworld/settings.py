@@ -12,7 +12,9 @@ class PaperworldSettings:
     `moving_camera` applies to those verbs whose motion a pan or a zoom cannot be mistaken for,
     and `late` to verbs that go on: such a clip begins in the middle of them, as the continuation
     of a long film does. A `near` clip shows a quarter of the picture at twice the size, as a tile
-    of a larger picture does.
+    of a larger picture does. `turning` and `small` add to the single subjects that roll or spin and
+    to those that are small, which are the hardest to draw: that share of them is made so, and the
+    rest drawn as ever.
 
     Raises:
       ValueError: a size that is not a multiple of 8, a frame count, rate or share out of range.
@@ -29,6 +31,8 @@ class PaperworldSettings:
     moving_camera: float | int = 0.1
     late: float | int = 0.0
     near: float | int = 0.0
+    turning: float | int = 0.0
+    small: float | int = 0.0
 
     def __post_init__(self) -> None:
         for name in ("width", "height"):
@@ -48,7 +52,7 @@ class PaperworldSettings:
                 "make the sides more equal."
             )
         shares = ("multi_shot", "collisions", "companions", "occlusion", "moving_camera")
-        shares += ("late", "near")
+        shares += ("late", "near", "turning", "small")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"paperworld {name} {getattr(self, name)} is not in [0, 1].")
