@@ -15,10 +15,10 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "outpaint": ("video", "window"),
     "interpolate": ("video", "strength"),
     "refine": ("video", "strength"),
-    "seconds": ("window", "joint", "image"),
+    "seconds": ("window", "joint", "rolling", "image"),
 }
 _NEEDS_VIDEO = ("extend", "outpaint", "interpolate", "refine")
-_EXTRAS = ("video", "seconds", "window", "joint", "mask", "strength")
+_EXTRAS = ("video", "seconds", "window", "joint", "rolling", "mask", "strength")
 
 
 def add(group) -> None:
@@ -41,6 +41,12 @@ def add(group) -> None:
         action="store_true",
         default=None,
         help="denoise the windows of --seconds together, blended at every step",
+    )
+    argument(
+        "--rolling",
+        action="store_true",
+        default=None,
+        help="make --seconds in one window that moves a little at a time, noise rising in it",
     )
     argument("--loop", action="store_true", help="make the end lead back to the beginning")
     argument("--join", nargs=2, metavar=("A", "B"), help="lead from video A to video B")

@@ -74,8 +74,8 @@ def make(
         raise ValueError(f"--frames {frames} and --seconds {args.seconds:g}: give one of them.")
     image = None if args.image is None else clip(args.image)[0]
     total = tasks.seconds_to_frames(pipe, args.seconds, given.get("fps"))
-    joint = bool(args.joint)
-    return tasks.long(pipe, prompt, frames=total, image=image, joint=joint, **given)
+    how = {"joint": bool(args.joint), "rolling": bool(args.rolling)}
+    return tasks.long(pipe, prompt, frames=total, image=image, **how, **given)
 
 
 def save(made: Video | Film, out: Path, *, sheet: bool) -> Path:

@@ -1,10 +1,12 @@
 """Measures films of a minute: peak memory against 10 s, what is kept to the end, and drift.
 
-python tools/bench_minute.py [--checkpoint DIR] [--films 16] [--seconds 60] [--out FILE.json]
+python tools/bench_minute.py [--checkpoint DIR] [--films 16] [--seconds 60] [--rolling]
+    [--out FILE.json]
 
-Memory: `sora-jax sample --seconds S` in a process of its own, its peak resident size. Films: of
-prompts whose verb goes on, in batches; the oracle reads colour and shape in the last 2 s, and
-brightness and saturation there are compared with those of the first 2 s.
+Memory: `sora-jax sample --seconds S` in a process of its own, its peak resident size. Films, by
+windows one after the other, or in one that rolls: of prompts whose verb goes on, in batches; the
+oracle reads colour and shape in the last 2 s, and brightness and saturation there are compared
+with those of the first 2 s.
 """
 
 import argparse
@@ -24,13 +26,14 @@ BATCH = 8
 TARGETS = {"memory_ratio": 1.1, "kept": 0.9, "drift": 0.1}
 
 
-def memory(checkpoint: str, seconds: float) -> tuple[float, float]:
+def memory(checkpoint: str, seconds: float, extra: list[str]) -> tuple[float, float]:
     """(peak resident GiB, seconds) of the command that makes one film."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "-m", "sora_jax.cli", "sample"),
             *("--prompt", "a red ball spins in the meadow", "--checkpoint", checkpoint),
             *("--seconds", str(seconds), "--out", str(Path(folder) / "film.mp4")),
+            *extra,
         ]
         begun = time.perf_counter()
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -40,7 +43,7 @@ def memory(checkpoint: str, seconds: float) -> tuple[float, float]:
         return usage.ru_maxrss / 2**20, time.perf_counter() - begun
 
 
-def films(checkpoint: str, count: int, seconds: float, seed: int) -> list[dict]:
+def films(checkpoint: str, count: int, seconds: float, seed: int, rolls: bool) -> list[dict]:
     """What the oracle and plain colours say of both ends of `count` films."""
     import cv2
 
@@ -48,7 +51,7 @@ def films(checkpoint: str, count: int, seconds: float, seed: int) -> list[dict]:
     from sora_jax import cli
     from sora_jax.data.paperworld.source import seen_prompts
     from sora_jax.evaluate import scores
-    from sora_jax.generate import tasks, windows
+    from sora_jax.generate import rolling, tasks, windows
     from sora_jax.generate.windows import Sweep
 
     cli.setup_jax()
@@ -69,8 +72,14 @@ def films(checkpoint: str, count: int, seconds: float, seed: int) -> list[dict]:
         sweep = Sweep(total, window, tasks.overlap_of(pipe, window))
         first = last = None
         clock = time.perf_counter()
-        for part in windows.film(pipe, lambda *_, r=requests: r, sweep):
-            first = part[:, :ENDS] if first is None else first
+        by_windows = lambda *_, r=requests: r  # noqa: E731
+        parts = (
+            rolling.film(pipe, requests, sweep) if rolls else windows.film(pipe, by_windows, sweep)
+        )
+        for part in parts:
+            if first is None or first.shape[1] < ENDS:
+                first = part if first is None else np.concatenate([first, part], axis=1)
+                first = first[:, :ENDS]
             last = part if last is None else np.concatenate([last, part], axis=1)[:, -ENDS:]
         spent = (time.perf_counter() - clock) / len(chosen)
         for prompt, head, tail in zip(chosen, first, last, strict=True):
@@ -97,10 +106,12 @@ def main() -> None:
     parser.add_argument("--films", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--rolling", action="store_true", help="one window that rolls")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    short, long = memory(args.checkpoint, 10), memory(args.checkpoint, args.seconds)
-    records = films(args.checkpoint, args.films, args.seconds, args.seed)
+    extra = ["--rolling"] if args.rolling else []
+    short, long = (memory(args.checkpoint, seconds, extra) for seconds in (10, args.seconds))
+    records = films(args.checkpoint, args.films, args.seconds, args.seed, args.rolling)
     names = ("colour", "shape", "place")
     result = {
         "memory_gib": {"10 s": short[0], f"{args.seconds:g} s": long[0]},

@@ -75,9 +75,10 @@ class SamplingDefaults:
 
     `guidance_2` is for the second of two transformers, None the same. `text_tokens` is the longest
     prompt in tokens, end of sequence included. `tasks` are the masks that it was trained with, by
-    the names in `diffusion.tasks.MASKS`. `refine_prefix` are the words before captions of parts of
-    larger pictures, which refining puts before its prompt. `feature_cache` was measured by
-    `tools/calibrate_cache.py`, and is what a request's `cache_threshold` needs.
+    the names in `diffusion.tasks.MASKS`, and FRAME_TIMES of there. `refine_prefix` are the words
+    before captions of parts of larger pictures, which refining puts before its prompt.
+    `feature_cache` was measured by `tools/calibrate_cache.py`, and is what a request's
+    `cache_threshold` needs.
     """
 
     width: int = 64

@@ -88,12 +88,13 @@ def guide(
     cond: Float[Array, "b *x"],
     uncond: Float[Array, "b *x"],
     *,
-    t: Float[Array, ""],
+    t: Float[Array, "*t"],
     config: GuidanceConfig,
 ) -> Float[Array, "b *x"]:
     """One velocity out of two at time t: scale, rescale and interval of `config`.
 
-    `t` may be traced: the interval is a `where`, so a scan over steps keeps one program.
+    `t` is a scalar, or broadcasts against the velocities. It may be traced: the interval is a
+    `where`, so a scan over steps keeps one program.
     """
     guided = combine(cond, uncond, scale=config.scale)
     if config.rescale > 0:
@@ -111,7 +112,7 @@ def guided_velocity(velocity: Velocity, *, config: GuidanceConfig) -> Velocity:
         false it is called on the b examples with the prompt alone.
 
     Returns:
-      (x_t of b examples, t) -> velocity of b examples. `t` is a scalar.
+      (x_t of b examples, t) -> velocity of b examples. `t` is as for `guide`.
     """
 
     def guided(x: jax.Array, t: jax.Array) -> jax.Array:

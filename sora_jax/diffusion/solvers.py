@@ -3,6 +3,8 @@
 Each solver is a pair of pure functions, `init(x) -> state` and `step(state, i) -> state`, made
 for one table of times. Every coefficient is worked out on the host in float64 before anything
 is traced; a step reads row i, so one program serves all steps, under scan or in a Python loop.
+`i` may also be an array that broadcasts against x: then parts of x are at steps of their own, and
+the velocity is told times of the same shape.
 
 `dpmpp_2m` and `unipc` are exponential integrators in the log signal-to-noise ratio
 lambda = log((1 - t) / t), in which a step from time c to n < c with x0-prediction D held is

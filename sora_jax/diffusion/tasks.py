@@ -24,6 +24,7 @@ MASKS = (
     *("none", "first", "first_last", "keyframes", "prefix", "suffix", "middle", "loop"),
     *("box", "border", "tokens"),
 )
+FRAME_TIMES = "frame_times"  # beside the masks: some examples had a time for every latent frame
 MOST_KEYFRAMES = 4
 LOOP_ENDS = 2  # latent frames given at each end, so that motion is known there too
 _DRAWS = 6  # uniform numbers that decide one mask
@@ -76,6 +77,11 @@ class TaskMixture:
     def trained(self) -> tuple[str, ...]:
         """Names of the masks that occur, in the order of MASKS."""
         return tuple(name for name in MASKS if self.weights.get(name, 0) > 0)
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """What a checkpoint says that it was trained for: `trained`, and FRAME_TIMES if so."""
+        return self.trained + ((FRAME_TIMES,) if self.frame_noise > 0 else ())
 
     @property
     def is_plain(self) -> bool:

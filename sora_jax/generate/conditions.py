@@ -148,16 +148,23 @@ def conditioned(
 ) -> Velocity:
     """The transformer as velocity(x, t) over 1 or 2 times the batch that `conditions` are for.
 
+    `t` is a scalar, or of shape (1, f, 1, 1, 1): a time for every latent frame.
+
     Args:
       residual: given in place of the blocks, or stored by them; of every tile, where there are any.
     """
 
-    def velocity(x: Latents, t: Float[Array, ""]) -> Latents:
+    def velocity(x: Latents, t: Float[Array, ""] | Float[Array, "1 f 1 1 1"]) -> Latents:
         repeats = x.shape[0] // next((len(c) for c in conditions if c is not None), x.shape[0])
         channels, features, clean, keep = (
             None if c is None else jnp.concatenate([c] * repeats) for c in conditions
         )
-        time = jnp.full(x.shape[:1], t)
+        if t.ndim:
+            grid = patchify.grid(*x.shape[1:4], patch_size=dit.config.patch_size)
+            t = t[:, :: dit.config.patch_size[0], :, :, 0]
+            time = jnp.broadcast_to(t, (x.shape[0], *grid))
+        else:
+            time = jnp.full(x.shape[:1], t)
         if clean is not None:
             x = keep_clean(x, clean, keep, patch_size=dit.config.patch_size)
             time = jnp.where(keep, 0.0, t)

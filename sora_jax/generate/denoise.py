@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sora_jax.diffusion import feature_cache, path, sampler, times
 from sora_jax.diffusion import guidance as guidances
@@ -26,7 +26,7 @@ class Moment(NamedTuple):
 
     x: Float[Array, "b f h w c"]
     before: Float[Array, "b f h w c"]
-    times: tuple[float, float]  # of both
+    times: tuple[float, float] | tuple[jax.Array, jax.Array]  # of both; of each frame (1 f 1 1 1)
     given: Conditions
 
     def guess(self, patch_size: Sequence[int]) -> Float[Array, "b f h w c"]:
@@ -87,6 +87,7 @@ class Denoiser:
     ):
         self.experts, self.curve, self._jit = experts, curve, jit
         self._step = functools.lru_cache(maxsize=16)(self._make_step)
+        self._step_by_frame = functools.lru_cache(maxsize=4)(self._make_step_by_frame)
 
     def __call__(
         self,
@@ -139,6 +140,44 @@ class Denoiser:
         patch = self.experts.parts[0].config.patch_size
         return conditions.keep_clean(state.x, given.clean, given.keep, patch_size=patch)
 
+    def begin_by_frame(self, noise: Float[Array, "b f h w c"], request: Request) -> Any:
+        """The solver's state, a tree of arrays shaped as `noise`, of frames that have not begun."""
+        table, _ = times.schedule(request.schedule, request.steps, shift=request.shift)
+        return sampler.make_solver(lambda x, t: x, table, solver=request.solver).init(noise)
+
+    def step_by_frame(
+        self,
+        state: Any,
+        progress: Int[np.ndarray, " f"],
+        request: Request,
+        text: Text,
+        given: Conditions,
+    ) -> Any:
+        """One step in which every latent frame is at a step of its own.
+
+        Args:
+          state: of `begin_by_frame`; `state.x` are the latents.
+          progress: the step that each frame is at. Below 0 it has not begun, from `request.steps`
+            on it is finished: both stay as they are.
+          given: beside the first transformer's other conditions, the frames that are finished.
+        """
+        guide = request.guide(0)
+        kind = _Kind(
+            request.steps, request.shift, request.solver, request.schedule, 0, guide, None, "run"
+        )
+        step = self._step_by_frame(kind)
+        return step(state, jnp.asarray(progress), self.experts.params(0), text, given)
+
+    def times_by_frame(
+        self, progress: Int[np.ndarray, " f"], request: Request
+    ) -> tuple[Float[Array, "1 f 1 1 1"], Float[Array, "1 f 1 1 1"]]:
+        """Times of frames after a step from `progress`, and before; (0, 1) where none was made."""
+        table, _ = times.schedule(request.schedule, request.steps, shift=request.shift)
+        at = np.clip(progress, 0, request.steps - 1)
+        made = progress == at
+        after, before = np.where(made, table[at + 1], 0.0), np.where(made, table[at], 1.0)
+        return _by_frame(jnp.asarray(after)), _by_frame(jnp.asarray(before))
+
     def computed(self, request: Request, *, first: int = 0) -> Bool[np.ndarray, " s"]:
         """Which steps from `first` on run the blocks; the others reuse what the last one stored."""
         steps = range(first, request.steps)
@@ -174,6 +213,26 @@ class Denoiser:
             return solver.step(state, i), None if residual is None else residual.stored
 
         return step
+
+    def _make_step_by_frame(self, kind: _Kind):
+        table, told = times.schedule(kind.schedule, kind.steps, shift=kind.shift)
+
+        @self._jit
+        def step(state, progress, params, text, given):
+            dit = self.experts.parts[0].module(params)
+            velocity = conditions.conditioned(dit, text, given)
+            guided = guidances.guided_velocity(velocity, config=kind.guide)
+            solver = sampler.make_solver(guided, table, solver=kind.solver, model_times=told)
+            at = jnp.clip(progress, 0, kind.steps - 1)
+            moved, under_way = solver.step(state, _by_frame(at)), _by_frame(progress == at)
+            return jax.tree.map(lambda new, old: jnp.where(under_way, new, old), moved, state)
+
+        return step
+
+
+def _by_frame(values: Shaped[Array, " f"]) -> Shaped[Array, "1 f 1 1 1"]:
+    """Values of frames, to go with latents (b, f, h, w, c)."""
+    return values[None, :, None, None, None]
 
 
 def first_step(table: Float[np.ndarray, " s"], strength: float) -> int:

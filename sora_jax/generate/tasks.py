@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from sora_jax import video_io
+from sora_jax.diffusion.tasks import FRAME_TIMES
 from sora_jax.generate import canvas as canvas_of
 from sora_jax.generate import memory, texts, windows
+from sora_jax.generate import rolling as rolling_of
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Picture
 from sora_jax.generate.denoise import OnStep
@@ -35,6 +37,7 @@ WORDS = {
     "middle": "join and loop (--join, --loop)",
     "box": "inpaint (--inpaint)",
     "border": "outpaint (--outpaint)",
+    FRAME_TIMES: "films whose noise rises along time (--rolling)",
 }
 DIRECTIONS = ("forward", "backward", "both")
 
@@ -44,9 +47,10 @@ def check(pipe, mask: str) -> None:
     if mask in pipe.tasks:
         return
     has = "; ".join(WORDS[name] for name in pipe.tasks if name in WORDS)
+    setting = "frame_noise" if mask == FRAME_TIMES else f"weights.{mask}"
     raise ValueError(
         f"this checkpoint was not trained for: {WORDS[mask]}. It can: {has}. Use another "
-        "checkpoint, or train with config.tasks.weights." + mask + "."
+        f"checkpoint, or train with config.tasks.{setting}."
     )
 
 
@@ -407,6 +411,7 @@ def long(
     window: int | None = None,
     overlap: int | None = None,
     joint: bool = False,
+    rolling: bool = False,
     image: Picture | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
@@ -421,11 +426,17 @@ def long(
       joint: denoise all windows together, blended where they overlap at every step, instead of one
         after the other; latents of the whole film are in memory then, and no model need have been
         trained to continue. Prompts without time stamps alone.
+      rolling: one window that moves by a latent frame at a time, its noise rising along time, in
+        place of one window after the other: see `generate.rolling`.
       image: picture that it begins with.
     """
+    if joint and rolling:
+        raise ValueError("joint (--joint) and rolling (--rolling) exclude each other; use one.")
     window = min(window or window_of(pipe, frames, settings=settings), frames)
     if frames > window and not joint:
         check(pipe, "prefix")
+    if rolling:
+        check(pipe, FRAME_TIMES)
     request = pipe.request(prompt, **(settings | {"frames": window}))
     canvases = None
     if image is not None:
@@ -435,9 +446,12 @@ def long(
     texts.check(pipe, prompt, frames=frames, fps=request.fps)
     if joint:
         made = windows.joint(pipe, [request], sweep, canvases=canvases, on_step=on_step)
+    elif rolling:
+        made = rolling_of.film(pipe, [request], sweep, canvases=canvases, on_step=on_step)
     else:
         made = windows.film(pipe, lambda *_: [request], sweep, canvases=canvases, on_step=on_step)
-    task = {"name": "film", "window": sweep.window, "overlap": sweep.overlap, "joint": joint}
+    task = {"name": "film", "window": sweep.window, "overlap": sweep.overlap}
+    task |= {"joint": joint, "rolling": rolling}
     metadata = pipe.metadata(dataclasses.replace(request, frames=frames))
     return Film(
         parts=(part[0] for part in made),

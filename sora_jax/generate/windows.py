@@ -109,10 +109,9 @@ def film(
             fresh = latents[:, 1 + (known - 1) // pipe.vae.config.scale_factor_temporal :]
         made = to_bytes(decoder(fresh))
         if canvases is not None:
-            local = _cut(canvases, begin + known, made.shape[1])
+            local = cut(canvases, begin + known, made.shape[1])
             finished = [
-                _finish(*parts, begin + known)
-                for parts in zip(local, made, references, strict=True)
+                finish(*parts, begin + known) for parts in zip(local, made, references, strict=True)
             ]
             made = np.stack(finished)
         yield made
@@ -120,7 +119,7 @@ def film(
         frames, end = frames[:, -sweep.window :], begin + length
 
 
-def _finish(
+def finish(
     canvas: Canvas, decoded: np.ndarray, references: list[Reference], begin: int
 ) -> np.ndarray:
     """A stretch of a film with what is given; `references` keep the last that was given."""
@@ -151,7 +150,7 @@ def joint(
     step = pipe.vae.config.scale_factor_temporal
     whole = [dataclasses.replace(request, frames=sweep.total) for request in requests]
     if canvases is not None:
-        canvases = _cut(canvases, 0, sweep.total)
+        canvases = cut(canvases, 0, sweep.total)
     given = Conditions() if canvases is None else pipe.conditions(whole[0], canvases=canvases)
     size = pipe.latent_shape(requests[0])[:3]
     latents = pipe.denoise(
@@ -167,9 +166,9 @@ def joint(
     for part in range(0, latents.shape[1], size[0]):
         made = to_bytes(decoder(latents[:, part : part + size[0]]))
         if canvases is not None:
-            local = _cut(canvases, begin, made.shape[1])
+            local = cut(canvases, begin, made.shape[1])
             parts = zip(local, made, references, strict=True)
-            made = np.stack([_finish(*part, begin) for part in parts])
+            made = np.stack([finish(*part, begin) for part in parts])
         begin += made.shape[1]
         yield made
 
@@ -183,7 +182,7 @@ def _noise(pipe, requests: Sequence[Request], number: int) -> jax.Array:
     return jnp.stack([jax.random.normal(key, shape) for key in keys])
 
 
-def _cut(canvases: Sequence[Canvas], begin: int, length: int) -> list[Canvas]:
+def cut(canvases: Sequence[Canvas], begin: int, length: int) -> list[Canvas]:
     """Copies of a stretch of each canvas; past a canvas's end nothing is given."""
     cut = []
     for canvas in canvases:
@@ -209,7 +208,7 @@ def _local(
     if canvases is None:
         local = [canvas_of.blank(length, request.height, request.width) for _ in frames]
     else:
-        local = _cut(canvases, begin, length)
+        local = cut(canvases, begin, length)
     for i, canvas in enumerate(local):
         if known:
             canvas_of.place(canvas, frames[i, -known:], at=0)

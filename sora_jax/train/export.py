@@ -268,7 +268,7 @@ def write_pipeline(out: Path, config, stage) -> None:
         solver=config.sample.solver,
         schedule=config.sample.schedule,
         text_tokens=config.text_tokens,
-        tasks=stage.tasks.trained,
+        tasks=stage.tasks.recorded,
         refine_prefix=config.sample.get("refine_prefix", ""),
     )
     shape = (1, config.data.frames, config.data.height, config.data.width, 3)

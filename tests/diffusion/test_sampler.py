@@ -163,6 +163,23 @@ def test_python_loop_equals_scan(solver):
 
 
 @pytest.mark.parametrize("solver", sampler.SOLVERS)
+def test_parts_at_steps_of_their_own_end_where_each_would_alone(solver):
+    """As frames of a film do whose noise rises along time; told times of their own too."""
+    steps, stride, parts = 6, 2, 4
+    table, told = times.sampling_times(steps, shift=2.0), np.linspace(0.9, 0.1, steps + 1)
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=(2, parts, 3)), jnp.float32)
+    made = sampler.make_solver(mixture_velocity, table, solver=solver, model_times=told)
+    state = made.init(noise)
+    for number in range(steps + stride * (parts - 1)):
+        progress = number - stride * np.arange(parts)[None, :, None]
+        at = np.clip(progress, 0, steps - 1)
+        moved = made.step(state, jnp.asarray(at))
+        state = jax.tree.map(lambda a, b, p=progress == at: jnp.where(p, a, b), moved, state)
+    alone = sampler.sample(mixture_velocity, noise, table, solver=solver, model_times=told)
+    np.testing.assert_allclose(state.x, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", sampler.SOLVERS)
 def test_velocity_is_evaluated_as_often_as_stated_and_compiled_once(solver):
     evaluated = []
 

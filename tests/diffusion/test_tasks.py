@@ -110,6 +110,8 @@ def test_shares_follow_the_weights():
     assert noised.max() < 0.2 and abs((noised > 0).mean() - 0.5) < 0.03
     assert mixture.trained == ("none", "box") and not mixture.is_plain
     assert TaskMixture().is_plain and not TaskMixture({"none": 1}, frame_noise=0.1).is_plain
+    assert mixture.recorded == ("none", "box", "frame_times")
+    assert TaskMixture().recorded == ("none",)
 
 
 @pytest.mark.parametrize(

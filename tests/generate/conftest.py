@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sora_jax
-from sora_jax.diffusion.tasks import MASKS
+from sora_jax.diffusion.tasks import FRAME_TIMES, MASKS
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def tasks_folder(pipeline_folder, tmp_path_factory):
     target = tmp_path_factory.mktemp("tasks") / "tiny"
     shutil.copytree(pipeline_folder, target)
     path = target / "sampling.json"
-    values = json.loads(path.read_text()) | {"tasks": list(MASKS), "frames": 9}
+    values = json.loads(path.read_text()) | {"tasks": [*MASKS, FRAME_TIMES], "frames": 9}
     path.write_text(json.dumps(values))
     return target
 

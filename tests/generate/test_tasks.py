@@ -120,6 +120,7 @@ def test_a_film_is_made_part_by_part_and_saved(pipe, tmp_path):
         "window": 9,
         "overlap": 5,
         "joint": False,
+        "rolling": False,
     }
     assert (tmp_path / "film.json").is_file()
 
