@@ -95,14 +95,15 @@ def split_command(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def as_one_job(command: list[str]) -> list[str]:
-    """The command as each of several processes runs it: `sora-jax train` with --distributed.
+    """The command as each of several processes runs it: train or sample with --distributed.
 
     Raises:
       ValueError: there is none.
     """
     if not command:
         raise ValueError("no command; write it after --, such as -- sora-jax train --config ...")
-    if command[:2] == ["sora-jax", "train"] and "--distributed" not in command:
+    joins = command[0] == "sora-jax" and command[1:2] in (["train"], ["sample"])
+    if joins and "--distributed" not in command:
         return [*command[:2], "--distributed", *command[2:]]
     return command
 

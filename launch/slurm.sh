@@ -62,8 +62,8 @@ run() {
   for word in "$@"; do
     if [[ $word == --distributed ]]; then distributed=yes; fi
   done
-  if [[ "${1-} ${2-}" == "sora-jax train" && -z $distributed ]]; then
-    command=(sora-jax train --distributed "${@:3}")
+  if [[ "${1-} ${2-}" =~ ^sora-jax\ (train|sample)$ && -z $distributed ]]; then
+    command=(sora-jax "$2" --distributed "${@:3}")
   fi
   if [[ -z $dry && -n $(squeue --noheader --me --name="$name") ]]; then
     echo "launch/slurm.sh: a job of the name $name is there already." >&2

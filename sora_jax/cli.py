@@ -134,6 +134,7 @@ def _add_sample(commands) -> None:
         help="devices to share the work: auto (all but CPUs, the default), none, or sizes of data, "
         "fsdp, tensor and context, such as tensor=4,context=2",
     )
+    _add_distributed(sample)
     sample.add_argument("--seed", type=int, help="another seed, another video (default: 0)")
     sample.add_argument(
         "--batch", type=int, default=1, metavar="N", help="videos a prompt, with seeds from --seed"
@@ -172,7 +173,11 @@ def _add_train(commands) -> None:
     train.add_argument(
         "--workdir", required=True, metavar="DIR", help="checkpoints, metrics and previews"
     )
-    train.add_argument(
+    _add_distributed(train)
+
+
+def _add_distributed(command) -> None:
+    command.add_argument(
         "--distributed", action="store_true", help="this is one process of several (see launch/)"
     )
 
@@ -265,16 +270,24 @@ def _add_convert(commands) -> None:
 def _sample(args) -> None:
     from sora_jax import sample_command
 
+    _join(args)
     sample_command.run(args)
 
 
-def _train(args) -> None:
-    from sora_jax import config_file, sharding
-    from sora_jax.train.loop import train
-
+def _join(args) -> None:
+    """Where --distributed says so, makes this process one of several."""
     if args.distributed:
+        from sora_jax import sharding
+
         sharding.join_processes()
         sys.excepthook = _end_at_once
+
+
+def _train(args) -> None:
+    from sora_jax import config_file
+    from sora_jax.train.loop import train
+
+    _join(args)
     train(config_file.load(args.config, args.overrides), args.workdir)
 
 

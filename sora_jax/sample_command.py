@@ -4,11 +4,12 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.console import Console
 
 import sora_jax
-from sora_jax import task_command, video_io
+from sora_jax import agreement, task_command, video_io
 from sora_jax.convert import folder
 from sora_jax.generate import Pipeline, Request, Video, array_hash, conditions
 from sora_jax.generate.preview import check_preview, watched
@@ -28,19 +29,23 @@ _TASK_STAGE = "make"  # a task's windows are denoised, decoded and written in tu
 def run(args: Namespace) -> list[Path]:
     """Writes the videos that `args` ask for, and prints how long each stage took.
 
+    Of several processes (`--distributed`) all compute, and the first reads, writes and prints for
+    all but the files that are given: these every process reads.
+
     Raises:
       ValueError: one line: what was given, what is allowed, what to change.
     """
     begun = time.perf_counter()
     task = task_command.asked(args)
     out = Path(args.out)
-    video_io.check_output_path(out)
-    if args.preview is not None:
-        check_preview(args.preview, out=out)
     arrays = {"latents": args.save_latents, "text_emb": args.save_text_embeddings}
     arrays = {name: Path(path) for name, path in arrays.items() if path is not None}
-    for path in arrays.values():
-        video_io.check_output_path(path, allowed=(".npy",))
+    if _writes():
+        video_io.check_output_path(out)
+        if args.preview is not None:
+            check_preview(args.preview, out=out)
+        for path in arrays.values():
+            video_io.check_output_path(path, allowed=(".npy",))
     noise = None if args.noise is None else _read_noise(Path(args.noise))
     pictures = [_read_picture(getattr(args, name)) for name in _PICTURES]
     if args.batch < 1:
@@ -49,7 +54,7 @@ def run(args: Namespace) -> list[Path]:
     if again:
         _check_again(args, again, noise, pictures)
     prompts = [again["prompt"]] if again else _prompts(args)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, quiet=not _writes())
     dtype = args.dtype or again.get("dtype", "float32")
     # Bit for bit, a video is made again on the mesh that made it.
     mesh = args.mesh or (again.get("mesh", "none") if again else "auto")
@@ -131,6 +136,8 @@ def run(args: Namespace) -> list[Path]:
         if noise is not None:
             for video in videos:
                 video.metadata["noise_sha256"] = array_hash(noise)
+        if not _writes():
+            continue
         for offset, video in enumerate(videos):
             _note(video, given[(start + offset) // args.batch])
             path = _numbered(out, start + offset, len(requests))
@@ -156,11 +163,22 @@ def _run_task(pipe, task, args, prompt, settings, console, begun, given) -> Path
         on_step = watched(pipe, args.preview, progress.on_step, fps=args.fps)
         made = task_command.make(pipe, task, args, prompt, settings, on_step)
         _note(made, given)
-        path = task_command.save(made, Path(args.out), sheet=args.sheet)
+        path = Path(args.out)
+        if _writes():
+            path = task_command.save(made, path, sheet=args.sheet)
+        elif isinstance(made, Film):
+            for _ in made.parts:  # made while they are asked for
+                pass
     _line(console, _TASK_STAGE, time.perf_counter() - clock)
-    print(path)
+    if _writes():
+        print(path)
     _line(console, "in all", time.perf_counter() - begun)
     return path
+
+
+def _writes() -> bool:
+    """Whether this is the process that writes files, of several the first."""
+    return jax.process_index() == 0
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -280,8 +298,12 @@ def _prompts(args: Namespace) -> list[str]:
 
 def _expand(args: Namespace, prompts: list[str], console: Console, *, picture: bool) -> list[str]:
     """The prompts in the words of the writer that --expand-prompt names, shown."""
-    writer = writers.make_writer(args.expand_prompt, checkpoint=args.checkpoint, picture=picture)
-    expanded = [writers.expand(prompt, writer) for prompt in prompts]
+    expanded = None
+    if _writes():
+        name = args.expand_prompt
+        writer = writers.make_writer(name, checkpoint=args.checkpoint, picture=picture)
+        expanded = [writers.expand(prompt, writer) for prompt in prompts]
+    expanded = agreement.of_first(expanded)  # a writer may answer differently every time
     for prompt in expanded:
         console.print(f"{'prompt':>10} {prompt}", markup=False, soft_wrap=True)
     return expanded

@@ -6,6 +6,7 @@ activations pass through `constrain`; nothing else in the package writes a Parti
 
 import contextlib
 import contextvars
+import functools
 import math
 import os
 
@@ -153,7 +154,7 @@ def tiles_of(pspec: PartitionSpec) -> PartitionSpec:
 
 
 def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:
-    """The mesh that one batch of videos is sampled on, of this process's devices.
+    """The mesh that one batch of videos is sampled on.
 
     Args:
       wanted: "none", one device; "auto", all of them, unless they are CPUs; or sizes of mesh axes,
@@ -163,9 +164,10 @@ def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:
         over what is left.
 
     Raises:
-      ValueError: for axes that do not exist, or more devices than there are.
+      ValueError: for axes that do not exist, more devices than there are, or, of a job of several
+        processes, fewer: each takes part in all that a mesh does.
     """
-    devices = jax.local_devices()
+    devices = jax.devices()
     if wanted == "auto":
         if jax.default_backend() == "cpu":
             return None
@@ -188,8 +190,12 @@ def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:
     count = math.prod(sizes.values())
     if count > len(devices):
         raise ValueError(
-            f"mesh {wanted!r} takes {count} devices, this process has {len(devices)}; make it "
-            "smaller."
+            f"mesh {wanted!r} takes {count} devices, there are {len(devices)}; make it smaller."
+        )
+    if 1 < count < len(devices) and jax.process_count() > 1:
+        raise ValueError(
+            f"mesh {wanted!r} takes {count} of the {len(devices)} devices of {jax.process_count()} "
+            "processes; use all, or none."
         )
     return None if count == 1 else make_mesh(**{"fsdp": 1} | sizes, devices=devices[:count])
 
@@ -329,6 +335,47 @@ def replicate(tree, mesh: Mesh):
         return jax.make_array_from_callback(value.shape, named(mesh), lambda index: value[index])
 
     return jax.tree.map(one, tree)
+
+
+def spans_processes(mesh: Mesh | None) -> bool:
+    """Whether arrays on `mesh` lie in part with other processes."""
+    return mesh is not None and len({d.process_index for d in mesh.devices.flat}) > 1
+
+
+def to_mesh(tree, mesh: Mesh | None):
+    """What this process holds, and all others alike, as a program on `mesh` takes it."""
+    if not spans_processes(mesh):
+        return tree
+
+    def one(x):
+        return replicate(x, mesh) if isinstance(x, jax.Array) and x.is_fully_addressable else x
+
+    return jax.tree.map(one, tree)
+
+
+def from_mesh(tree, mesh: Mesh | None):
+    """What a program on `mesh` made, whole, as arrays that this process alone holds."""
+    if not spans_processes(mesh):
+        return tree
+    whole = _whole(tree, named(mesh))
+    return jax.tree.map(lambda x: x.addressable_data(0), whole)
+
+
+def place(tree, shardings):
+    """Arrays that every process holds alike, as `shardings` of the same tree say."""
+
+    def one(x, where):
+        if where.is_fully_addressable:
+            return jax.device_put(x, where)
+        value = np.asarray(x)
+        return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _whole(tree, where: NamedSharding):
+    return jax.lax.with_sharding_constraint(tree, where)
 
 
 def without_leading_axis(sharding: NamedSharding) -> NamedSharding:

@@ -50,12 +50,20 @@ def test_sampling_mesh(monkeypatch, wanted, backend, shape):
         ("tensor=0", "write auto, none, or sizes"),
         ("heads=2", "write auto, none, or sizes"),
         ("fsdp=2,fsdp=2", "write auto, none, or sizes"),
-        ("fsdp=4,context=4", "takes 16 devices, this process has 8"),
+        ("fsdp=4,context=4", "takes 16 devices, there are 8"),
     ],
 )
 def test_meshes_that_cannot_be(wanted, words):
     with pytest.raises(ValueError, match=words):
         sharding.sampling_mesh(wanted, heads=12)
+
+
+def test_a_mesh_of_several_processes_takes_all_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="takes 4 of the 8 devices of 2 processes; use all"):
+        sharding.sampling_mesh("context=4", heads=12)
+    assert sharding.sampling_mesh("context=8", heads=12).size == 8
+    assert sharding.sampling_mesh("none", heads=12) is None
 
 
 def test_again_takes_the_mesh_that_made_the_video(pipeline_folder, tmp_path, capsys):

@@ -81,7 +81,7 @@ class Denoiser:
     def __init__(
         self,
         experts: Experts,
-        jit: Callable[[Callable], Callable],
+        jit: Callable[..., Callable],
         *,
         curve: ChangeCurve | None = None,
     ):
@@ -203,7 +203,7 @@ class Denoiser:
         table, told = times.schedule(kind.schedule, kind.steps, shift=kind.shift)
         table, told = table[kind.first :], told[kind.first :]
 
-        @self._jit
+        @functools.partial(self._jit, stays=True)
         def step(state, i, params, text, given, taken):
             dit = self.experts.parts[0].module(params)
             residual = None if kind.blocks == "run" else Residual(taken)

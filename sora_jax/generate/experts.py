@@ -82,8 +82,10 @@ class Experts:
         if not self.placed(number):
             self._placed = None  # first out, then in: both may not fit
             part = self.parts[number]
-            where = jax.local_devices()[0]
-            if self._mesh is not None:
+            if self._mesh is None:
+                params = jax.device_put(part.params, jax.local_devices()[0])
+            else:
                 where = sharding.tree_shardings(part.abstract, self._mesh)
-            self._placed = (number, jax.device_put(part.params, where))
+                params = sharding.place(part.params, where)
+            self._placed = (number, params)
         return self._placed[1]

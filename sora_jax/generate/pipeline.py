@@ -68,14 +68,23 @@ class Pipeline:
             self._features = self._jit(lambda params, pixels: image.module(params)(pixels))
         self.denoise = Denoiser(experts, self._jit, curve=sampling.feature_cache)
 
-    def _jit(self, function: Callable) -> Callable:
-        """`function` compiled for the pipeline's mesh."""
+    def _jit(self, function: Callable, *, stays: bool = False) -> Callable:
+        """`function` compiled for the pipeline's mesh.
+
+        Where that spans processes, each calls it with the same arrays of its own, and gets such.
+
+        Args:
+          stays: of a pair that it returns, the second is for the mesh alone.
+        """
         compiled = jax.jit(function)
 
         @functools.wraps(function)
         def on_mesh(*arguments):
             with sharding.use_mesh(self.mesh):
-                return compiled(*arguments)
+                made = compiled(*sharding.to_mesh(arguments, self.mesh))
+            if stays:
+                return sharding.from_mesh(made[0], self.mesh), made[1]
+            return sharding.from_mesh(made, self.mesh)
 
         return on_mesh
 
@@ -389,7 +398,8 @@ class Pipeline:
 
         def on_mesh(latents):
             with sharding.use_mesh(self.mesh):
-                return decode(latents)
+                made = decode(sharding.to_mesh(latents, self.mesh))
+            return sharding.from_mesh(made, self.mesh)
 
         return on_mesh
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import jax
+
 from sora_jax import video_io
 from sora_jax.generate.denoise import Moment, OnStep
 from sora_jax.generate.video import to_bytes
@@ -24,6 +26,8 @@ class Preview:
         self._part = part
         latents = moment.guess(self._pipe.dit.config.patch_size)[:1]
         frames = to_bytes(self._pipe.decode(latents))[0]
+        if jax.process_index() != 0:
+            return
         video_io.write_video(self._path, frames, fps=self._fps)
 
 

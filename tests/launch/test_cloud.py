@@ -173,13 +173,14 @@ def test_every_word_of_the_command_arrives(way, fakes, tmp_path):
     assert words[words.index("--") + 1 :] == command
 
 
-def test_train_is_told_that_it_is_one_of_several(fakes):
+@pytest.mark.parametrize("command", [TRAIN, ["sora-jax", "sample", "--prompt", "a ball"]])
+def test_a_command_is_told_that_it_is_one_of_several(fakes, command):
     for script, *args in (
         ("tpu.py", "run", *TPU),
         ("gke.py", "run", *GKE),
         ("slurm.sh", "run", "--nodes", "1", "--gpus", "1"),
     ):
-        done = fakes.run(script, *args, "--dry-run", "--", *TRAIN)
+        done = fakes.run(script, *args, "--dry-run", "--", *command)
         assert "--distributed" in done.stdout
         done = fakes.run(script, *args, "--dry-run", "--", "sora-jax", "info")
         assert done.returncode == 0 and "--distributed" not in done.stdout
