@@ -32,6 +32,10 @@ PLANS = (
         *("wan_14b_row_out", "configs/wan.py:t2v_14b", "v5p:2x2x1", 1),
         (*_FOUR, *_HALVES, "dit.remat=attention_out"),
     ),
+    (
+        *("wan_14b_row_offload", "configs/wan.py:t2v_14b", "v5p:2x2x1", 1),
+        (*_FOUR, *_HALVES, "dit.remat=offload", "optim.offload=True"),
+    ),
     ("t2v_14b_v7x", "configs/t2v_14b.py", "tpu7x:4x8x8", 1, ()),
     ("t2v_5b_v6e", "configs/t2v_5b.py", "v6e:16x16", 1, ("mesh.context=4",)),
     ("t2v_1_3b_v5e", "configs/t2v_1_3b.py", "v5e:16x16", 1, ()),
@@ -111,7 +115,7 @@ def arithmetic(results: Path) -> list[str]:
         "| policy | XLA (copies among it) | attention | waiting | step | MFU |",
         "|-|-|-|-|-|-|",
     ]
-    for name in ("wan_14b_row_out", "wan_14b_row"):
+    for name in ("wan_14b_row_out", "wan_14b_row", "wan_14b_row_offload"):
         file = results / f"{name}.json"
         if not file.exists():
             continue

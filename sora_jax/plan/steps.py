@@ -2,7 +2,9 @@
 
 import math
 import re
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -159,27 +161,37 @@ def _compile(
     name, mesh, lowered, slice_, memory, state_bytes, counts, flops, tokens, begun
 ) -> Step:
     traced, worked = time.perf_counter(), time.process_time()
-    try:
-        compiled = lowered.compile(compiler_options=compile_options.of_mesh(mesh))
-    except JaxRuntimeError as error:
-        needed = memory_needed(str(error))
-        if needed is None:
-            raise
-        raise TooLarge(needed, slice_.chip.device_hbm, memory) from error
+    with tempfile.TemporaryDirectory() as dump:
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(compiler_options=compile_options.of_mesh(mesh) | options)
+        except JaxRuntimeError as error:
+            needed = memory_needed(str(error))
+            if needed is None:
+                raise
+            raise TooLarge(needed, slice_.chip.device_hbm, memory) from error
+        reports = [file.read_text() for file in Path(dump).glob("*memory-usage-report.txt")]
     done = time.perf_counter()
     stats = compiled.memory_analysis()
-    # Temporaries do not all live at once: the peak is less than what the kinds add up to.
-    peak = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
+    program = float(stats.generated_code_size_in_bytes)
+    # The statistics' own peak counts what lies on hosts, and leaves out gaps between buffers.
+    reserved = max(map(device_bytes_of, reports), default=0) or stats.peak_memory_in_bytes
     memory = memory | {
-        "temporaries": float(stats.temp_size_in_bytes),
-        "program": float(stats.generated_code_size_in_bytes),
+        "temporaries": reserved - float(stats.argument_size_in_bytes),
+        "program": program,
         "on hosts": float(stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes),
-        "peak": float(peak),
+        "peak": reserved + program,
     }
     seconds = {"trace": traced - begun, "compile": done - traced}
     seconds["compile, of cores"] = time.process_time() - worked
     aliased = min(1.0, stats.alias_size_in_bytes / max(1.0, state_bytes))
     return Step(name, mesh, compiled.as_text(), memory, aliased, counts, flops, tokens, seconds)
+
+
+def device_bytes_of(report: str) -> int:
+    """What a program reserves of a device's memory, arguments included, by XLA's own report."""
+    found = re.search(r"^Memory Space: default .*\nTotal bytes: (\d+)", report, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def memory_needed(message: str) -> float | None:

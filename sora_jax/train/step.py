@@ -1,5 +1,6 @@
 """The pure training step: gradients, update or skip, EMA; no jit, no input or output."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import optax
 
 from sora_jax.train.optimizer import OptimConfig, hold
 from sora_jax.train.state import TrainState
-from sora_jax.train.storage import add_updates, on_device
+from sora_jax.train.storage import add_updates, in_turn
 
 # (params, frozen, batch, key) -> (scalar loss, metrics)
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -60,9 +61,14 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, co
         def kept(new, old):
             return jax.tree.map(lambda x, y: jnp.where(sound, x, y), new, old)
 
-        old_moments = on_device(state.opt_state) if config.offload else state.opt_state
-        updates, opt_state = optimizer.update(grads, old_moments, state.params)
-        params = kept(add_updates(state.params, updates, jax.random.fold_in(key, 1)), state.params)
+        def update(grads, opt_state, params, keys):
+            updates, new = optimizer.update(grads, opt_state, params)
+            return kept(add_updates(params, updates, keys), params), kept(new, opt_state)
+
+        keys = jax.random.split(jax.random.fold_in(key, 1), len(jax.tree.leaves(state.params)))
+        parts = grads, state.opt_state, state.params, keys
+        clipped = functools.partial(clip, most=config.grad_clip)
+        params, opt_state = in_turn(update, clipped, *parts) if config.offload else update(*parts)
         # Early averages would remember the initial weights: let the window grow with the step.
         decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
         averaged = params if config.ema_decay else ()
@@ -74,10 +80,23 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, co
             "train/skipped": 1.0 - sound,
         }
         metrics |= group_norms("grad_norm", grads) | group_norms("param_norm", params)
-        opt_state, ema = kept(opt_state, old_moments), kept(ema, state.ema)
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, kept(ema, state.ema)), metrics
 
     return train_step
+
+
+def clip(grads, most: float) -> Callable[[Any], Any]:
+    """What makes a part of `grads` float32, and the norm of all at most `most`.
+
+    As `optax.clip_by_global_norm` of all of them does it, to the bit.
+    """
+    exact = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+    norm = optax.tree.norm(exact(grads))
+
+    def clipped(part):
+        return jax.tree.map(lambda x: jnp.where(norm < most, x, x / norm * most), exact(part))
+
+    return clipped
 
 
 def group_norms(name: str, tree) -> dict[str, jax.Array]:

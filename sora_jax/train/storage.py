@@ -1,8 +1,12 @@
 """How the state of training is stored between steps: in fewer bits, or in the host's memory."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from sora_jax.train.optimizer import decays
 
@@ -14,14 +18,16 @@ def store_parameters(params, dtype: str):
     return jax.tree.map(lambda x, cast: x.astype(dtype) if cast else x, params, decays(params))
 
 
-def add_updates(params, updates, key: jax.Array):
+def add_updates(params, updates, keys: Sequence[jax.Array] | jax.Array):
     """params + updates; bfloat16 parameters are rounded at random, up or down, without bias.
 
     Rounded to nearest, they would never move by less than 1/256 of themselves (Gupta et al. 2015,
     arXiv:1502.02551, section 3.1).
+
+    Args:
+      keys: one for every parameter.
     """
     leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
     new = []
     for leaf, update, leaf_key in zip(leaves, jax.tree.leaves(updates), keys, strict=True):
         exact = leaf.astype(jnp.float32) + update.astype(jnp.float32)
@@ -46,6 +52,64 @@ def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
 def on_device(tree):
     """Arrays of a traced step that come from the host's memory."""
     return jax.device_put(tree, jax.memory.Space.Device)
+
+
+def in_host_memory(tree):
+    """Arrays of a traced step that go to the host's memory; scalars stay."""
+    move = lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x  # noqa: E731
+    return jax.tree.map(move, tree)
+
+
+# (gradients, optimizer's state, parameters, keys) -> (parameters, state) of a part of the model
+Update = Callable[[Any, Any, Any, Sequence[jax.Array] | jax.Array], tuple[Any, Any]]
+
+
+def in_turn(update: Update, clip: Callable[[Any], Any], grads, opt_state, params, keys: jax.Array):
+    """`update` of a state in the host's memory, one parameter after the other.
+
+    The moments of a parameter are fetched when the one before is updated: on the device there are
+    those of one or two, not of all. For updates that treat every parameter alone; of others (the
+    parts of the state do not have the parameters' structure) all is fetched at once.
+
+    Args:
+      update: called with lists of one parameter's, or with everything.
+      clip: of all gradients, what `update` would do to each by the norm of all: done before it
+        sees one alone.
+      keys: one for every parameter.
+    """
+    structure = jax.tree.structure(params)
+    like_params = lambda node: jax.tree.structure(node) == structure  # noqa: E731
+    parts, around = jax.tree.flatten(opt_state, is_leaf=like_params)
+    if not any(like_params(part) for part in parts):
+        return update(grads, on_device(opt_state), params, keys)
+    leaves, of_leaves = _variables(params)
+    clipped = clip(grads)
+    rows = [_variables(part)[0] if like_params(part) else None for part in parts]
+    new_leaves, new_rows, new_alone, before = [], [[] for _ in parts], {}, ()
+    for i, (leaf, grad) in enumerate(zip(leaves, _variables(grads)[0], strict=True)):
+        own = [part if row is None else [row[i]] for part, row in zip(parts, rows, strict=True)]
+        # The gradient too: made float32 for all, it would take twice what all gradients do.
+        own, grad, before = jax.lax.optimization_barrier((own, grad, before))
+        state = on_device(jax.tree.unflatten(around, own))
+        (new,), state = update([clipped(grad)], state, [leaf], keys[i : i + 1])
+        state = in_host_memory(state)
+        before = new, state
+        new_leaves.append(new)
+        made = jax.tree.flatten(state, is_leaf=lambda node: isinstance(node, list))[0]
+        for number, (part, row) in enumerate(zip(made, rows, strict=True)):
+            if row is None:
+                new_alone[number] = part  # counts, which every parameter's update gives alike
+            else:
+                new_rows[number].append(part[0])
+    whole = [
+        new_alone[number] if row is None else jax.tree.unflatten(_variables(part)[1], new)
+        for number, (part, row, new) in enumerate(zip(parts, rows, new_rows, strict=True))
+    ]
+    return jax.tree.unflatten(of_leaves, new_leaves), jax.tree.unflatten(around, whole)
+
+
+def _variables(tree):
+    return jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def stored(optimizer: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:

@@ -175,6 +175,16 @@ def test_what_a_refused_program_needs_is_read(message, gib):
     assert needed == (None if gib is None else pytest.approx(gib * 2**30))
 
 
+def test_what_a_program_reserves_on_a_device_is_read():
+    report = (
+        "Memory Space: default (color=0)\nTotal bytes: 27568442176 (25.67GiB)\n  ----\n"
+        "Memory Space: vmem (color=1)\nTotal bytes: 67043328 (63.94MiB)\n"
+        "Memory Space: cmem (color=5)\nTotal bytes: 29793342464 (27.75GiB)\n"
+    )
+    assert steps.device_bytes_of(report) == 27568442176
+    assert steps.device_bytes_of("Memory Space: host (color=4)\nTotal bytes: 7\n") == 0
+
+
 def test_heads_that_do_not_divide_are_told_with_the_nearest_that_do():
     config = config_file.load("configs/wan.py:smoke")
     mesh = jax.make_mesh((4,), ("tensor",))

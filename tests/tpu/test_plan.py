@@ -29,6 +29,17 @@ def test_the_real_train_step_fits_and_its_state_aliases(plan):
     assert train["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1, "context": 2}
 
 
+def test_moments_on_hosts_leave_the_device():
+    kinds = [*SMOKE, "mesh.context=2", "optim.offload=True", "optim.ema_decay=0.0"]
+    config = config_file.load("configs/wan.py:smoke", kinds)
+    memory = planning.plan(config, name="smoke", topology_name="v5p:2x2x1", only="train")["train"]
+    memory = memory["memory_gib"]
+    assert memory["optimizer"] < 1e-3 * memory["weights"]
+    # Two moments, and what padding to tiles adds to a model this small.
+    assert 2 * memory["weights"] <= memory["on hosts"] < 8 * memory["weights"]
+    assert memory["peak"] > memory["temporaries"] > 0
+
+
 def test_times_add_up_and_cost_follows(plan):
     train = plan["train"]
     parts = train["compute_s"] + train["attention_s"] + train["waiting_s"]

@@ -1,6 +1,7 @@
 """State in fewer bits or in the host's memory trains as state in float32 on the device."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -51,12 +52,18 @@ def kernel(tree):
     return tree["dit"]["blocks"]["mlp"]["up"]["kernel"].get_raw_value()
 
 
-def test_offloaded_moments_train_alike_to_the_bit(dit_config):
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_offloaded_moments_train_alike(dit_config, name):
+    dit_config.optim.update(name=name, grad_clip=0.01)
     losses, state = steps(dit_config)
     dit_config.optim.offload = True
     offloaded, offloaded_state = steps(dit_config)
-    assert offloaded == losses
-    jax.tree.map(np.testing.assert_array_equal, offloaded_state.params, state.params)
+    # AdamW goes through parameters in turn, is fused in other ways, and rounds in others.
+    rtol, atol = {"muon": (0, 0), "adamw": (1e-5, 1e-8)}[name]
+    np.testing.assert_allclose(offloaded, losses, rtol=rtol)
+    close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
+    jax.tree.map(close, offloaded_state.params, state.params)
+    jax.tree.map(close, offloaded_state.opt_state, state.opt_state)
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(offloaded_state.opt_state) if x.ndim}
     assert kinds == {"pinned_host"}
     assert kernel(offloaded_state.params).sharding.memory_kind == "device"
