@@ -29,8 +29,8 @@ _TASK_STAGE = "make"  # a task's windows are denoised, decoded and written in tu
 def run(args: Namespace) -> list[Path]:
     """Writes the videos that `args` ask for, and prints how long each stage took.
 
-    Of several processes (`--distributed`) all compute, and the first reads, writes and prints for
-    all but the files that are given: these every process reads.
+    Of several processes (`--distributed`) all compute and read what is given; the first writes
+    and prints.
 
     Raises:
       ValueError: one line: what was given, what is allowed, what to change.

@@ -330,11 +330,7 @@ def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
 def replicate(tree, mesh: Mesh):
     """Arrays that every process holds alike, on all devices of `mesh`."""
 
-    def one(x):
-        value = np.asarray(x)
-        return jax.make_array_from_callback(value.shape, named(mesh), lambda index: value[index])
-
-    return jax.tree.map(one, tree)
+    return jax.tree.map(lambda x: _shards(x, named(mesh)), tree)
 
 
 def spans_processes(mesh: Mesh | None) -> bool:
@@ -365,12 +361,14 @@ def place(tree, shardings):
     """Arrays that every process holds alike, as `shardings` of the same tree say."""
 
     def one(x, where):
-        if where.is_fully_addressable:
-            return jax.device_put(x, where)
-        value = np.asarray(x)
-        return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+        return jax.device_put(x, where) if where.is_fully_addressable else _shards(x, where)
 
     return jax.tree.map(one, tree, shardings)
+
+
+def _shards(x, where: NamedSharding) -> jax.Array:
+    value = np.asarray(x)
+    return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
 
 @functools.partial(jax.jit, static_argnums=1)

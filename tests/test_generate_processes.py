@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from sora_jax import cli, sharding, video_io
-from tests.test_launch import launch
+from tests.test_launch import launch, simulated
 
 # Two of everything in one job, since joining and compiling are nearly all of it.
 PROGRAM = """
@@ -38,13 +38,7 @@ def test_two_processes_sample_as_one_with_as_many_devices(pipeline_folder, tmp_p
         arguments(pipeline_folder, tmp_path / "film.webp", *task),
     ]
     lines = ["|".join([*line, "--distributed"]) for line in lines]
-    done = launch(
-        *(2, sys.executable, "-c", PROGRAM, *lines),
-        JAX_NUM_CPU_DEVICES="2",
-        JAX_PLATFORMS="cpu",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="true",
-        JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
-    )
+    done = launch(2, sys.executable, "-c", PROGRAM, *lines, **simulated(2))
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
     assert told == [str(tmp_path / "two.png"), str(tmp_path / "film.webp")]

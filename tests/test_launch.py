@@ -31,6 +31,16 @@ def launch(*args, **env) -> subprocess.CompletedProcess:
     )
 
 
+def simulated(devices: int) -> dict[str, str]:
+    """The environment of a process with these CPU devices, compiling as conftest.py has it."""
+    return {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }
+
+
 def losses(workdir: Path) -> list[float]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["train/loss"] for line in lines]
@@ -46,11 +56,7 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path):
         *("--workdir", tmp_path / "two", "--config.optim.name=adamw"),
         *(f"--config.{key}={value}" for key, value in changes.items()),
         *(f"--config.vae.{key}={value}" for key, value in vae.items()),
-        JAX_NUM_CPU_DEVICES="1",
-        JAX_PLATFORMS="cpu",
-        # As conftest.py has it: compiling is nearly all of it.
-        JAX_DISABLE_MOST_OPTIMIZATIONS="true",
-        JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
+        **simulated(1),
     )
     assert done.returncode == 0, done.stderr
     config = paperworld_vae.get_config("smoke").unlock()

@@ -54,7 +54,7 @@ def on_device(tree):
     return jax.device_put(tree, jax.memory.Space.Device)
 
 
-def in_host_memory(tree):
+def on_host(tree):
     """Arrays of a traced step that go to the host's memory; scalars stay."""
     move = lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x  # noqa: E731
     return jax.tree.map(move, tree)
@@ -92,7 +92,7 @@ def in_turn(update: Update, clip: Callable[[Any], Any], grads, opt_state, params
         own, grad, before = jax.lax.optimization_barrier((own, grad, before))
         state = on_device(jax.tree.unflatten(around, own))
         (new,), state = update([clipped(grad)], state, [leaf], keys[i : i + 1])
-        state = in_host_memory(state)
+        state = on_host(state)
         before = new, state
         new_leaves.append(new)
         made = jax.tree.flatten(state, is_leaf=lambda node: isinstance(node, list))[0]
