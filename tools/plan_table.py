@@ -78,11 +78,18 @@ def table(results: Path) -> list[str]:
     return lines
 
 
+def moments(part: dict) -> str:
+    """What tells a plan whose moments wait on hosts from one of the same config."""
+    memory = part.get("memory_gib", {})
+    away = memory.get("optimizer", 0.0) < 0.01 * memory.get("weights", 0.0)
+    return ", moments on hosts" if away else ""
+
+
 def row(plan: dict) -> str:
     part, limit = plan["train"], plan["hbm_gib"]
     slices = f"{plan['slices']} x " if plan["slices"] > 1 else ""
     mesh = " ".join(f"{k} {v}" for k, v in part["mesh"].items() if v > 1)
-    cells = [plan["config"], f"{slices}{plan['topology']}", mesh, part["remat"]]
+    cells = [plan["config"] + moments(part), f"{slices}{plan['topology']}", mesh, part["remat"]]
     cells.append(str(part["batch_size"]))
     if not part["fits"]:
         cells += [f"does not fit: {part['needed_gib']:.1f} of {limit:.1f}", "", "", "", ""]
@@ -104,7 +111,7 @@ def memory(results: Path) -> list[str]:
             part = plan["train"]
             values = [f"{part['memory_gib'].get(kind, 0.0):.2f}" for kind in kinds]
             aliased = f"{part['aliased']:.1%}" if "aliased" in part else ""
-            where = f"{plan['config']}, {plan['topology']}"
+            where = f"{plan['config']}, {plan['topology']}{moments(part)}"
             lines.append(f"| {where} | {' | '.join(values)} | {aliased} |")
     return lines
 
@@ -126,7 +133,7 @@ def arithmetic(results: Path) -> list[str]:
         model = sum(part["flops"].values())
         peak = next(c.bf16 for c in chips.CHIPS if c.name == plan["chip"]) * plan["chips"]
         lines.append(
-            f"| {part['remat']} | {part['compute_s']:.2f} s ({part['copies_s']:.2f}) "
+            f"| {part['remat']}{moments(part)} | {part['compute_s']:.2f} s ({part['copies_s']:.2f}) "
             f"| {part['attention_s']:.2f} s | {part['waiting_s']:.2f} s | {part['step_s']:.2f} s "
             f"| {model / 1e12:,.0f} TFLOP / ({part['step_s']:.2f} s x {peak / 1e12:,.0f} TFLOP/s) "
             f"= {part['mfu']:.1%} |"
