@@ -133,7 +133,8 @@ def arithmetic(results: Path) -> list[str]:
         model = sum(part["flops"].values())
         peak = next(c.bf16 for c in chips.CHIPS if c.name == plan["chip"]) * plan["chips"]
         lines.append(
-            f"| {part['remat']}{moments(part)} | {part['compute_s']:.2f} s ({part['copies_s']:.2f}) "
+            f"| {part['remat']}{moments(part)} "
+            f"| {part['compute_s']:.2f} s ({part['copies_s']:.2f}) "
             f"| {part['attention_s']:.2f} s | {part['waiting_s']:.2f} s | {part['step_s']:.2f} s "
             f"| {model / 1e12:,.0f} TFLOP / ({part['step_s']:.2f} s x {peak / 1e12:,.0f} TFLOP/s) "
             f"= {part['mfu']:.1%} |"
