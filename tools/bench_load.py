@@ -8,6 +8,8 @@ on a CPU lie in the same memory. The reference needs the `parity` extra (.venv-p
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -56,13 +58,17 @@ class Memory(threading.Thread):
 
     def __init__(self):
         super().__init__(daemon=True)
+        # What imports have freed goes back first, or the weights would fill it unnoticed.
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         self.before, self.peak, self.stopped = self.now(), 0.0, False
         self.start()
 
     @staticmethod
     def now() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e6
+        kib = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        return kib * 1024 / 1e9
 
     def run(self) -> None:
         while not self.stopped:

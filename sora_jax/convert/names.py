@@ -28,6 +28,8 @@ _PATCHES = ("patch", "patch2d")
 # Bytes up to which a stack for a single device is put together on the host: a program that writes
 # layers would take longer to compile than such a stack to copy.
 SMALL_STACK = 2**26
+# Bytes of a layer that one device is sent at a time: on the way they lie in memory twice.
+PIECE = 2**22
 
 
 class Entry(NamedTuple):
@@ -183,21 +185,38 @@ def _fill(
         return jnp.asarray(stack)
     layer = None if sharding is None else shardings_of.without_leading_axis(sharding)
     stack = jnp.zeros(shape, dtype, device=sharding)
+    rows = _rows_of_piece(shape[1:], np.dtype(dtype), sharding)
     for entry in group:
-        value = _place(to_ours(read(entry.key), entry.layout, shape[1:]), dtype, layer)
-        stack = _set_layer(sharding)(stack, value, entry.index)
-        jax.block_until_ready(stack)  # else the host reads ahead and holds many layers
+        whole = to_ours(read(entry.key), entry.layout, shape[1:])
+        for start in range(0, shape[1], rows):
+            value = _place(whole[start : start + rows], dtype, layer)
+            stack = _set_rows(sharding)(stack, value, entry.index, start)
+            jax.block_until_ready(stack)  # else the host reads ahead and holds many layers
     return stack
 
 
+def _rows_of_piece(
+    layer: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.NamedSharding | None
+) -> int:
+    """How many rows of a layer are sent at a time; equal pieces, so that one program does.
+
+    All of them where several devices share the layer: each takes a part of its own.
+    """
+    if sharding is not None and sharding.num_devices > 1:
+        return layer[0]
+    least = -(-math.prod(layer) * dtype.itemsize // PIECE)
+    return layer[0] // next(n for n in range(least, layer[0] + 1) if layer[0] % n == 0)
+
+
 @functools.cache
-def _set_layer(sharding: jax.sharding.NamedSharding | None):
-    """Writes a layer into a stack where it lies."""
-    return jax.jit(
-        lambda stack, value, index: jax.lax.dynamic_update_index_in_dim(stack, value, index, 0),
-        donate_argnums=0,
-        out_shardings=sharding,
-    )
+def _set_rows(sharding: jax.sharding.NamedSharding | None):
+    """Writes rows of a layer into a stack where it lies."""
+
+    def write(stack, value, index, start):
+        begin = (index, start) + (0,) * (stack.ndim - 2)
+        return jax.lax.dynamic_update_slice(stack, value[None], begin)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
 
 def _place(value: np.ndarray, dtype, sharding: jax.sharding.NamedSharding | None) -> jax.Array:

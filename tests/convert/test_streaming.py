@@ -44,10 +44,26 @@ def test_parameters_take_the_type_asked_for(pipeline_folder):
     assert cast > 10
 
 
-def test_a_large_stack_is_put_together_on_the_device(pipeline_folder, monkeypatch):
-    whole = folder.load_component(pipeline_folder, "dit")[2]
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_a_large_stack_is_put_together_on_the_device_piece_by_piece(
+    pipeline_folder, monkeypatch, on_mesh
+):
+    one = sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1]) if on_mesh else None
+    whole = folder.load_component(pipeline_folder, "dit", mesh=one)[2]
+    pieces, place = [], names._place
+
+    def placed(value, *where):
+        pieces.append(value.nbytes)
+        return place(value, *where)
+
     monkeypatch.setattr(names, "SMALL_STACK", 0)
-    by_layer = folder.load_component(pipeline_folder, "dit")[2]
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(by_layer), strict=True):
-        np.testing.assert_array_equal(one, other)
-        assert one.dtype == other.dtype and one.sharding == other.sharding
+    monkeypatch.setattr(names, "PIECE", 1000)
+    monkeypatch.setattr(names, "_place", placed)
+    in_pieces = folder.load_component(pipeline_folder, "dit", mesh=one)[2]
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(in_pieces), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype and a.sharding == b.sharding
+    stacks = [leaf for path, leaf in nnx.to_flat_state(in_pieces) if path[0] == "blocks"]
+    largest = max(leaf.nbytes // len(leaf[...]) for leaf in stacks)
+    of_stacks = [n for n in pieces if n <= 1000]
+    assert largest > 1000 and sum(of_stacks) >= sum(leaf.nbytes for leaf in stacks)
