@@ -301,9 +301,10 @@ def _to_rgb(frame: Any, size: tuple[int, int] | None) -> np.ndarray:
         pixels = frame.to_ndarray(format="rgb24", interpolation=Interpolation.BICUBIC | flags)
         return np.rot90(pixels, k=frame.rotation // 90)
     # Areas are averaged while colours are converted: a twelfth of the time of doing it after.
+    # As much too large on both sides: a pixel more on one would move the picture by half of one.
     height, width = (
-        max(size[0], round(frame.height * scale)),
-        max(size[1], round(frame.width * scale)),
+        want + 2 * round((have * scale - want) / 2)
+        for have, want in zip((frame.height, frame.width), size, strict=True)
     )
     scaled = frame.reformat(width, height, format="rgb24", interpolation=Interpolation.AREA | flags)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2

@@ -196,3 +196,13 @@ def test_frames_scaled_while_converted_are_those_scaled_after(size):
     shifted = np.abs(np.roll(got, 1, axis=2) - expected).mean()
     assert np.abs(got - expected).mean() < shifted / 3
     assert np.abs(got.mean((1, 2)) - expected.mean((1, 2))).max() < 0.3, "no colour drifts"
+
+
+def test_the_middle_of_a_frame_stays_its_middle_whatever_is_cropped(tmp_path):
+    frame = np.zeros((272, 640, 3), np.uint8)
+    frame[:, 300:340] = 200
+    path = video_io.write_video(tmp_path / "bar.mp4", np.stack([frame] * 3), fps=8)
+    # Scaled to 64 rows it has 150.6 columns: an odd number too many for 144.
+    line = video_io.read_video(path, size=(64, 144)).frames[0].mean((0, 2))
+    line = np.maximum(line - 20, 0)
+    assert np.sum(np.arange(144) * line) / np.sum(line) == pytest.approx(71.5, abs=0.05)
