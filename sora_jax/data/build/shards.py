@@ -37,6 +37,12 @@ class Kept(NamedTuple):
     height: int
     width: int
     fps: float
+    captioned: bool
+    sharpness: float
+
+    def rank(self) -> tuple:
+        """Of clips that look alike, the one that sorts first is worth the most."""
+        return not self.captioned, -self.height * self.width, -self.sharpness, self.key
 
 
 class Plan(NamedTuple):
@@ -49,18 +55,17 @@ class Plan(NamedTuple):
 def make_plan(rows: Iterable[Mapping[str, Any]], settings: BuildSettings) -> Plan:
     """Leaves duplicates out, orders what stays by a hash of its key, and fills shards.
 
-    Of clips that look alike the first in the order of their keys stays. A shard holds about
+    Of clips that look alike one with a caption stays before one without, then the one of more
+    pixels, then the sharper, then the first in the order of keys. A shard holds about
     `write.shard_mebibytes` of clips; all hold about the same.
     """
     kept = [
-        Kept(
-            **{name: clip[name] for name in Kept._fields if name != "source"}, source=row["source"]
-        )
+        _kept(row["source"], clip)
         for row in rows
         for clip in row["clips"]
         if clip["dropped"] is None
     ]
-    kept.sort()
+    kept.sort(key=Kept.rank)
     duplicates: dict[str, str] = {}
     if settings.duplicate is not None:
         alike = first_alike([clip.phash for clip in kept], settings.duplicate.max_distance)
@@ -69,6 +74,16 @@ def make_plan(rows: Iterable[Mapping[str, Any]], settings: BuildSettings) -> Pla
     seed = f"{settings.write.seed}:"
     kept.sort(key=lambda clip: hashlib.sha256((seed + clip.key).encode()).digest())
     return Plan(_fill([clip.bytes for clip in kept], kept, settings), duplicates)
+
+
+def _kept(source: str, clip: Mapping[str, Any]) -> Kept:
+    read = {"source", "captioned", "sharpness"}
+    return Kept(
+        **{name: clip[name] for name in Kept._fields if name not in read},
+        source=source,
+        captioned=bool(clip["captions"]),
+        sharpness=clip["scores"].get("sharpness", 0.0),
+    )
 
 
 def _fill(sizes: Sequence[int], kept: list[Kept], settings: BuildSettings) -> list[list[Kept]]:

@@ -49,11 +49,12 @@ def row(source, *clips):
     return {"source": source, "error": None, "clips": list(clips)}
 
 
-def clip(key, *, size=1000, phash=None, dropped=None):
+def clip(key, *, size=1000, phash=None, dropped=None, captions=("a ball",), sharp=50.0, width=64):
     phash = f"{random.Random(key).getrandbits(64):016x}" if phash is None else phash
     return {
-        "key": key, "bytes": size, "phash": phash, "num_frames": 5, "height": 32, "width": 64,
-        "fps": 8.0, "dropped": dropped,
+        "key": key, "bytes": size, "phash": phash, "num_frames": 5, "height": 32, "width": width,
+        "fps": 8.0, "dropped": dropped, "captions": dict.fromkeys(captions, "text"),
+        "scores": {"sharpness": sharp},
     }  # fmt: skip
 
 
@@ -104,6 +105,18 @@ def test_the_first_key_of_those_that_look_alike_stays_and_the_others_name_it():
     assert rows[0]["clips"][0]["dropped"] is None  # the rows themselves stay
     without = BuildSettings(duplicate=None)
     assert not shards.make_plan(rows, without).duplicates
+
+
+@pytest.mark.parametrize(
+    "better", [{"captions": ("short",)}, {"width": 128}, {"sharp": 60.0}], ids=["caption", "pixels",
+                                                                              "sharpness"]
+)  # fmt: skip
+def test_of_those_that_look_alike_the_better_one_stays(better):
+    poor = {"captions": (), "width": 64, "sharp": 50.0, "phash": "00ff00ff00ff00ff"}
+    for later in ({}, {"sharp": 99.0} if "sharp" not in better else {}):
+        first, second = clip("a.mp4#0", **poor | later), clip("b.mp4#0", **poor | better)
+        plan = shards.make_plan([row("a.mp4", first), row("b.mp4", second)], SETTINGS)
+        assert plan.duplicates == {"a.mp4#0": "b.mp4#0"}
 
 
 def test_tfds_reads_what_is_written(tmp_path):
