@@ -10,8 +10,8 @@ the way: --config.data.kind=folder --config.data.batching=fixed
 
 Variants: full (the first) and smoke; t2v_1.3b, t2v_14b, i2v_14b, flf2v_14b (Wan 2.1); ti2v_5b,
 t2v_a14b, i2v_a14b (2.2; each expert of the last two has these sizes). ti2v_5b is given the first
-frame in half of the examples. The image-to-video variants read pixels, and i2v_14b the image
-encoder of --config.image_checkpoint=DIR; flf2v_14b is for loading, converting and counting.
+frame in half of the examples. The image-to-video variants read pixels, and those of Wan 2.1 the
+image encoder of --config.image_checkpoint=DIR; flf2v_14b is given the first and last frame.
 
 A row holds a clip: 81 frames of 832x480 are 21 x 30 x 52 = 32,760 tokens, and of the 5B, whose VAE
 folds 16x16 pixels, 121 of 1280x704 are 31 x 22 x 40 = 27,280. Slices and meshes: SLICES and
@@ -71,8 +71,9 @@ def get_config(arg: str = "full"):
         c.batch_size = 16
     if arg == "ti2v_5b":
         c.tasks.weights = ConfigDict({"none": 0.5, "first": 0.5})
-    elif arg.startswith("i2v"):
-        c.tasks.weights = ConfigDict({"first": 1.0})
+    elif arg.startswith(("i2v", "flf2v")):
+        given = "first_last" if arg == "flf2v_14b" else "first"
+        c.tasks.weights = ConfigDict({given: 1.0})
         c.data.kind, c.data.text_embeddings, c.data.batching = "folder", False, "fixed"
         c.sample_every = 0
     shift = SHIFT.get(arg, 5.0)

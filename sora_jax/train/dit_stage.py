@@ -19,11 +19,10 @@ from sora_jax.diffusion.tasks import TaskMixture, TokenTimes
 from sora_jax.dit import patchify
 from sora_jax.dit.flops import flops as dit_flops
 from sora_jax.dit.model import DiT, DiTConfig
-from sora_jax.image.clip import preprocess
 from sora_jax.text.tokenizer import Tokenizer
 from sora_jax.train import masks, packed
 from sora_jax.train.conditioning import Conditioning
-from sora_jax.train.pictures import Pictures
+from sora_jax.train.pictures import Pictures, show
 from sora_jax.train.vae_stage import to_float, vae_config
 
 # Edges of the buckets of t that the loss is logged by: shape and motion are decided in the middle.
@@ -35,18 +34,19 @@ class Prepare:
     """Per-record numpy work in the loader: token ids and mask beside the pixels or latents.
 
     Cached embeddings of the caption, where a record has them, take the place of its ids; with
-    `image_size` the first frame is there as an image encoder takes it. Apart
-    from the stage, so that reader processes are not sent the VAE.
+    `image_size` the first of `pictures` frames, or the first and last, are there as an image
+    encoder takes them. Apart from the stage, so that reader processes are not sent the VAE.
     """
 
     tokenizer: Tokenizer
     text_tokens: int
     image_size: int | None = None
+    pictures: int = 1
 
     def __call__(self, record: dict) -> dict:
         pixels = {name: record[name] for name in ("video", "latents") if name in record}
         if self.image_size is not None:
-            pixels["image"] = preprocess(record["video"][0], size=self.image_size)
+            pixels["image"] = show(record["video"], size=self.image_size, pictures=self.pictures)
         if "text_emb" in record:
             emb = record["text_emb"][: self.text_tokens]
             fill = self.text_tokens - len(emb)
@@ -106,8 +106,8 @@ class DiTStage:
         self.pictures = None
         if self.dit_config.in_channels != self.vae_config.z_dim or self.dit_config.image_dim:
             self.pictures = Pictures(config, self.dit_config, self.vae_config, self.tasks)
-        image_size = None if self.pictures is None else self.pictures.image_size
-        self.prepare = Prepare(self.text.tokenizer, self.text.text_tokens, image_size)
+        shown = () if self.pictures is None else (self.pictures.image_size, self.pictures.pictures)
+        self.prepare = Prepare(self.text.tokenizer, self.text.text_tokens, *shown)
         abstract = nnx.eval_shape(lambda: DiT(self.dit_config, rngs=nnx.Rngs(0)))
         self.dit_graphdef = nnx.split(abstract, nnx.Param)[0]
 

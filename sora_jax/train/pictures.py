@@ -1,9 +1,10 @@
 """Training of models that take what is given as channels beside the noise: Wan's image-to-video.
 
-The same mixture of masks as for models with a time for every token, drawn over video frames: beside
-the noisy latents lie the mask of the frames that are given and the latents of a video that shows
-them and is grey elsewhere (Wan Team 2025, arXiv:2503.20314, section 5.1). Wan 2.1's models also
-attend to CLIP's features of the first frame, by a frozen tower. Every token is noisy and counted.
+First-and-last-frame models (FLF2V) are among them. The same mixture of masks as for models with a
+time for every token, drawn over video frames: beside the noisy latents lie the mask of the frames
+that are given and the latents of a video that shows them and is grey elsewhere (Wan Team 2025,
+arXiv:2503.20314, section 5.1). Wan 2.1's models also attend to CLIP's features of the first frame,
+or of the first and last, by a frozen tower. Every token is noisy and counted.
 """
 
 from pathlib import Path
@@ -11,18 +12,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt8
 
 from sora_jax.convert import folder
 from sora_jax.diffusion import tasks
 from sora_jax.diffusion.tasks import TaskMixture
 from sora_jax.dit.config import DiTConfig
+from sora_jax.image.clip import preprocess
 from sora_jax.types import Video
 from sora_jax.vae.config import VAEConfig
 
 IN_TIME = ("none", "first", "first_last", "keyframes", "prefix", "suffix", "middle", "loop")
 WITH_FIRST = ("first", "first_last", "prefix", "middle", "loop")  # those that give frame 0
+WITH_BOTH = ("first_last", "middle", "loop")  # and the last frame
+
+
+def show(video: UInt8[np.ndarray, "F H W 3"], *, size: int, pictures: int) -> np.ndarray:
+    """The first frame as an image encoder takes it, or the first and last: (pictures, S, S, 3)."""
+    return np.stack([preprocess(video[at], size=size) for at in (0, -1)[:pictures]])
 
 
 def mask_channels(known: Bool[Array, "b F"], *, temporal: int) -> Float[Array, "b f temporal"]:
@@ -49,18 +58,17 @@ class Pictures:
                 f"config.dit.in_channels {dit.in_channels}: with this VAE of {vae.z_dim} channels "
                 f"it is 0 for text to video, or {wanted} for masks and pictures."
             )
-        if dit.image_positions is not None:
-            raise ValueError(
-                "config.dit.image_positions: first-and-last-frame models are not trained so far; "
-                "set it to 0."
-            )
-        allowed = WITH_FIRST if dit.image_dim else IN_TIME
+        self.pictures = 1 if dit.image_positions is None else 2
+        allowed, among = IN_TIME, ""
+        if dit.image_dim:
+            allowed, among = WITH_FIRST, ", the first among them"
+        if self.pictures == 2:
+            allowed, among = WITH_BOTH, ", the first and the last among them"
         for name in mixture.trained:
             if name not in allowed:
                 raise ValueError(
-                    f"config.tasks.weights.{name}: this model is given whole frames"
-                    + (", the first among them" if dit.image_dim else "")
-                    + f"; use {', '.join(allowed)}."
+                    f"config.tasks.weights.{name}: this model is given whole frames{among}; "
+                    f"use {', '.join(allowed)}."
                 )
         data = config.data
         if data.get("batching", "fixed") != "fixed" or data.kind == "latents" or data.cache:
@@ -82,6 +90,12 @@ class Pictures:
                     "config.image_checkpoint is empty; set it to the folder of the image encoder."
                 )
             self._tower = folder.open_component(Path(path), "image")
+            rows = self.pictures * self._tower.config.num_positions
+            if dit.image_positions not in (None, rows):
+                raise ValueError(
+                    f"config.dit.image_positions {dit.image_positions}: the image encoder {path} "
+                    f"gives {rows} rows for two pictures; use that, or 0 for one picture."
+                )
 
     def load(self) -> dict[str, Any]:
         """Parameters of the frozen image encoder, if there is one."""
@@ -121,8 +135,10 @@ class Pictures:
         return jnp.concatenate([mask, latents], axis=-1)
 
     def features(self, frozen: dict[str, Any], batch: dict[str, Array]) -> jax.Array | None:
-        """CLIP's features of the first frames, for models that attend to them."""
+        """CLIP's features of what `show` made of each clip, for models that attend to them."""
         if self._tower is None:
             return None
         tower = nnx.merge(self._tower.graphdef, frozen["image"])
-        return jax.lax.stop_gradient(tower(batch["image"]))
+        shown = batch["image"]
+        rows = jax.lax.stop_gradient(tower(shown.reshape(-1, *shown.shape[2:])))
+        return rows.reshape(len(shown), -1, rows.shape[-1])

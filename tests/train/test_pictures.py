@@ -33,6 +33,14 @@ def config(dit_config, image_folder):
     return dit_config
 
 
+@pytest.fixture
+def config_of_both(config):
+    """A first-and-last-frame model: ten rows of features, five of each picture."""
+    config.dit.image_positions = 10
+    config.tasks.weights = ConfigDict({"first_last": 1.0})
+    return config
+
+
 def test_masks_are_those_that_sampling_shows():
     known = np.random.default_rng(0).random((6, 9)) < 0.5
     made = mask_channels(jnp.asarray(known), temporal=4)
@@ -52,6 +60,35 @@ def test_channels_are_those_that_sampling_shows(config):
     mask = conditions.mask_channels(conditions.known_frames(5, last=False), temporal=4)
     np.testing.assert_allclose(made[0, :, 1, 1, :4], mask)
     np.testing.assert_allclose(made[:1, ..., 4:], vae.encode(jnp.asarray(shown)), atol=1e-5)
+
+
+def test_first_and_last_frames_are_shown_as_sampling_shows_them(config_of_both, tmp_path):
+    import sora_jax
+    from sora_jax.train.export import export
+
+    config_of_both.num_steps, config_of_both.batch_size = 2, 8
+    train(config_of_both.lock(), tmp_path / "run")
+    out = export(tmp_path / "run", tmp_path / "model")
+    pipe = sora_jax.load(out)
+    assert pipe.way == "channels" and pipe.tasks == ("first_last",)
+    video = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), np.uint8)
+    pictures = (video[0], video[-1])
+    request = pipe.request("a ball", width=32, height=32, frames=5)
+    shown = pipe.conditions(request, pictures)
+    stage = DiTStage(config_of_both)
+    batch = {
+        "image": jnp.asarray(stage.prepare({"video": video, "caption": "a ball"})["image"])[None]
+    }
+    features = stage.pictures.features(stage.frozen, batch)
+    assert features.shape == (1, 10, 8)
+    np.testing.assert_allclose(features, shown.features, atol=1e-6)
+    vae = nnx.merge(stage.vae.graphdef, stage.frozen["vae"])
+    known = stage.pictures.known(jax.random.key(1), 1, 5)
+    assert known.tolist() == [[True, False, False, False, True]]
+    channels = stage.pictures.channels(vae, jnp.asarray(video[None]) / 127.5 - 1, known)
+    np.testing.assert_allclose(channels, shown.channels, atol=1e-5)
+    made = pipe("a ball", image=pictures[0], last_image=pictures[1], steps=1)
+    assert made.frames.shape == (5, 32, 32, 3)
 
 
 def test_a_run_learns_and_goes_into_a_pipeline(config, tmp_path):
@@ -79,7 +116,7 @@ def test_the_loss_depends_on_the_picture_by_either_road(config):
     params = jax.tree.unflatten(tree, leaves)
     record = {"video": np.zeros((5, 32, 32, 3), np.uint8), "caption": "a ball"}
     batch = jax.tree.map(lambda x: jnp.asarray(x)[None], stage.prepare(record))
-    assert batch["image"].shape == (1, 8, 8, 3)
+    assert batch["image"].shape == (1, 1, 8, 8, 3)
 
     def loss(batch):
         return float(stage.loss(params, stage.frozen, batch, jax.random.key(2))[0])
@@ -92,7 +129,8 @@ def test_the_loss_depends_on_the_picture_by_either_road(config):
     ("change", "message"),
     [
         ({"dit.in_channels": 9}, "it is 0 for text to video, or 12"),
-        ({"dit.image_positions": 10}, "first-and-last-frame models are not trained"),
+        ({"dit.image_positions": 9, "tasks.weights": {"loop": 1.0}}, "gives 10 rows for two"),
+        ({"dit.image_positions": 10}, "the first and the last among them; use first_last"),
         ({"tasks.weights": {"suffix": 1.0}}, "suffix: this model is given whole frames, the first"),
         ({"tasks.weights": {"box": 1.0}}, "box: this model is given whole frames"),
         ({"data.batching": "pack"}, "trained on pixels of one size"),
