@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax import video_io
-from sora_jax.generate import tasks
+from sora_jax.generate import lengths, tasks, trained
 from sora_jax.generate.denoise import OnStep
 from sora_jax.generate.refine import refine
 from sora_jax.generate.video import Film, Video
@@ -21,7 +21,7 @@ def check(pipe, task: str) -> None:
     """Raises ValueError, before any weights are read, for a task that `pipe` cannot do."""
     needed = {"keyframe": "keyframes", "join": "middle", "loop": "middle", "inpaint": "box"}
     if mask := (needed | {"outpaint": "border"}).get(task):
-        tasks.check(pipe, mask)
+        trained.check(pipe, mask)
 
 
 def make(
@@ -73,7 +73,7 @@ def make(
     if frames is not None:
         raise ValueError(f"--frames {frames} and --seconds {args.seconds:g}: give one of them.")
     image = None if args.image is None else clip(args.image)[0]
-    total = tasks.seconds_to_frames(pipe, args.seconds, given.get("fps"))
+    total = lengths.seconds_to_frames(pipe, args.seconds, given.get("fps"))
     how = {"joint": bool(args.joint), "rolling": bool(args.rolling)}
     return tasks.long(pipe, prompt, frames=total, image=image, **how, **given)
 

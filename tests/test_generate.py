@@ -111,6 +111,15 @@ def test_bad_settings_are_refused_in_one_line(pipe, settings, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [("guidence", "did you mean 'guidance'"), ("width", "there are cache_thr")],
+)
+def test_settings_that_are_none_are_named(pipe, setting, words):
+    with pytest.raises(TypeError, match=f"no setting '{setting}'; {words}"):
+        pipe.request("a ball", **{setting: 1})
+
+
 def test_a_saved_video_carries_what_made_it(pipe, tmp_path):
     video = pipe("a red ball", seed=7)
     path = video.save(tmp_path / "ball.mp4")

@@ -51,13 +51,13 @@ def films(checkpoint: str, count: int, seconds: float, seed: int, rolls: bool) -
     from sora_jax import cli
     from sora_jax.data.paperworld.source import seen_prompts
     from sora_jax.evaluate import scores
-    from sora_jax.generate import rolling, tasks, windows
+    from sora_jax.generate import lengths, rolling, windows
     from sora_jax.generate.windows import Sweep
 
     cli.setup_jax()
     pipe = sora_jax.load(checkpoint)
     prompts = [p for p in seen_prompts(6 * count, seed=seed) if p.scene.subject.verb in ONGOING]
-    total, window = tasks.seconds_to_frames(pipe, seconds), tasks.window_of(pipe)
+    total, window = lengths.seconds_to_frames(pipe, seconds), lengths.window_of(pipe)
 
     def look(frames: np.ndarray) -> tuple[float, float]:
         hsv = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2HSV) for frame in frames])
@@ -69,7 +69,7 @@ def films(checkpoint: str, count: int, seconds: float, seed: int, rolls: bool) -
         requests = [
             pipe.request(p.text, frames=window, seed=seed + begin + i) for i, p in enumerate(chosen)
         ]
-        sweep = Sweep(total, window, tasks.overlap_of(pipe, window))
+        sweep = Sweep(total, window, lengths.overlap_of(pipe, window))
         first = last = None
         clock = time.perf_counter()
         by_windows = lambda *_, r=requests: r  # noqa: E731

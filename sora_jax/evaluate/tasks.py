@@ -196,7 +196,7 @@ def _settings(pipeline) -> PaperworldSettings:
 
 def _untrained(pipeline, mask: str) -> str:
     """Why the checkpoint cannot do what takes `mask`, or nothing."""
-    from sora_jax.generate.tasks import WORDS
+    from sora_jax.generate.trained import WORDS
 
     return "" if mask in pipeline.tasks else f"not trained for: {WORDS[mask]}"
 

@@ -18,7 +18,7 @@ from sora_jax import sharding
 from sora_jax.convert.folder import SamplingDefaults
 from sora_jax.diffusion import times
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import conditions, detail, tasks, texts
+from sora_jax.generate import conditions, detail, texts, trained
 from sora_jax.generate import request as requests_of
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Conditions, Picture
@@ -91,9 +91,9 @@ class Pipeline:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Masks that the checkpoint was trained with, by their names in `diffusion.tasks`."""
-        trained = tuple(self.sampling.tasks)
+        names = tuple(self.sampling.tasks)
         # The published TI2V-5B has no list of ours: text, or the first frame.
-        return ("none", "first") if self.way == "clean" and trained == ("none",) else trained
+        return ("none", "first") if self.way == "clean" and names == ("none",) else names
 
     @property
     def cache_hash(self) -> str | None:
@@ -121,34 +121,8 @@ class Pipeline:
         Raises:
           ValueError: one line: what was given, what is allowed, what to change.
         """
-        defaults = dataclasses.asdict(self.sampling)
-        size = settings.pop("size", None) or (self.sampling.width, self.sampling.height)
-        given = {name: value for name, value in settings.items() if value is not None}
-        chosen = {
-            name: given.get(name, defaults[name])
-            for name in ("frames", "steps", "solver", "schedule")
-        }
-        for name in ("fps", "guidance", "guidance_rescale"):
-            chosen[name] = float(given.get(name, defaults[name]))
-        interval = given.get("guidance_interval", defaults["guidance_interval"])
-        chosen["guidance_interval"] = tuple(float(t) for t in interval)
-        second = given.get("guidance_2")
-        if second is not None and len(self.experts.parts) == 1 and second != chosen["guidance"]:
-            raise ValueError(
-                f"guidance_2 {second} is for models with two transformers; leave it out here."
-            )
-        if second is None and "guidance" not in given:
-            second = defaults["guidance_2"]
-        request = Request(
-            prompt=prompt,
-            negative_prompt=given.get("negative_prompt", ""),
-            width=size[0],
-            height=size[1],
-            seed=given.get("seed", 0),
-            shift=float(given.get("shift", 1.0)),
-            guidance_2=float(chosen["guidance"] if second is None else second),
-            cache_threshold=float(given.get("cache_threshold", 0.0)),
-            **chosen,
+        request = requests_of.of_settings(
+            prompt, settings, defaults=self.sampling, transformers=len(self.experts.parts)
         )
         requests_of.check(request, cell=self.cell)
         if request.cache_threshold and self.sampling.feature_cache is None:
@@ -156,7 +130,7 @@ class Pipeline:
                 "cache_threshold needs a checkpoint whose features were measured; run "
                 "tools/calibrate_cache.py --checkpoint DIR, or leave it out."
             )
-        if "shift" in given:
+        if settings.get("shift") is not None:
             return request
         shift = times.shift_for_tokens(self.num_tokens(request), self.sampling.shift)
         return dataclasses.replace(request, shift=shift)
@@ -249,7 +223,7 @@ class Pipeline:
         Args:
           pictures: the first and last frame of all of them, where the model takes any.
           canvases: what is given of each video, for models that were trained with masks; it comes
-            back as it was given. The task must be among `tasks`; `tasks.check` says so.
+            back as it was given. The task must be among `tasks`; `trained.check` says so.
           drafts: videos to begin from instead of noise alone, noised up to the time `strength`.
 
         Raises:
@@ -268,7 +242,7 @@ class Pipeline:
                 raise ValueError("requests of one batch may differ in prompts and seeds alone.")
         conditions.check(self.way, self.dit.config, pictures)
         if canvases is None and self.way == "clean" and pictures[0] is not None:
-            tasks.check(self, "first" if pictures[1] is None else "first_last")
+            trained.check(self, "first" if pictures[1] is None else "first_last")
             ends = zip((0, shared.frames - 1), pictures, strict=True)
             shown = {frame: picture for frame, picture in ends if picture is not None}
             canvases = [

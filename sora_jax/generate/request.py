@@ -1,7 +1,11 @@
 """What decides a video, and whether a checkpoint can make it."""
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
 
+from sora_jax.convert.folder import SamplingDefaults
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion import sampler, times
 from sora_jax.diffusion.feature_cache import MAX_THRESHOLD
@@ -46,6 +50,64 @@ class Request:
             interval=self.guidance_interval,
             rescale=self.guidance_rescale,
         )
+
+
+def of_settings(
+    prompt: str,
+    settings: Mapping[str, Any],
+    *,
+    defaults: SamplingDefaults,
+    transformers: int = 1,
+) -> Request:
+    """The request of a prompt; a setting that is None or missing is the checkpoint's default.
+
+    Its shift is 1 where none is set. Only types are settled here: see `check`.
+
+    Args:
+      settings: fields of Request, and `size` (width, height).
+      transformers: how many the model has.
+
+    Raises:
+      TypeError: a setting that there is not.
+      ValueError: a scale for the second of two, where there is one.
+    """
+    known = {field.name for field in dataclasses.fields(Request)} - {"prompt", "width", "height"}
+    for name in settings.keys() - known - {"size"}:
+        near = difflib.get_close_matches(name, [*known, "size"], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}."
+        raise TypeError(f"there is no setting {name!r}; {hint}")
+    given = {name: value for name, value in settings.items() if value is not None}
+    width, height = given.get("size") or (defaults.width, defaults.height)
+
+    def chosen(name: str) -> Any:
+        return given.get(name, getattr(defaults, name))
+
+    guidance, second = float(chosen("guidance")), given.get("guidance_2")
+    if second is not None and transformers == 1 and second != guidance:
+        raise ValueError(
+            f"guidance_2 {second} is for models with two transformers; leave it out here."
+        )
+    if second is None and "guidance" not in given:
+        second = defaults.guidance_2
+    lo, hi = chosen("guidance_interval")
+    return Request(
+        prompt=prompt,
+        negative_prompt=given.get("negative_prompt", ""),
+        width=width,
+        height=height,
+        frames=chosen("frames"),
+        fps=float(chosen("fps")),
+        steps=chosen("steps"),
+        guidance=guidance,
+        guidance_2=guidance if second is None else float(second),
+        guidance_interval=(float(lo), float(hi)),
+        guidance_rescale=float(chosen("guidance_rescale")),
+        shift=float(given.get("shift", 1.0)),
+        solver=chosen("solver"),
+        schedule=chosen("schedule"),
+        cache_threshold=float(given.get("cache_threshold", 0.0)),
+        seed=given.get("seed", 0),
+    )
 
 
 def check(request: Request, *, cell: tuple[int, int, int]) -> None:

@@ -74,7 +74,7 @@ def film(
 
     Args:
       pipe: a `Pipeline` whose model was trained with a time for every frame
-        (`config.tasks.frame_noise`) and on clips that go on ("prefix"); see `tasks.check`.
+        (`config.tasks.frame_noise`) and on clips that go on ("prefix"); see `trained.check`.
       requests: of one window each, or of the whole film if that is shorter.
       sweep: `overlap` frames of a window are finished ones.
       canvases: what is given of each film's beginning, at most a window.

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from sora_jax import video_io
 from sora_jax.dit.flops import flops
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import tasks, texts, windows
+from sora_jax.generate import lengths, texts, trained, windows
 from sora_jax.generate.board import Board, Shot
 from sora_jax.generate.denoise import OnStep
 from sora_jax.generate.video import Film, array_hash, to_bytes
@@ -57,7 +57,7 @@ def plan(pipe, board: Board, **settings: Any) -> list[Part]:
                     f"in a shot needs at least {least:g} s here."
                 )
         for mask in _needs(shot, number, frames > request.frames):
-            tasks.check(pipe, mask)
+            trained.check(pipe, mask)
         cost = flops(
             pipe.dit.config,
             tokens=pipe.num_tokens(request),
@@ -77,11 +77,11 @@ def _needs(shot: Shot, number: int, long: bool) -> list[str]:
 
 def _cut_context(pipe, window: int) -> int:
     """Frames of the earlier shot that a window shows before the cut."""
-    return tasks.whole(pipe, window // 2 - 1)
+    return lengths.whole(pipe, window // 2 - 1)
 
 
 def _windows(pipe, shot: Shot, number: int, frames: int, window: int) -> int:
-    step = window - tasks.overlap_of(pipe, window)
+    step = window - lengths.overlap_of(pipe, window)
     if number > 1 and shot.begins == "continue":
         return math.ceil(frames / step)
     first = window
@@ -149,8 +149,8 @@ def _shots(
         shot, window = part.shot, request.frames
         begun = None
         if part.number > 1 and shot.begins == "continue":
-            given = kept[-1][-tasks.overlap_of(pipe, window) :]
-            given = given[-tasks.whole(pipe, len(given)) :]
+            given = kept[-1][-lengths.overlap_of(pipe, window) :]
+            given = given[-lengths.whole(pipe, len(given)) :]
         elif shot.keyframe is not None:
             picture = read_video(shot.keyframe, num_frames=1).frames[0]
             given = begun = video_io.fit(picture, (request.height, request.width))[None]
@@ -170,7 +170,7 @@ def _cut_to(
 ) -> Frames:
     """The first frames of a shot, made in one window with the end of the shot before it."""
     window = request.frames
-    known = min(_cut_context(pipe, window), tasks.whole(pipe, len(clip)))
+    known = min(_cut_context(pipe, window), lengths.whole(pipe, len(clip)))
     # The end of the earlier shot stands right before the cut, in the middle of the window.
     after = shot.prompts(board.style)[0][1]
     words = after.split(" ", 1)
@@ -198,7 +198,7 @@ def _go_on(
         return begun[: part.frames]
     window, known = request.frames, given
     if own > 1:
-        known = begun[-tasks.whole(pipe, min(own, tasks.overlap_of(pipe, window))) :]
+        known = begun[-lengths.whole(pipe, min(own, lengths.overlap_of(pipe, window))) :]
     held = 0 if known is None else len(known)
     step = pipe.vae.config.scale_factor_temporal
     total = max(window, 1 + -(-(held + part.frames - own - 1) // step) * step)
@@ -208,7 +208,7 @@ def _go_on(
     film = windows.film(
         pipe,
         lambda *_: [request],
-        Sweep(total, window, tasks.overlap_of(pipe, window)),
+        Sweep(total, window, lengths.overlap_of(pipe, window)),
         canvases=None if known is None else [canvas_of.of_clip(known, held, at=0)],
         on_step=on_step,
     )

@@ -15,7 +15,7 @@ from jaxtyping import Bool, UInt8
 from sora_jax import video_io
 from sora_jax.diffusion.tasks import FRAME_TIMES
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import memory, texts, windows
+from sora_jax.generate import lengths, texts, trained, windows
 from sora_jax.generate import rolling as rolling_of
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Picture
@@ -26,62 +26,7 @@ from sora_jax.generate.windows import Sweep
 # Sizes differ from clip to clip, so they go without letters.
 Clip = UInt8[np.ndarray, "_ _ _ 3"]
 
-# What a mask of training is good for, in the words of the command.
-WORDS = {
-    "none": "text to video",
-    "first": "animate a picture (--image)",
-    "first_last": "a first and a last picture (--image, --last-image)",
-    "keyframes": "keyframes (--keyframe)",
-    "prefix": "extend forward (--extend forward), and films of several windows (--seconds)",
-    "suffix": "extend backward (--extend backward)",
-    "middle": "join and loop (--join, --loop)",
-    "box": "inpaint (--inpaint)",
-    "border": "outpaint (--outpaint)",
-    FRAME_TIMES: "films whose noise rises along time (--rolling)",
-}
 DIRECTIONS = ("forward", "backward", "both")
-
-
-def check(pipe, mask: str) -> None:
-    """Raises ValueError unless `pipe`'s checkpoint was trained for what `mask` is good for."""
-    if mask in pipe.tasks:
-        return
-    has = "; ".join(WORDS[name] for name in pipe.tasks if name in WORDS)
-    setting = "frame_noise" if mask == FRAME_TIMES else f"weights.{mask}"
-    raise ValueError(
-        f"this checkpoint was not trained for: {WORDS[mask]}. It can: {has}. Use another "
-        f"checkpoint, or train with config.tasks.{setting}."
-    )
-
-
-def whole(pipe, frames: int) -> int:
-    """The most frames, of `frames`, that the VAE takes: 1 + a multiple of its temporal factor."""
-    step = pipe.vae.config.scale_factor_temporal
-    return 1 + (frames - 1) // step * step
-
-
-def overlap_of(pipe, window: int) -> int:
-    """Frames that a window takes over by default: half of it."""
-    return whole(pipe, (window + 1) // 2)
-
-
-def window_of(pipe, frames: int | None = None, *, settings: Mapping[str, Any] = {}) -> int:
-    """Frames of a window by default: what the checkpoint was trained on, or what memory holds.
-
-    Args:
-      frames: of the film, where it may be shorter.
-      settings: the film's, for its size.
-    """
-    trained = pipe.sampling.frames
-    most = trained if frames is None else min(frames, trained)
-    width, height = _sized(pipe, settings)
-    cells = (height // pipe.cell[1]) * (width // pipe.cell[2])
-    return memory.fitting(
-        most,
-        temporal=pipe.vae.config.scale_factor_temporal,
-        per_latent_frame=memory.window_bytes(pipe.dit.config, cells),
-        free=memory.free_bytes(),
-    )
 
 
 def _fitted(clip: np.ndarray, size: tuple[int, int], *, name: str = "the video") -> Clip:
@@ -98,10 +43,6 @@ def _fitted(clip: np.ndarray, size: tuple[int, int], *, name: str = "the video")
     if not len(clip):
         raise ValueError(f"{name} has no frames; give at least one.")
     return np.stack([video_io.fit(frame, size[::-1]) for frame in clip])
-
-
-def _sized(pipe, settings: Mapping[str, Any]) -> tuple[int, int]:
-    return settings.get("size") or (pipe.sampling.width, pipe.sampling.height)
 
 
 def video_of(pipe, request, frames: np.ndarray, task: dict[str, Any]) -> Video:
@@ -126,15 +67,17 @@ def _render(
 ) -> Video:
     """The film of a canvas (or of a draft), in one window or in several."""
     total = len(draft) if canvas is None else len(canvas.frames)
-    window = whole(pipe, min(total, window or window_of(pipe, total, settings=settings)))
+    window = lengths.whole(
+        pipe, min(total, window or lengths.window_of(pipe, total, settings=settings))
+    )
     if total > window:
-        check(pipe, "prefix")
+        trained.check(pipe, "prefix")
     settings = settings | {"frames": window}
     request = pipe.request(prompt, **settings)
     made = windows.film(
         pipe,
         lambda *_: [request],
-        Sweep(total, window, overlap or overlap_of(pipe, window)),
+        Sweep(total, window, overlap or lengths.overlap_of(pipe, window)),
         canvases=None if canvas is None else [canvas],
         drafts=None if draft is None else draft[None],
         strength=strength,
@@ -146,7 +89,7 @@ def _render(
 
 def animate(pipe, prompt: str, picture: Picture, **settings: Any) -> Video:
     """A video that begins with `picture`."""
-    check(pipe, "first")
+    trained.check(pipe, "first")
     return keyframes(pipe, prompt, {0: picture}, **settings)
 
 
@@ -170,8 +113,8 @@ def keyframes(pipe, prompt: str, pictures: Mapping[int, Picture], **settings: An
     mask = "keyframes"
     if kinds <= {"first", "last"} and "first" in kinds:
         mask = "first" if kinds == {"first"} else "first_last"
-    check(pipe, mask)
-    canvas = canvas_of.of_pictures(placed, frames, size=_sized(pipe, settings))
+    trained.check(pipe, mask)
+    canvas = canvas_of.of_pictures(placed, frames, size=lengths.size_of(pipe, settings))
     hashes = {str(at): array_hash(picture) for at, picture in placed.items()}
     return _render(pipe, prompt, canvas, {"name": "keyframes", "pictures": hashes}, **settings)
 
@@ -196,23 +139,23 @@ def extend(
         raise ValueError(f"direction {direction!r} is unknown; use {', '.join(DIRECTIONS)}.")
     if not seconds > 0:
         raise ValueError(f"seconds {seconds:g} is not above 0; say how much is to be added.")
-    clip = _fitted(clip, _sized(pipe, settings))
-    settings = settings | {"frames": window or window_of(pipe, settings=settings)}
+    clip = _fitted(clip, lengths.size_of(pipe, settings))
+    settings = settings | {"frames": window or lengths.window_of(pipe, settings=settings)}
     request = pipe.request(prompt, **settings)
     step = pipe.vae.config.scale_factor_temporal
     added = max(step, round(seconds * request.fps / step) * step)
     length = request.frames
     made = clip
     if direction in ("forward", "both"):
-        check(pipe, "prefix")
-        known = min(whole(pipe, len(clip)), overlap_of(pipe, length))
+        trained.check(pipe, "prefix")
+        known = min(lengths.whole(pipe, len(clip)), lengths.overlap_of(pipe, length))
         canvas = canvas_of.of_clip(clip[-known:], max(known + added, length), at=0)
-        sweep = Sweep(len(canvas.frames), length, overlap_of(pipe, length))
+        sweep = Sweep(len(canvas.frames), length, lengths.overlap_of(pipe, length))
         film = windows.film(pipe, lambda *_: [request], sweep, canvases=[canvas], on_step=on_step)
         fresh = np.concatenate(list(film), axis=1)[0, known : known + added]
         made = np.concatenate([made, fresh])
     if direction in ("backward", "both"):
-        check(pipe, "suffix")
+        trained.check(pipe, "suffix")
         known = min(len(clip) // step * step, (length // 2) // step * step)
         if not known:
             raise ValueError(
@@ -241,10 +184,10 @@ def bridge(
     Raises:
       ValueError: more than one window can bridge, or no time.
     """
-    check(pipe, "middle")
+    trained.check(pipe, "middle")
     if not seconds > 0:
         raise ValueError(f"seconds {seconds:g} is not above 0; say how long the join takes.")
-    step, length = pipe.vae.config.scale_factor_temporal, window_of(pipe, settings=settings)
+    step, length = pipe.vae.config.scale_factor_temporal, lengths.window_of(pipe, settings=settings)
     request = pipe.request(prompt, **(settings | {"frames": length}))
     gap = max(step, round(seconds * request.fps / step) * step)
     most = length - 1 - step
@@ -253,7 +196,7 @@ def bridge(
             f"seconds {seconds:g} is {gap} frames; one window of {length} joins over at most "
             f"{most} ({most / request.fps:g} s): extend the first video before."
         )
-    before = whole(pipe, min(len(first), (length - gap + 1) // 2))
+    before = lengths.whole(pipe, min(len(first), (length - gap + 1) // 2))
     after = min(length - gap - before, len(second) // step * step)
     canvas = canvas_of.blank(before + gap + after, request.height, request.width)
     canvas_of.place(canvas, first[-before:], at=0)
@@ -267,7 +210,7 @@ def join(
     pipe, prompt: str, first: Clip, second: Clip, *, seconds: float | int = 0.5, **settings: Any
 ) -> Video:
     """`first`, about `seconds` that lead over, and `second`."""
-    size = _sized(pipe, settings)
+    size = lengths.size_of(pipe, settings)
     first, second = _fitted(first, size, name="A"), _fitted(second, size, name="B")
     request, gap = bridge(pipe, prompt, first, second, seconds=seconds, **settings)
     task = {"name": "join", "clips": [array_hash(first), array_hash(second)], "added": len(gap)}
@@ -284,10 +227,10 @@ def loop(
     **settings: Any,
 ) -> Video:
     """A video whose end leads back to its beginning: `clip`, or one made first, and a bridge."""
-    check(pipe, "middle")
+    trained.check(pipe, "middle")
     if clip is None:
         clip = pipe.run([pipe.request(prompt, **settings)], on_step=on_step)[0].frames
-    clip = _fitted(clip, _sized(pipe, settings))
+    clip = _fitted(clip, lengths.size_of(pipe, settings))
     settings = {k: v for k, v in settings.items() if k != "frames"}
     request, gap = bridge(pipe, prompt, clip, clip, seconds=seconds, on_step=on_step, **settings)
     task = {"name": "loop", "clip": array_hash(clip), "added": len(gap)}
@@ -302,7 +245,7 @@ def edit(pipe, prompt: str, clip: Clip, *, strength: float | int = 0.8, **settin
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength:g} is out of range; use more than 0, at most 1.")
-    clip = _fitted(clip, _sized(pipe, settings))[: whole(pipe, len(clip))]
+    clip = _fitted(clip, lengths.size_of(pipe, settings))[: lengths.whole(pipe, len(clip))]
     task = {"name": "edit", "clip": array_hash(clip), "strength": strength}
     return _render(pipe, prompt, None, task, draft=clip, strength=strength, **settings)
 
@@ -319,7 +262,7 @@ def inpaint(
     Raises:
       ValueError: a mask of another size than the clip, or one that marks nothing or all.
     """
-    check(pipe, "box")
+    trained.check(pipe, "box")
     if hole.shape[-2:] != clip.shape[1:3] or (hole.ndim == 3 and len(hole) != len(clip)):
         raise ValueError(
             f"the mask is {hole.shape[-1]}x{hole.shape[-2]}"
@@ -327,10 +270,10 @@ def inpaint(
             + f", the video {clip.shape[2]}x{clip.shape[1]} of {len(clip)} frames; give a mask of "
             "the video's size."
         )
-    size = _sized(pipe, settings)
+    size = lengths.size_of(pipe, settings)
     hole = np.broadcast_to(hole, clip.shape[:3])
     shown = np.repeat(hole[..., None], 3, axis=-1).astype(np.uint8) * 255
-    clip, hole = (_fitted(v, size)[: whole(pipe, len(v))] for v in (clip, shown))
+    clip, hole = (_fitted(v, size)[: lengths.whole(pipe, len(v))] for v in (clip, shown))
     hole = hole[..., 0] > 0
     if not hole.any() or hole.all():
         raise ValueError(
@@ -348,9 +291,9 @@ def outpaint(
     Raises:
       ValueError: a clip that does not fit into `size`.
     """
-    check(pipe, "border")
+    trained.check(pipe, "border")
     width, height = size or (pipe.sampling.width, pipe.sampling.height)
-    clip = clip[: whole(pipe, len(clip))]
+    clip = clip[: lengths.whole(pipe, len(clip))]
     rows, columns = clip.shape[1:3]
     if rows > height or columns > width or (rows, columns) == (height, width):
         raise ValueError(
@@ -374,7 +317,7 @@ def interpolate(
     """
     if times < 2:
         raise ValueError(f"interpolate {times} is out of range; use 2 or more.")
-    clip = _fitted(clip, _sized(pipe, settings))
+    clip = _fitted(clip, lengths.size_of(pipe, settings))
     places = np.arange((len(clip) - 1) * times + 1) / times
     before = np.floor(places).astype(int)
     after, share = np.minimum(before + 1, len(clip) - 1), (places - before)[:, None, None, None]
@@ -389,18 +332,6 @@ def interpolate(
     frames = made.frames[: len(draft)].copy()
     frames[::times] = clip
     return dataclasses.replace(made, frames=frames)
-
-
-def seconds_to_frames(pipe, seconds: float | int, fps: float | None = None) -> int:
-    """Frames of a film of about `seconds`, its first frame one more.
-
-    Raises:
-      ValueError: no time.
-    """
-    if not seconds > 0:
-        raise ValueError(f"seconds {seconds:g} is not above 0; use, for example, 10.")
-    step = pipe.vae.config.scale_factor_temporal
-    return 1 + max(1, round(seconds * (fps or pipe.sampling.fps) / step)) * step
 
 
 def long(
@@ -432,17 +363,17 @@ def long(
     """
     if joint and rolling:
         raise ValueError("joint (--joint) and rolling (--rolling) exclude each other; use one.")
-    window = min(window or window_of(pipe, frames, settings=settings), frames)
+    window = min(window or lengths.window_of(pipe, frames, settings=settings), frames)
     if frames > window and not joint:
-        check(pipe, "prefix")
+        trained.check(pipe, "prefix")
     if rolling:
-        check(pipe, FRAME_TIMES)
+        trained.check(pipe, FRAME_TIMES)
     request = pipe.request(prompt, **(settings | {"frames": window}))
     canvases = None
     if image is not None:
-        check(pipe, "first")
+        trained.check(pipe, "first")
         canvases = [canvas_of.of_pictures({0: image}, window, size=(request.width, request.height))]
-    sweep = Sweep(frames, window, overlap or overlap_of(pipe, window))
+    sweep = Sweep(frames, window, overlap or lengths.overlap_of(pipe, window))
     texts.check(pipe, prompt, frames=frames, fps=request.fps)
     if joint:
         made = windows.joint(pipe, [request], sweep, canvases=canvases, on_step=on_step)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sora_jax
-from sora_jax.generate import refine, tasks
+from sora_jax.generate import lengths, refine, tasks
 from sora_jax.generate.pipeline import Pipeline
 
 PROMPT = "a red ball rolls left"
@@ -110,7 +110,7 @@ def test_interpolation_keeps_every_given_frame(pipe, clip):
 
 
 def test_a_film_is_made_part_by_part_and_saved(pipe, tmp_path):
-    film = tasks.long(pipe, PROMPT, frames=tasks.seconds_to_frames(pipe, 2), **FEW)
+    film = tasks.long(pipe, PROMPT, frames=lengths.seconds_to_frames(pipe, 2), **FEW)
     path = film.save(tmp_path / "film.mp4")
     from sora_jax import video_io
 

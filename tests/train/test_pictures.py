@@ -73,7 +73,7 @@ def test_first_and_last_frames_are_shown_as_sampling_shows_them(config_of_both, 
     assert pipe.way == "channels" and pipe.tasks == ("first_last",)
     video = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), np.uint8)
     pictures = (video[0], video[-1])
-    request = pipe.request("a ball", width=32, height=32, frames=5)
+    request = pipe.request("a ball", size=(32, 32), frames=5)
     shown = pipe.conditions(request, pictures)
     stage = DiTStage(config_of_both)
     batch = {

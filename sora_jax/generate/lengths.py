@@ -1,0 +1,53 @@
+"""How many frames a clip, a window and a film have."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sora_jax.generate import memory
+
+
+def whole(pipe, frames: int) -> int:
+    """The most frames, of `frames`, that the VAE takes: 1 + a multiple of its temporal factor."""
+    step = pipe.vae.config.scale_factor_temporal
+    return 1 + (frames - 1) // step * step
+
+
+def overlap_of(pipe, window: int) -> int:
+    """Frames that a window takes over by default: half of it."""
+    return whole(pipe, (window + 1) // 2)
+
+
+def window_of(pipe, frames: int | None = None, *, settings: Mapping[str, Any] = {}) -> int:
+    """Frames of a window by default: what the checkpoint was trained on, or what memory holds.
+
+    Args:
+      frames: of the film, where it may be shorter.
+      settings: the film's, for its size.
+    """
+    trained = pipe.sampling.frames
+    most = trained if frames is None else min(frames, trained)
+    width, height = size_of(pipe, settings)
+    cells = (height // pipe.cell[1]) * (width // pipe.cell[2])
+    return memory.fitting(
+        most,
+        temporal=pipe.vae.config.scale_factor_temporal,
+        per_latent_frame=memory.window_bytes(pipe.dit.config, cells),
+        free=memory.free_bytes(),
+    )
+
+
+def size_of(pipe, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Width and height that `settings` ask for, by default the checkpoint's."""
+    return settings.get("size") or (pipe.sampling.width, pipe.sampling.height)
+
+
+def seconds_to_frames(pipe, seconds: float | int, fps: float | None = None) -> int:
+    """Frames of a film of about `seconds`, its first frame one more.
+
+    Raises:
+      ValueError: no time.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds {seconds:g} is not above 0; use, for example, 10.")
+    step = pipe.vae.config.scale_factor_temporal
+    return 1 + max(1, round(seconds * (fps or pipe.sampling.fps) / step)) * step
