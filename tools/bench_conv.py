@@ -12,12 +12,12 @@ import time
 
 import jax
 
-from sora_jax.vae import conv, plane_conv
+from sora_jax.vae import conv, cpu_conv, plane_conv
 
 SETTINGS = {"stride": (1, 1, 1), "padding": ((2, 0), (1, 1), (1, 1))}
 FORMULATIONS = {
     "single": functools.partial(conv._single, **SETTINGS),
-    "taps": functools.partial(conv._taps, **SETTINGS),
+    "taps": functools.partial(cpu_conv.taps, **SETTINGS),
     "conv3d": functools.partial(conv.conv3d, **SETTINGS),
     "conv3d bf16": functools.partial(conv.conv3d, dtype="bfloat16", **SETTINGS),
 }
@@ -58,7 +58,7 @@ def planes(repeats: int) -> None:
             return jax.vjp(lambda w: forward(x, w), w)[1](dy)[0]
 
         def products(x, w, dy):
-            return plane_conv._kernel_gradient(x, dy, w.shape, padding)
+            return plane_conv._products(x, dy, w.shape, padding)
 
         work = 2 * dy.size * 9 * inputs / 1e9
         rates = [work / seconds(forward, x, w, repeats=repeats)]

@@ -160,8 +160,7 @@ class Upsample(nnx.Module):
                 x = jnp.concatenate([x[:, :1], self._double(x[:, 1:], carry)], axis=1)
             else:
                 x = self._double(x, carry)
-        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return self.conv(x)
+        return self.conv.of_doubled(x)
 
     def _double(self, x, carry):
         if carry is None:

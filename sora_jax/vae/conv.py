@@ -1,11 +1,7 @@
 """Convolutions of the VAE: one function that picks the formulation, and the causal layer.
 
-On accelerators a 3-D convolution is one `lax.conv_general_dilated`. XLA's CPU backend has a
-fast path for 2-D convolutions only, so there it is a sum, over the taps in time, of 2-D
-convolutions: on two cores with 64 channels 130 GFLOP/s forward and 106 backward, against 31
-and 21 for the single one (`tools/bench_conv.py`). In bfloat16, and where there are channels
-enough to pay for gathering them, it is a product with the gathered 3x3 neighbourhoods, because
-CPUs have bfloat16 units for products and none for convolutions.
+On accelerators a 3-D convolution is one `lax.conv_general_dilated`; XLA's CPU backend has a fast
+path for 2-D convolutions only, of which `cpu_conv` puts it together.
 """
 
 import contextlib
@@ -20,11 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from sora_jax import sharding
-from sora_jax.vae import space
-from sora_jax.vae.plane_conv import plane_conv
-
-# Channels, in and out, from which gathering neighbourhoods pays.
-COLUMNS_CHANNELS = 128
+from sora_jax.vae import cpu_conv, space
 
 Triple = tuple[int, int, int]
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -48,6 +40,25 @@ def conv3d(
     return _conv3d(x, kernel, stride, padding, dtype)
 
 
+def conv_of_doubled(
+    x: Float[Array, "b t h w i"], kernel: Float[Array, "3 3 i o"], *, dtype: str = "float32"
+) -> Float[Array, "b t H W o"]:
+    """3x3 convolution of frames whose pixels are repeated twice along height and width."""
+
+    def doubled(x):
+        return jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+
+    settings = {"stride": (1, 1, 1), "padding": ((0, 0), (1, 1), (1, 1))}
+    if dtype != "float32" or space.is_tiled() or _two_dimensional.get():
+        return conv3d(doubled(x), kernel[None], dtype=dtype, **settings)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=cpu_conv.of_doubled,
+        default=lambda x, kernel: _single(doubled(x), kernel[None], **settings),
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv3d(x, kernel, stride, padding, dtype):
     # The gradient is custom for the reason given at `layers.dot`: JAX's own transpose of a
@@ -66,7 +77,7 @@ def _conv3d_backward(stride, padding, dtype, residuals, dy):
         x,
         kernel,
         dy.astype(dtype),
-        cpu=functools.partial(_taps_backward, stride=stride, padding=padding),
+        cpu=functools.partial(cpu_conv.taps_backward, stride=stride, padding=padding),
         default=functools.partial(_single_backward, stride=stride, padding=padding),
     )
     return dx, dkernel
@@ -94,11 +105,11 @@ def two_dimensional():
 
 def _forward(x, kernel, stride, padding):
     if _two_dimensional.get():
-        return _taps(x, kernel, stride=stride, padding=padding)
+        return cpu_conv.taps(x, kernel, stride=stride, padding=padding)
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=functools.partial(_taps, stride=stride, padding=padding),
+        cpu=functools.partial(cpu_conv.taps, stride=stride, padding=padding),
         default=functools.partial(_single, stride=stride, padding=padding),
     )
 
@@ -147,92 +158,6 @@ def _single_backward(x, kernel, dy, *, stride, padding):
         preferred_element_type=jnp.float32,
     )
     return dx, dkernel
-
-
-def _taps(x, kernel, *, stride, padding):
-    """A sum over time taps of 2-D convolutions: for CPUs, in float32 after the rounding."""
-    if _columns_pay(x, kernel, stride=stride, padding=padding):
-        return _columns(x, kernel, before=padding[0][0])
-    x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
-    if padding[0] != (0, 0):
-        x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
-    taps, s = kernel.shape[0], stride[0]
-    length = (x.shape[1] - taps) // s + 1
-
-    def one(tap):
-        frames = x if taps == s == 1 else x[:, tap : tap + (length - 1) * s + 1 : s]
-        if kernel.shape[1:3] == stride[1:] == (1, 1) and padding[1:] == ((0, 0), (0, 0)):
-            return frames @ kernel[tap, 0, 0][None, None, None]
-        return plane_conv(frames, kernel[tap], stride[1:], padding[1:])
-
-    # A tap that meets nothing but the padding in front (a single image has two) adds nothing.
-    return sum(one(tap) for tap in range(taps) if (length - 1) * s + tap >= padding[0][0])
-
-
-def _taps_backward(x, kernel, dy, *, stride, padding):
-    if _columns_pay(x, kernel, stride=stride, padding=padding):
-        return _columns_backward(x, kernel, dy, before=padding[0][0])
-    forward = functools.partial(_taps, stride=stride, padding=padding)
-    operands = (x.astype(jnp.float32), kernel.astype(jnp.float32))
-    return jax.vjp(forward, *operands)[1](dy.astype(jnp.float32))
-
-
-def _columns_pay(x, kernel, *, stride, padding) -> bool:
-    """Whether `_columns` can stand in for `_taps`, and is the faster."""
-    return (
-        x.dtype == jnp.bfloat16
-        and min(kernel.shape[3:]) >= COLUMNS_CHANNELS
-        and (stride, kernel.shape[1:3], padding[1:]) == ((1, 1, 1), (3, 3), ((1, 1), (1, 1)))
-        and padding[0][1] == 0
-    )
-
-
-def _neighbourhoods(x):
-    """(b, t, h, w, c) to (b, t, h, w, 9 c): each position with its eight neighbours, in rows."""
-    _, _, h, w, _ = x.shape
-    x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-    return jnp.concatenate(
-        [x[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3)], axis=-1
-    )
-
-
-def _tap_ranges(frames: int, taps: int, *, before: int):
-    """(tap, inputs, outputs): which frames a time tap reads and which it adds to."""
-    length = frames + before - taps + 1
-    for tap in range(taps):
-        first, last = max(0, before - tap), length
-        if first < last:  # else the tap meets nothing but the padding in front
-            yield tap, slice(first + tap - before, last + tap - before), slice(first, last)
-
-
-def _columns(x, kernel, *, before):
-    """A sum over time taps of products with neighbourhoods; `before` frames of zeros in front."""
-    taps, _, _, inputs, outputs = kernel.shape
-    flat = kernel.reshape(taps, 9 * inputs, outputs)
-    columns = _neighbourhoods(x)
-    y = jnp.zeros((x.shape[0], x.shape[1] + before - taps + 1, *x.shape[2:4], outputs))
-    for tap, read, written in _tap_ranges(x.shape[1], taps, before=before):
-        product = jnp.matmul(columns[:, read], flat[tap], preferred_element_type=jnp.float32)
-        y = y.at[:, written].add(product)
-    return y
-
-
-def _columns_backward(x, kernel, dy, *, before):
-    """Both gradients of `_columns`: that by x is a convolution with the mirrored kernel."""
-    taps, _, _, inputs, outputs = kernel.shape
-    mirrored = kernel[:, ::-1, ::-1].swapaxes(3, 4).reshape(taps, 9 * outputs, inputs)
-    columns, dy_columns = _neighbourhoods(x), _neighbourhoods(dy)
-    dx = jnp.zeros(x.shape)
-    dkernel = [jnp.zeros((9 * inputs, outputs))] * taps
-    for tap, read, written in _tap_ranges(x.shape[1], taps, before=before):
-        product = jnp.matmul(
-            dy_columns[:, written], mirrored[tap], preferred_element_type=jnp.float32
-        )
-        dx = dx.at[:, read].add(product)
-        dkernel[tap] = jnp.einsum(
-            "bthwi,bthwo->io", columns[:, read], dy[:, written], preferred_element_type=jnp.float32
-        )
-    return dx, jnp.stack(dkernel).reshape(kernel.shape)
 
 
 def _whole(kernel: nnx.Param) -> jax.Array:
@@ -337,6 +262,11 @@ class FrameConv(nnx.Module):
         self.stride = (1, stride, stride)
         self.padding = ((0, 0), padding, padding)
         self.dtype = dtype
+
+    def of_doubled(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t H W o"]:
+        """Convolves frames of twice the height and width, each pixel four times; size 3 alone."""
+        y = conv_of_doubled(x, _whole(self.kernel), dtype=self.dtype)
+        return y + self.bias[...].reshape(1, 1, 1, 1, -1)
 
     def __call__(self, x: Float[Array, "b t H W i"]) -> Float[Array, "b t h w o"]:
         y = conv3d(

@@ -140,8 +140,13 @@ def with_neighbours(x: jax.Array, padding: tuple) -> tuple[jax.Array, tuple]:
     return x, tuple(left)
 
 
+def is_tiled() -> bool:
+    """Whether what is traced works on tiles of frames."""
+    return _grid.get() != WHOLE
+
+
 def gather(x: jax.Array, dimension: int) -> jax.Array:
     """The positions of all tiles along `dimension`, tile by tile."""
-    if _grid.get() == WHOLE:
+    if not is_tiled():
         return x
     return lax.all_gather(x, sharding.SPACE, axis=dimension, tiled=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.vae import conv
+from sora_jax.vae import conv, cpu_conv
 
 NONE = (0, 0)
 KERNELS = {
@@ -44,6 +44,40 @@ def test_formulations_agree(name, frames):
     for expected, a, b in zip(pullback(dy), our_pullback(dy), explicit, strict=True):
         np.testing.assert_allclose(a, expected, rtol=1e-5, atol=1e-4)
         np.testing.assert_allclose(b, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("time", [(2, 0), (0, 0), (1, 1)], ids=["causal", "carried", "same"])
+@pytest.mark.parametrize("channels", [(3, 12), (12, 12), (12, 3), (33, 34)])
+def test_taps_beside_each_other_are_the_convolution(channels, time):
+    settings = {"stride": (1, 1, 1), "padding": (time, (1, 1), (1, 1))}
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 5, 6, 4, channels[0]))
+    w = jax.random.normal(keys[1], (3, 3, 3, *channels))
+    y, pullback = jax.vjp(functools.partial(conv._single, **settings), x, w)
+    np.testing.assert_allclose(cpu_conv.taps(x, w, **settings), y, rtol=1e-5, atol=1e-4)
+    dy = jax.random.normal(keys[2], y.shape)
+    ours = cpu_conv.taps_backward(x, w, dy, **settings)
+    for got, expected in zip(ours, pullback(dy), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=3e-4)
+
+
+def test_doubled_frames_are_convolved_without_being_made():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 3, 5, 4, 6))
+    w = jax.random.normal(keys[1], (3, 3, 6, 7))
+
+    def plainly(x, w):
+        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+        return conv._single(x, w[None], stride=(1, 1, 1), padding=(NONE, (1, 1), (1, 1)))
+
+    y, pullback = jax.vjp(plainly, x, w)
+    ours, our_pullback = jax.vjp(conv.conv_of_doubled, x, w)
+    np.testing.assert_allclose(ours, y, atol=1e-5)
+    dy = jax.random.normal(keys[2], y.shape)
+    for got, expected in zip(our_pullback(dy), pullback(dy), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
+    lowered = jax.jit(conv.conv_of_doubled).lower(x, w).compile().as_text()
+    assert "f32[2,3,10,8,6]" not in lowered and "f32[6,10,8,6]" not in lowered
 
 
 def test_bfloat16_rounds_operands_only():
@@ -90,12 +124,12 @@ def test_products_with_neighbourhoods_are_the_convolution(frames, taps, before):
     x = jax.random.normal(keys[0], (2, frames, 3, 4, 128)).astype(low)
     w = jax.random.normal(keys[1], (taps, 3, 3, 128, 130)).astype(low)
     settings = {"stride": (1, 1, 1), "padding": ((before, 0), (1, 1), (1, 1))}
-    assert conv._columns_pay(x, w, **settings)
+    assert cpu_conv._columns_pay(x, w, **settings)
     single = functools.partial(conv._single, **settings)
     expected, pullback = jax.vjp(single, x.astype(jnp.float32), w.astype(jnp.float32))
-    np.testing.assert_allclose(conv._taps(x, w, **settings), expected, rtol=1e-5, atol=2e-4)
+    np.testing.assert_allclose(cpu_conv.taps(x, w, **settings), expected, rtol=1e-5, atol=2e-4)
     dy = jax.random.normal(keys[2], expected.shape).astype(low)
-    gradients = conv._taps_backward(x, w, dy, **settings)
+    gradients = cpu_conv.taps_backward(x, w, dy, **settings)
     for ours, theirs in zip(gradients, pullback(dy.astype(jnp.float32)), strict=True):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-4)
