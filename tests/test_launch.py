@@ -41,9 +41,9 @@ def simulated(devices: int) -> dict[str, str]:
     }
 
 
-def losses(workdir: Path) -> list[float]:
+def logged(workdir: Path, name: str) -> list[float]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["train/loss"] for line in lines]
+    return [json.loads(line)[f"train/{name}"] for line in lines]
 
 
 def test_two_processes_train_as_one_with_two_devices(tmp_path):
@@ -64,9 +64,15 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path):
     config.vae.update(vae)
     config.optim.name = "adamw"
     train(config, tmp_path / "one", devices=jax.devices()[:2])
-    together = losses(tmp_path / "two")
-    assert len(together) == 2
-    np.testing.assert_allclose(together, losses(tmp_path / "one"), rtol=1e-5)
+    two, one = (
+        np.array([logged(tmp_path / run, name) for name in ("loss", "grad_norm")])
+        for run in ("two", "one")
+    )
+    assert two.shape == (2, 2)
+    np.testing.assert_allclose(two[:, 0], one[:, 0], rtol=2e-5)
+    # Adam's first step is the sign of each gradient, so rounding decides where those near zero go:
+    # one device and two in one process differ by 5e-6 in the next loss, two processes by 2.4e-5.
+    np.testing.assert_allclose(two[0], one[0], rtol=1e-4)
 
 
 def test_a_failing_process_stops_the_others_and_gives_the_status():
