@@ -5,8 +5,8 @@ sora-jax train --config configs/paperworld.py --workdir runs/paperworld \
 
 Variants: full, clips of one size; packed, images and such clips in shared rows; tasks, these
 with every mask, more cuts and collisions, clips that begin late, and parts of larger pictures;
-turning, these with more of what is small or turns (docs/status.md: not what the shipped weights
-saw); mixed, other durations and shapes too; smoke, seconds.
+turning, these with more of what is small or turns (the last of the three runs that the shipped
+weights are the mean of); mixed, other durations and shapes too; smoke, seconds.
 """
 
 from ml_collections import ConfigDict
