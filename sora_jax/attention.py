@@ -89,6 +89,7 @@ def attention(
     implementation: str = "auto",
     context: str = "auto",
     dtype: str = "float32",
+    scaled: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "b n k e"]:
     """Scaled dot-product attention (Vaswani et al. 2017, Eq. 1); float32 result.
@@ -101,10 +102,12 @@ def attention(
       implementation: one of IMPLEMENTATIONS; see `select`.
       context: how tokens on several devices meet, one of CONTEXTS; see `Exchange`.
       dtype: of the operands of both matrix products; logits and softmax are float32.
+      scaled: queries are times `query_scale` already, which those of "flash" alone may be.
       interpret: runs "flash" in Pallas' interpreter, for tests off TPU.
 
     Raises:
-      ValueError: for what `select` or `exchange` rejects, or segment ids on one side only.
+      ValueError: for what `select` or `exchange` rejects, segment ids on one side only, or
+        queries scaled for a kernel that will not run.
     """
     if (q_segment_ids is None) != (kv_segment_ids is None):
         raise ValueError(
@@ -119,6 +122,8 @@ def attention(
         q_len=q.shape[1],
         kv_bias=kv_bias is not None,
     )
+    if scaled and kernel != "flash":
+        raise ValueError(f"queries are scaled for 'flash', and {kernel!r} would run.")
     q = sharding.constrain(q, "batch", "tokens", "act_heads", None)
     k = sharding.constrain(k, "batch", kv_axis, "act_heads", None)
     v = sharding.constrain(v, "batch", kv_axis, "act_heads", None)
@@ -136,7 +141,7 @@ def attention(
         part = Kernel(kernel, dtype, platform, wide, interpret)
         if kernel == "cudnn":
             q = q.astype(dtype)
-        else:  # scaled before it is rounded
+        elif not scaled:  # before they are rounded
             q = (q.astype(jnp.float32) * part.query_scale(q.shape[-1])).astype(dtype)
         out = _on_mesh(part, q, q_segment_ids, keys, kv_axis=kv_axis, context=context)
     return sharding.constrain(out.astype(jnp.float32), "batch", "tokens", "act_heads", None)

@@ -9,6 +9,7 @@ into is sora_jax/plan/kernels.py; nothing ran on a chip.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -21,6 +22,8 @@ BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s.*?:")
 BRANCH = re.compile(r"sbr\.rel \((!?)%\w+\) target = \$region(\d+)")
 REGION = re.compile(r"region (\d+)")
 # Operations over pairs of tokens: forward 4 T^2 e a head, and the backward passes.
+PASSES = ("heads_forward", "heads_backward")  # of memory, without a product
+HEADS = 40  # in those; their loops over heads are unrolled four times
 MATRIX = ("vmatmul", "vmatpush", "vdot")
 PRODUCTS = {
     "flash_attention_forward": 2,
@@ -29,6 +32,17 @@ PRODUCTS = {
     "splash_mha_dq": 3,
     "splash_mha_dkv": 4,
 }
+
+
+def region_starts(lines: list[str]) -> dict[str, int]:
+    """Region -> the line that it begins at."""
+    starts: dict[str, int] = {}
+    for i, line in enumerate(lines):
+        comment = line[line.rfind("/*") :] if "egion" in line else ""
+        for part in comment.split("::"):
+            if "tart" in part and (found := REGION.search(part)):
+                starts.setdefault(found.group(1), i)
+    return starts
 
 
 def loops(lines: list[str], starts: dict[str, int]) -> list[tuple[int, int]]:
@@ -49,12 +63,7 @@ def loops(lines: list[str], starts: dict[str, int]) -> list[tuple[int, int]]:
 def steady_bundles(text: str) -> tuple[int, int]:
     """Bundles of a tile in the middle of a row, and of a grid step beside its tiles."""
     lines = [line for line in text.splitlines() if BUNDLE.match(line)]
-    starts: dict[str, int] = {}
-    for i, line in enumerate(lines):
-        comment = line[line.rfind("/*") :] if "egion" in line else ""
-        for part in comment.split("::"):
-            if "tart" in part and (found := REGION.search(part)):
-                starts.setdefault(found.group(1), i)
+    starts = region_starts(lines)
     spans = [span for span in loops(lines, starts) if _products(lines[span[0] : span[1]])]
     outer, inner = spans[0], spans[-1]
     if inner == outer:
@@ -83,6 +92,14 @@ def _steady(lines, starts, span, hole=None) -> int:
             continue
         i += 1
     return total
+
+
+def words_of_a_head(text: str, *, trips: int, heads: int) -> float:
+    """Bundles of a tile of tokens, for each of its heads: of a loop over tiles, and loops in it."""
+    lines = [line for line in text.splitlines() if BUNDLE.match(line)]
+    (first, last), *inner = loops(lines, region_starts(lines))
+    bodies = sum(end - start + 1 for start, end in inner)
+    return (last - first + 1 - bodies + trips * bodies) / heads
 
 
 def compile_kernels(args, folder: str) -> None:
@@ -115,6 +132,18 @@ def compile_kernels(args, folder: str) -> None:
         sums = jax.ShapeDtypeStruct((1, 2, args.tokens), jnp.float32, sharding=place)
         jax.jit(backward).lower(x, x, x, sums, sums, x).compile()
         return
+    if args.kernel == "heads":
+        from sora_jax.flash import heads
+
+        y = jax.ShapeDtypeStruct((1, args.tokens, HEADS * 128), jnp.float32, sharding=place)
+        scale = jax.ShapeDtypeStruct((HEADS * 128,), jnp.float32, sharding=place)
+        turn = jax.ShapeDtypeStruct((1, args.tokens, 64), jnp.float32, sharding=place)
+        pull = jax.ShapeDtypeStruct((1, HEADS, args.tokens, 128), jnp.bfloat16, sharding=place)
+        forward = functools.partial(heads.forward, eps=1e-6, dtype="bfloat16")
+        jax.jit(forward).lower(y, scale, turn, turn).compile()
+        backward = functools.partial(heads.backward, eps=1e-6)
+        jax.jit(backward).lower(y, scale, turn, turn, pull).compile()
+        return
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -135,7 +164,7 @@ def compile_kernels(args, folder: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topology", required=True)
-    parser.add_argument("--kernel", default="flash", choices=("flash", "splash"))
+    parser.add_argument("--kernel", default="flash", choices=("flash", "splash", "heads"))
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--blocks", type=int, nargs=2, default=(512, 512), metavar=("Q", "KV"))
@@ -151,8 +180,12 @@ def main() -> None:
         compile_kernels(args, folder)
         results = []
         for file in sorted(Path(folder).glob("*final_bundles.txt")):
-            name = next((n for n in PRODUCTS if n in file.name), None)
+            name = next((n for n in (*PRODUCTS, *PASSES) if n in file.name), None)
             if name is None or "schedule-analysis" in file.name or "gap" in file.name:
+                continue
+            if name in PASSES:
+                words = words_of_a_head(file.read_text(), trips=HEADS // 4, heads=HEADS)
+                print(json.dumps({"kernel": name, "chip": chip.name, "words": words}))
                 continue
             tile, beside = steady_bundles(file.read_text())
             results.append({"kernel": name, "tile": tile, "beside": beside})

@@ -178,7 +178,8 @@ The shape whose step others published at 36.0 s. Weights and moments in bfloat16
   over the clock at which the matrix units reach the data sheet's FLOP/s.
 - Attention kernels, for which XLA estimates nothing: the instruction words that libtpu schedules
   for a tile, or what its products keep the matrix units busy for if that is longer, and .35 us a
-  grid step (`tools/kernel_cycles.py`, `sora_jax/plan/kernels.py`).
+  grid step (`tools/kernel_cycles.py`, `sora_jax/plan/kernels.py`). The kernels that make queries
+  and keys: their instruction words, or their bytes at the data sheet's bandwidth, if that is longer.
 - Collectives: bytes over links at 90 % of their bandwidth (`sora_jax/plan/collectives.py`). Those
   with work between start and end are taken as hidden; the rest adds up.
 - MFU counts three forward passes of the transformer, and nothing that is computed again.

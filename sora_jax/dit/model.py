@@ -18,11 +18,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from sora_jax import layers, sharding, types
-from sora_jax.attention import attention
-from sora_jax.dit import embed, patchify, rope
+from sora_jax import attention, layers, sharding, types
+from sora_jax.dit import embed, heads, patchify, rope
 from sora_jax.dit.config import BLOCK_INPUT, REMAT, DiTConfig
 
+# Segment of tokens that fill up a sequence; packing's own, -1, would attend to them.
+_FILL_SEGMENT = -2
 _zeros = nnx.initializers.zeros_init()
 
 # Time of each token: per example, per token, or per cell of the grid of patches.
@@ -30,10 +31,6 @@ Time = Float[Array, " b"] | Float[Array, "b n"] | Float[Array, "b f_grid h_grid 
 
 # Called with the embedded tokens and what runs the blocks on them; gives what the head reads.
 Around = Callable[[jax.Array, Callable[[jax.Array], jax.Array]], jax.Array]
-
-
-def _pairs_apart(head_dim: int):
-    return functools.partial(rope.pairs_apart, head_dim=head_dim)
 
 
 class Attention(nnx.Module):
@@ -71,15 +68,15 @@ class Attention(nnx.Module):
         image: Float[Array, "b i d"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Queries from `x`, keys and values from `source`; `rotation` is rope's cos and sin."""
-        heads = (self.config.num_heads, self.config.head_dim)
-        order = None if rotation is None else _pairs_apart(self.config.head_dim)
-        q = self.norm_q(self.q(x, order=order), order=order).reshape(*x.shape[:2], *heads)
-        k = self.norm_k(self.k(source, order=order), order=order)
-        k = k.reshape(*source.shape[:2], *heads)
-        v = self.v(source).reshape(*source.shape[:2], *heads)
-        if rotation is not None:
-            q, k = rope.apply(q, *rotation), rope.apply(k, *rotation)
-        y = attention(
+        config = self.config
+        in_heads = functools.partial(heads.project, rotation=rotation, num_heads=config.num_heads)
+        fused_queries, fused_keys = heads.passes(
+            config, x.shape[1], biased=kv_bias is not None, turned=rotation is not None
+        )
+        q = in_heads(self.q, self.norm_q, x, fused=fused_queries)
+        k = in_heads(self.k, self.norm_k, source, fused=fused_keys)
+        v = self.v(source).reshape(*source.shape[:2], *k.shape[2:])
+        y = attention.attention(
             q,
             k,
             v,
@@ -87,18 +84,21 @@ class Attention(nnx.Module):
             kv_segment_ids=kv_segment_ids,
             kv_bias=kv_bias,
             kv_axis=kv_axis,
-            implementation=self.config.attention,
-            context=self.config.context,
-            dtype=self.config.dtype,
+            implementation=config.attention,
+            context=config.context,
+            dtype=config.dtype,
+            scaled=fused_queries is not None,
         )
         if self.k_image is not None and image is not None:
-            y = y + attention(
+            shape = (*image.shape[:2], *k.shape[2:])
+            y = y + attention.attention(
                 q,
-                self.norm_k_image(self.k_image(image)).reshape(*image.shape[:2], *heads),
-                self.v_image(image).reshape(*image.shape[:2], *heads),
+                self.norm_k_image(self.k_image(image)).reshape(shape),
+                self.v_image(image).reshape(shape),
                 kv_axis=kv_axis,
-                implementation=self.config.attention,
-                dtype=self.config.dtype,
+                implementation=config.attention,
+                dtype=config.dtype,
+                scaled=fused_queries is not None,
             )
         return self.out(y.reshape(*x.shape[:2], -1))
 
@@ -134,6 +134,11 @@ def _to_tokens(
     if membership is None:
         return values
     return jnp.einsum("bns,bsd->bnd", membership, values, precision="highest")
+
+
+def _fill_up(x: jax.Array, *, count: int, value: int = 0) -> jax.Array:
+    """`count` more tokens of `value` (b, n + count, ...)."""
+    return jnp.pad(x, ((0, 0), (0, count)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
 
 
 class DiTBlock(nnx.Module):
@@ -319,7 +324,27 @@ class DiT(nnx.Module):
           ValueError: if the text is longer than `config.text_len`, or segment ids are given
             for text but not for video.
         """
-        config = self.config
+        config, count = self.config, x.shape[1]
+        spare = heads.spare_tokens(config, count)
+        if spare:  # once here, for otherwise each layer's attention would fill up its operands
+            if segment_ids is None:
+                segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
+            fill = functools.partial(_fill_up, count=spare)
+            filled = self.tokens(
+                fill(x),
+                fill(t) if t.shape[1] == count and not t_of_segments else t,
+                text_emb,
+                positions=fill(positions),
+                text_mask=text_mask,
+                segment_ids=fill(segment_ids, value=_FILL_SEGMENT),
+                text_segment_ids=text_segment_ids,
+                text_of_tokens=None if text_of_tokens is None else fill(text_of_tokens),
+                num_segments=num_segments,
+                t_of_segments=t_of_segments,
+                image_emb=image_emb,
+                around=around,
+            )
+            return filled[:, :count]
         length = text_emb.shape[1]
         if text_segment_ids is None and length > config.text_len:
             raise ValueError(
@@ -369,11 +394,13 @@ class DiT(nnx.Module):
     def _run_blocks(self, x: jax.Array, text: jax.Array, **kwargs) -> jax.Array:
         """Scans the stacked blocks, each rematerialised by `config.remat`."""
         graph, params = nnx.split(self.blocks, nnx.Param)
+        config = self.config
 
         def block(x, params):
+            x = heads.row_major(x, config)
             return nnx.merge(graph, params)(x, text, **kwargs), None
 
-        if self.config.remat != "none":
+        if config.remat != "none":
             # Inside scan, nothing outside a block can be merged with its recomputation.
-            block = jax.checkpoint(block, policy=REMAT[self.config.remat], prevent_cse=False)
+            block = jax.checkpoint(block, policy=REMAT[config.remat], prevent_cse=False)
         return jax.lax.scan(block, x, params)[0]

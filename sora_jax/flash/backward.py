@@ -31,7 +31,7 @@ def backward(
       d_out: gradient of the whole output (b, n, h, e).
     """
     shape, kv_length = q.shape, keys.k.shape[1]
-    parts = -(-shape[1] // tiling.BACKWARD_QUERIES)
+    parts = _parts(shape[1])
     part = -(-shape[1] // parts)
     tile = (tiling.block(part, tiling.BACKWARD_BLOCK), tiling.block(kv_length))
     part = tiling.round_up(part, tile[0])
@@ -67,6 +67,13 @@ def backward(
         dq, dk = jnp.moveaxis(dq, 0, 2).reshape(q.shape), dk / tiling.LOG2_E
     dq, dk, dv = (x.swapaxes(1, 2)[..., : shape[3]].astype(out_dtype) for x in (dq, dk, dv))
     return dq[:, : shape[1]], dk[:, :kv_length], dv[:, :kv_length]
+
+
+def _parts(length: int) -> int:
+    """Parts that the queries are cut into: a few more, where these need not be filled up."""
+    least = -(-length // tiling.BACKWARD_QUERIES)
+    whole = (n for n in range(least, 2 * least) if length % (n * tiling.BACKWARD_BLOCK) == 0)
+    return next(whole, least)
 
 
 def _backward_call(

@@ -26,10 +26,15 @@ _GRID = ("parallel", "parallel", "arbitrary", "arbitrary")
 def block(length: int, largest: int | None = None) -> int:
     """Tokens of a tile: equal tiles of whole lanes, so that little is filled up.
 
+    Tiles of half the size are preferred to larger ones that would have to be filled up.
+
     Args:
       largest: in place of BLOCK.
     """
     largest = largest or BLOCK
+    for size in range(largest, largest // 2 - 1, -LANES):
+        if length % size == 0:
+            return size
     return round_up(-(-length // -(-length // largest)), LANES)
 
 

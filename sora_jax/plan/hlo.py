@@ -17,6 +17,7 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations)=\
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_OPERAND_TYPES = "operand_layout_constraints={"
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}
 
 
@@ -33,6 +34,14 @@ class Instruction(NamedTuple):
         """The compiler's own estimate of one run, where it made one."""
         found = _CYCLES.search(self.rest)
         return int(found.group(1)) if found else None
+
+    @property
+    def operand_types(self) -> str:
+        """Of a custom call, which alone tells them."""
+        start = self.rest.find(_OPERAND_TYPES) + len(_OPERAND_TYPES)
+        if start < len(_OPERAND_TYPES):
+            return ""
+        return self.rest[start : _closing(self.rest, start - 1, "{}")]
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -59,6 +68,12 @@ class Program(NamedTuple):
         for name, times in self.runs.items():
             for instruction in self.computations[name]:
                 yield instruction, times
+
+
+def first_size(type_: str) -> int:
+    """Values of a type as programs write it, or of the first part of a tuple."""
+    found = _SHAPE.search(type_)
+    return math.prod(int(n) for n in found.group(2).split(",") if n) if found else 0
 
 
 def shape_bytes(type_: str) -> float:
@@ -133,11 +148,11 @@ def _instruction(line: str) -> Instruction | None:
     return Instruction(start.group(2), opcode.group(1), type_, operands, rest, bool(start.group(1)))
 
 
-def _closing(line: str, start: int) -> int:
+def _closing(line: str, start: int, pair: str = "()") -> int:
     """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(line)):
-        depth += (line[i] == "(") - (line[i] == ")")
+        depth += (line[i] == pair[0]) - (line[i] == pair[1])
         if depth == 0:
             return i
     return len(line)

@@ -76,6 +76,25 @@ TILES = {
 }
 _CHANNELS = 128
 
+# Kernels without products, which go over memory once: bundles for 128 tokens of a head of 128
+# channels, by the same tool at 40 heads.
+PASSES = {
+    "heads_forward": {"v5e": 86.0, "v5p": 86.5, "v6e": 82.8, "v7x": 83.4},
+    "heads_backward": {"v5e": 119.4, "v5p": 121.1, "v6e": 122.4, "v7x": 122.8},
+}
+
+
+def pass_seconds(name: str, chip: Chip, *, values: int, moved: float | int) -> float:
+    """Seconds of one of PASSES: the longer of its bundles and its bytes over HBM bandwidth.
+
+    Args:
+      values: that it makes of `values` others.
+      moved: bytes, in and out.
+    """
+    words = PASSES[name].get(chip.name, max(PASSES[name].values()))
+    cycles = words * values / _CHANNELS**2 / _CORES.get(chip.name, 1)
+    return max(cycles / chip.clock, moved / chip.device_hbm_bandwidth)
+
 
 def share_of_peak(kernel: str, chip: Chip, *, head_dim: int, per_step: float = 0.0) -> float:
     """Share of the chip's peak FLOP/s at which `kernel` does the operations that count.

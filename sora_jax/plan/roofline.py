@@ -4,6 +4,7 @@
   the runs of the loops they stand in, over the clock. Where it gives none: bytes moved over HBM
   bandwidth.
 - Attention kernels, of which it gives none: their FLOPs as traced, at the rates of kernels.py.
+  Kernels that make its queries and keys: by their bytes, or their instruction words, as there.
 - Collectives: bytes over links. Those with work between start and end are hidden by it, up to the
   time of all work; the others stand still for.
 
@@ -95,6 +96,8 @@ def _compute_seconds(program: hlo.Program, chip: Chip) -> tuple[float, float]:
         cycles = instruction.cycles
         if cycles is not None:
             seconds = runs * cycles / chip.clock
+        elif (name := instruction.name.split(".")[0]) in kernels.PASSES:
+            seconds = runs * _pass_seconds(name, instruction, chip)
         elif instruction.opcode in _STRUCTURE or instruction.opcode == "fusion":
             continue  # a fusion without cycles moves a few bytes
         else:
@@ -102,6 +105,11 @@ def _compute_seconds(program: hlo.Program, chip: Chip) -> tuple[float, float]:
         total += seconds
         copies += seconds if instruction.opcode in ("copy", "transpose", "reshape") else 0.0
     return total, copies
+
+
+def _pass_seconds(name: str, call: hlo.Instruction, chip: Chip) -> float:
+    moved = hlo.shape_bytes(call.type) + hlo.shape_bytes(call.operand_types)
+    return kernels.pass_seconds(name, chip, values=hlo.first_size(call.type), moved=moved)
 
 
 def _collective_sums(program: hlo.Program, step: Any, slice_: Slice) -> list[CollectiveSum]:

@@ -17,6 +17,18 @@ def compiled(function, *shapes, mesh, axes=("batch",)):
     return hlo.parse(jax.jit(function).lower(*args).compile().as_text())
 
 
+def test_a_kernel_tells_the_types_of_its_operands():
+    line = (
+        "  %heads_backward.3 = (f32[1,4,256]{2,1,0:T(8,128)}, f32[1,1,1,256]{3,2,1,0}) custom-call("
+        '%y, %copy-done.1, %pull), custom_call_target="tpu_custom_call", operand_layout_constraints'
+        '={f32[1,4,256]{2,1,0}, f32[1,256]{1,0}, bf16[1,2,4,128]{3,2,1,0}}, metadata={op_name="a"}'
+    )
+    call = next(iter(hlo.parse(f"ENTRY %main (a: f32[8]) -> f32[8] {{\n{line}\n}}").scheduled()))[0]
+    assert call.name == "heads_backward.3" and hlo.first_size(call.type) == 1024
+    assert hlo.shape_bytes(call.operand_types) == 4 * 1024 + 4 * 256 + 2 * 1024
+    assert call._replace(rest="").operand_types == ""
+
+
 def test_loops_within_loops_multiply():
     def outer(c, _):
         return jax.lax.fori_loop(0, 3, lambda i, y: jnp.sin(y @ y), c), None

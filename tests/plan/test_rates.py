@@ -57,6 +57,14 @@ def test_kept_attention_counts_once():
     assert full["flash_attention_backward"] == kept["flash_attention_backward"] > 0
 
 
+def test_a_pass_over_memory_takes_its_bytes_or_its_instructions():
+    v5p, values = chip("v5p"), 40 * 1024 * 128
+    seconds = lambda moved: kernels.pass_seconds("heads_forward", v5p, values=values, moved=moved)  # noqa: E731
+    assert seconds(1e9) == pytest.approx(1e9 / 2765e9)
+    # 8 tiles of 128 tokens, 40 heads, shared by two cores at 1.75 GHz.
+    assert seconds(0) == pytest.approx(8 * 40 * 86.5 / 2 / 1.751e9, rel=1e-3)
+
+
 def test_convolutions_and_branches_are_counted():
     def f(x, k):
         y = jax.lax.conv(x, k, (1, 1), "SAME")
