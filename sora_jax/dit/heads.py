@@ -71,7 +71,15 @@ def row_major(x: Float[Array, "b n d"], config: DiTConfig) -> Float[Array, "b n 
         return x
     from jax.experimental import layout
 
-    return layout.with_layout_constraint(x, layout.Layout(major_to_minor=(0, 1, 2)))
+    def constrain(x: jax.Array) -> jax.Array:
+        return layout.with_layout_constraint(x, layout.Layout(major_to_minor=(0, 1, 2)))
+
+    mesh = sharding.current_mesh()
+    if mesh is None or mesh.size == 1:
+        return constrain(x)
+    # Of each shard: the partitioner would gather what it constrains as a whole.
+    where = sharding.fitted(mesh, x.shape, "batch", "tokens", None)
+    return jax.shard_map(constrain, mesh=mesh, in_specs=where, out_specs=where, check_vma=False)(x)
 
 
 def _kernels_run(config: DiTConfig, count: int) -> bool:

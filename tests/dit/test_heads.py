@@ -152,3 +152,16 @@ def test_no_tokens_are_added_where_that_costs_more():
 def test_few_tokens_are_not_filled_up(monkeypatch):
     as_on_a_tpu(monkeypatch)
     assert heads.spare_tokens(CONFIG, 900) == 0  # 124 more, of which 9 would be the limit
+
+
+def test_the_layout_is_that_of_each_shard(monkeypatch):
+    """Asked of the whole array, the partitioner would gather it on every device."""
+    as_on_a_tpu(monkeypatch)
+    mesh = sharding.make_mesh(fsdp=2, context=4)
+    x = jnp.arange(2 * 16 * 8.0).reshape(2, 16, 8)
+    where = sharding.named(mesh, "batch", "tokens", None)
+    with sharding.use_mesh(mesh):
+        row_major = functools.partial(heads.row_major, config=CONFIG)
+        compiled = jax.jit(row_major, in_shardings=where).lower(x).compile()
+    assert "all-gather" not in compiled.as_text()
+    np.testing.assert_array_equal(compiled(jax.device_put(x, where)), x)
