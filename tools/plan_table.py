@@ -36,6 +36,16 @@ PLANS = (
         *("wan_14b_row_offload", "configs/wan.py:t2v_14b", "v5p:2x2x1", 1),
         (*_FOUR, *_HALVES, "dit.remat=offload", "optim.offload=True"),
     ),
+    *(
+        (f"wan_{variant}", f"configs/wan.py:{variant}", slice_, 1, ())
+        for variant, slice_ in (
+            ("t2v_1.3b", "v6e:2x4"),
+            ("ti2v_5b", "v5p:2x2x4"),
+            ("t2v_14b", "v5p:4x4x4"),
+            ("i2v_14b", "v5p:4x4x4"),
+            ("flf2v_14b", "v5p:4x4x4"),
+        )
+    ),
     ("t2v_14b_v7x", "configs/t2v_14b.py", "tpu7x:4x8x8", 1, ()),
     ("t2v_5b_v6e", "configs/t2v_5b.py", "v6e:16x16", 1, ("mesh.context=4",)),
     ("t2v_1_3b_v5e", "configs/t2v_1_3b.py", "v5e:16x16", 1, ()),

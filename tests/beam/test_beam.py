@@ -1,5 +1,10 @@
 """A set built on Apache Beam is that of local workers, byte for byte (`make beam` runs this)."""
 
+import socket
+import subprocess
+import sys
+import time
+
 import pytest
 
 from sora_jax import cli
@@ -31,6 +36,37 @@ def test_beam_and_local_workers_write_the_same_bytes(source, tmp_path, monkeypat
     options = ["--direct_num_workers=2 --direct_running_mode=multi_threading"]
     build_by(source, tmp_path / "beam", runner="DirectRunner", runner_options=options)
     assert contents(tmp_path / "beam") == contents(tmp_path / "local")
+
+
+@pytest.fixture
+def job_service(tmp_path):
+    """Beam's own server of its portable protocol, which Flink, Spark and Dataflow speak too."""
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        port = listening.getsockname()[1]
+    command = [sys.executable, "-m", "apache_beam.runners.portability.local_job_service_main"]
+    with (tmp_path / "service.log").open("w") as log:
+        process_ = subprocess.Popen([*command, "-p", str(port)], stdout=log, stderr=log)
+    while "Listening for beam jobs" not in (tmp_path / "service.log").read_text():
+        assert process_.poll() is None, (tmp_path / "service.log").read_text()
+        time.sleep(0.1)
+    yield f"localhost:{port}"
+    process_.terminate()
+    process_.wait()
+
+
+def test_workers_that_a_service_elsewhere_starts_write_the_same_bytes(
+    source, tmp_path, job_service
+):
+    """They get the pipeline as bytes, as on a cluster, not as objects of this process."""
+    build_by(source, tmp_path / "local", workers=2)
+    options = [
+        f"--job_endpoint={job_service}",
+        "--environment_type=beam:env:harness_subprocess_python:v1",
+        f"--environment_config='{sys.executable} -m apache_beam.runners.worker.sdk_worker_main'",
+    ]
+    build_by(source, tmp_path / "service", runner="PortableRunner", runner_options=options)
+    assert contents(tmp_path / "service") == contents(tmp_path / "local")
 
 
 def test_a_build_goes_on_from_one_runner_to_the_other(source, tmp_path):
