@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _ROW = ("data.batching=fixed", "data.frames=81", "data.width=1280", "data.height=720")
 _FOUR = (*_ROW, "batch_size=1", "mesh.fsdp=1", "mesh.context=4", "optim.ema_decay=0.0")
 _HALVES = ("optim.param_dtype=bfloat16", "optim.moment_dtype=bfloat16")
+# Frozen ones, which no plan opens.
+_ENCODERS = ("text_checkpoint=DIR", "image_checkpoint=DIR")
 # name, config, topology, slices, overrides
 PLANS = (
     ("t2v_14b", "configs/t2v_14b.py", "v5p:8x8x8", 1, ()),
@@ -37,13 +39,13 @@ PLANS = (
         (*_FOUR, *_HALVES, "dit.remat=offload", "optim.offload=True"),
     ),
     *(
-        (f"wan_{variant}", f"configs/wan.py:{variant}", slice_, 1, ())
-        for variant, slice_ in (
-            ("t2v_1.3b", "v6e:2x4"),
-            ("ti2v_5b", "v5p:2x2x4"),
-            ("t2v_14b", "v5p:4x4x4"),
-            ("i2v_14b", "v5p:4x4x4"),
-            ("flf2v_14b", "v5p:4x4x4"),
+        (f"wan_{variant}", f"configs/wan.py:{variant}", slice_, 1, overrides)
+        for variant, slice_, overrides in (
+            ("t2v_1.3b", "v6e:2x4", ()),
+            ("ti2v_5b", "v5p:2x2x4", ()),
+            ("t2v_14b", "v5p:4x4x4", ()),
+            ("i2v_14b", "v5p:4x4x4", _ENCODERS),
+            ("flf2v_14b", "v5p:4x4x4", _ENCODERS),
         )
     ),
     ("t2v_14b_v7x", "configs/t2v_14b.py", "tpu7x:4x8x8", 1, ()),
@@ -189,7 +191,7 @@ The shape whose step others published at 36.0 s. Weights and moments in bfloat16
 - Attention kernels, for which XLA estimates nothing: the instruction words that libtpu schedules
   for a tile, or what its products keep the matrix units busy for if that is longer, and .35 us a
   grid step (`tools/kernel_cycles.py`, `sora_jax/plan/kernels.py`). The kernels that make queries
-  and keys: their instruction words, or their bytes at the data sheet's bandwidth, if that is longer.
+  and keys: their instruction words, or their bytes at the full bandwidth, if that is longer.
 - Collectives: bytes over links at 90 % of their bandwidth (`sora_jax/plan/collectives.py`). Those
   with work between start and end are taken as hidden; the rest adds up.
 - MFU counts three forward passes of the transformer, and nothing that is computed again.

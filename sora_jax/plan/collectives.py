@@ -84,10 +84,10 @@ def find(program: hlo.Program, devices: int) -> list[Collective]:
 
 
 def _collective(instruction: hlo.Instruction, program: hlo.Program) -> hlo.Instruction | None:
-    """The collective that `instruction` is, or that the fusion it stands for holds."""
+    """The collective that `instruction` is, or that what it calls holds."""
     if instruction.opcode.removesuffix("-start") in KINDS:
         return instruction
-    if instruction.opcode not in ("fusion", "custom-call"):
+    if instruction.opcode not in ("fusion", "custom-call", "call-start"):
         return None  # what async-start wraps is counted where it stands, in a computation that runs
     for called in instruction.called:
         for inner in program.computations.get(called, ()):

@@ -21,6 +21,8 @@ from sora_jax.plan.topology import Slice
 _STRUCTURE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "iota"),
     *("conditional", "copy-start", "copy-done", "async-start", "async-done", "after-all", "add"),
+    # Begun beside other work: slices on their way to fast memory, what runs on sparse cores.
+    *("slice-start", "slice-done", "call-start", "call-done"),
     *("partition-id", "replica-id", "custom-call", "opt-barrier", "async-update", "rng-get-and-"),
 )
 

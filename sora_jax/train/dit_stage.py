@@ -105,7 +105,9 @@ class DiTStage:
             self.pack_weight = config.data.pack_weight
         self.pictures = None
         if self.dit_config.in_channels != self.vae_config.z_dim or self.dit_config.image_dim:
-            self.pictures = Pictures(config, self.dit_config, self.vae_config, self.tasks)
+            self.pictures = Pictures(
+                config, self.dit_config, self.vae_config, self.tasks, abstract=abstract
+            )
         shown = () if self.pictures is None else (self.pictures.image_size, self.pictures.pictures)
         self.prepare = Prepare(self.text.tokenizer, self.text.text_tokens, *shown)
         abstract = nnx.eval_shape(lambda: DiT(self.dit_config, rngs=nnx.Rngs(0)))

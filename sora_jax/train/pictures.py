@@ -20,7 +20,7 @@ from sora_jax.convert import folder
 from sora_jax.diffusion import tasks
 from sora_jax.diffusion.tasks import TaskMixture
 from sora_jax.dit.config import DiTConfig
-from sora_jax.image.clip import preprocess
+from sora_jax.image.clip import CLIPVisionConfig, preprocess
 from sora_jax.types import Video
 from sora_jax.vae.config import VAEConfig
 
@@ -41,17 +41,32 @@ def mask_channels(known: Bool[Array, "b F"], *, temporal: int) -> Float[Array, "
     return spread.reshape(known.shape[0], -1, temporal).astype(jnp.float32)
 
 
+def _abstract_tower(dit: DiTConfig) -> folder.Opened:
+    settings = CLIPVisionConfig(width=dit.image_dim, dtype=dit.dtype)
+    graphdef, shapes = folder.abstract_params("image", settings)
+    return folder.Opened(settings, graphdef, shapes, lambda: shapes)
+
+
 class Pictures:
     """What a batch gives such a model, drawn anew in every step.
 
     Args:
       config: the run's; `image_checkpoint` is the folder whose image encoder is used.
+      abstract: reads no file; the encoder is Wan's, in shapes alone.
 
     Raises:
       ValueError: channels that fit no such model, masks in space, or batches without pixels.
     """
 
-    def __init__(self, config: Any, dit: DiTConfig, vae: VAEConfig, mixture: TaskMixture):
+    def __init__(
+        self,
+        config: Any,
+        dit: DiTConfig,
+        vae: VAEConfig,
+        mixture: TaskMixture,
+        *,
+        abstract: bool = False,
+    ):
         wanted = 2 * vae.z_dim + vae.scale_factor_temporal
         if dit.in_channels != wanted:
             raise ValueError(
@@ -85,11 +100,13 @@ class Pictures:
         self._tower = None
         if dit.image_dim is not None:
             path = config.get("image_checkpoint", "")
-            if not path:
+            if not path and not abstract:
                 raise ValueError(
                     "config.image_checkpoint is empty; set it to the folder of the image encoder."
                 )
-            self._tower = folder.open_component(Path(path), "image")
+            self._tower = (
+                _abstract_tower(dit) if abstract else folder.open_component(Path(path), "image")
+            )
             rows = self.pictures * self._tower.config.num_positions
             if dit.image_positions not in (None, rows):
                 raise ValueError(

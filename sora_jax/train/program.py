@@ -115,6 +115,10 @@ def abstract_batch(config, stage) -> dict[str, jax.ShapeDtypeStruct]:
         pixels = {"latents": array((rows, *latent), jnp.bfloat16)}
     else:
         pixels = {"video": array((rows, data.frames, data.height, data.width, 3), jnp.uint8)}
+    pictures = stage.pictures
+    if pictures is not None and pictures.image_size is not None:
+        size = pictures.image_size
+        pixels["image"] = array((rows, pictures.pictures, size, size, 3), jnp.float32)
     return pixels | text | {"mask": array((rows, length), jnp.bool_)}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sora_jax import chips, sharding
-from sora_jax.plan import collectives, hlo
+from sora_jax.plan import collectives, hlo, roofline
 
 
 def compiled(function, *shapes, mesh, axes=("batch",)):
@@ -203,6 +203,35 @@ def test_steps_of_one_collective_count_once_and_work_between_overlaps(between, o
         ("reduce-scatter", 256 * 3 / 4, False),
         ("all-to-all", 64 * 3 / 4, overlapped),
     ]
+
+
+# A v6e gives some collectives to cores of its own; the work beside them is the matrix unit's.
+OFFLOADED = """HloModule m, is_scheduled=true
+
+%called.1 (p: f32[8,8], q: token[]) -> f32[2,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  %q = token[] parameter(1)
+  ROOT %rs = f32[2,8]{1,0} reduce-scatter(%p), channel_id=5, replica_groups={{0,1,2,3}}, \
+to_apply=%add
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: f32[8,8], t: token[]) -> f32[2,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  %t = token[] parameter(1)
+  %rs.call-start = ((f32[8,8]{1,0}, token[]), f32[2,8]{1,0}) call-start(%a, %t), \
+async_execution_thread="sparsecore", to_apply=%called.1
+  %w = f32[8,8]{1,0} fusion(%a), kind=kLoop, calls=%c, backend_config={"estimated_cycles":"175"}
+  ROOT %rs.call-done = f32[2,8]{1,0} call-done(%rs.call-start)
+}
+"""
+
+
+def test_collectives_of_other_cores_are_found_and_take_no_time_of_these():
+    program = hlo.parse(OFFLOADED)
+    (found,) = collectives.find(program, 4)
+    assert (found.kind, found.sent, found.overlapped) == ("reduce-scatter", 256 * 3 / 4, True)
+    v6e = next(chip for chip in chips.CHIPS if chip.name == "v6e")
+    assert roofline._compute_seconds(program, v6e) == (pytest.approx(175 / v6e.clock), 0.0)
 
 
 def places(shape):

@@ -7,9 +7,11 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from sora_jax import config_file
 from sora_jax.convert import folder
 from sora_jax.generate import conditions
 from sora_jax.image.clip import CLIPVision, CLIPVisionConfig
+from sora_jax.train import program
 from sora_jax.train.dit_stage import DiTStage
 from sora_jax.train.loop import train
 from sora_jax.train.pictures import mask_channels
@@ -143,3 +145,17 @@ def test_what_cannot_be_trained_is_refused(config, change, message):
     config.tasks.weights = ConfigDict(change.get("tasks.weights", config.tasks.weights))
     with pytest.raises(ValueError, match=message):
         DiTStage(config)
+
+
+@pytest.mark.parametrize("variant, rows", [("i2v_14b", 257), ("flf2v_14b", 514)])
+def test_the_models_at_full_size_step_in_shapes(variant, rows):
+    """As `sora-jax plan` traces them: no file is read, the towers are frozen."""
+    overrides = ["text_checkpoint=DIR", "image_checkpoint=DIR", "batch_size=1"]
+    config = config_file.load(f"configs/wan.py:{variant}", overrides)
+    stage = program.STAGES["dit"](config, abstract=True)
+    batch = program.abstract_batch(config, stage)
+    assert batch["image"].shape == (1, rows // 257, 224, 224, 3)
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    assert set(params) == {"dit"} and set(stage.frozen) == {"vae", "text", "image"}
+    loss, _ = jax.eval_shape(stage.loss, params, stage.frozen, batch, jax.random.key(0))
+    assert loss.shape == ()
