@@ -255,20 +255,31 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather_weight(w: jax.Array, *axes: str | None) -> jax.Array:
-    """A weight of logical `axes`, whole along the axes that cut it for memory's sake alone."""
-    return _constrain_weight(w, axes, lambda pspec: _without(pspec, STORAGE_AXES))
+    """A weight of logical `axes`, whole along the axes that cut it for memory's sake alone.
+
+    Along one axis after the other: along both at once TPUs make an all-reduce of it, which moves
+    twice the bytes and hides behind nothing. So do gradients.
+    """
+    for dropped in ((CONTEXT,), STORAGE_AXES):
+        w = _constrain_weight(w, axes, dropped)
+    return w
 
 
 def scatter_weight(w: jax.Array, *axes: str | None) -> jax.Array:
     """A weight's gradient, cut as the weight is stored."""
-    return _constrain_weight(w, axes, lambda pspec: pspec)
+    for dropped in ((CONTEXT,), ()):
+        w = _constrain_weight(w, axes, dropped)
+    return w
 
 
-def _constrain_weight(w: jax.Array, axes: tuple[str | None, ...], change) -> jax.Array:
+def _constrain_weight(
+    w: jax.Array, axes: tuple[str | None, ...], dropped: tuple[str, ...]
+) -> jax.Array:
+    """`w` as it is stored, but for the mesh axes `dropped`."""
     mesh = current_mesh()
     if mesh is None or mesh.size == 1 or not axes:
         return w
-    pspec = change(_fit_weight(spec(*axes), w.shape, mesh))
+    pspec = _without(_fit_weight(spec(*axes), w.shape, mesh), dropped)
     return jax.lax.with_sharding_constraint(w, NamedSharding(mesh, pspec))
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax import cli, compile_options, config_file, sharding
-from sora_jax.plan import planning, steps, topology
+from sora_jax import cli, compile_options, config_file, layers, sharding
+from sora_jax.plan import collectives, hlo, planning, steps, topology
 
 SMOKE = ["dit.dtype=bfloat16", "dit.remat=full", "batch_size=4"]
 
@@ -123,3 +123,22 @@ def test_bad_input_is_one_line(given, says, capsys):
     assert cli.main(["plan", "--config", "configs/wan.py:smoke", *given]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_weights_cut_over_two_axes_are_gathered_and_their_gradients_scattered():
+    """Along both axes at once the compiler makes all-reduces of twice the bytes."""
+    slice_ = topology.describe("v5p:4x4x8")
+    mesh = sharding.make_mesh(fsdp=64, context=2, devices=slice_.devices)
+    axes = ("embed", "mlp")
+    w = jax.ShapeDtypeStruct((3072, 2048), jnp.float32, sharding=sharding.named(mesh, *axes))
+    rows = sharding.named(mesh, "batch", "tokens", None)
+    x = jax.ShapeDtypeStruct((64, 1024, 3072), jnp.float32, sharding=rows)
+    loss = lambda w, x: jnp.sum(layers.dot(x, w, "bfloat16", axes) ** 2)  # noqa: E731
+    with sharding.use_mesh(mesh):
+        step = jax.jit(jax.grad(loss), out_shardings=w.sharding)
+        text = step.lower(w, x).compile().as_text()
+    found = collectives.find(hlo.parse(text), 128)
+    # A shard's sums over the context axis are the largest that an all-reduce may carry.
+    shard = 4 * 3072 * 2048 / 64
+    assert all(c.sent <= shard for c in found if c.kind == "all-reduce")
+    assert {"all-gather", "reduce-scatter"} <= {c.kind for c in found}
