@@ -172,8 +172,8 @@ this page. Dollars are at {prices} a chip-hour; the last is assumed.
 
 {table}
 
-Of the time of a step, "waiting for collectives" is the share in which nothing else is done. Memory is
-what XLA reserves: arguments, temporaries and the program.
+Of the time of a step, "waiting for collectives" is the share in which nothing else is done. Memory
+is what XLA reserves: arguments, temporaries and the program.
 
 ## Memory of a device, GiB
 
