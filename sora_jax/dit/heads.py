@@ -82,8 +82,8 @@ def row_major(x: Float[Array, "b n d"], config: DiTConfig) -> Float[Array, "b n 
     return jax.shard_map(constrain, mesh=mesh, in_specs=where, out_specs=where, check_vma=False)(x)
 
 
-def _kernels_run(config: DiTConfig, count: int) -> bool:
-    options = {"head_dim": config.head_dim, "q_len": count, "biased": False}
+def _kernels_run(config: DiTConfig, count: int, *, biased: bool = False) -> bool:
+    options = {"head_dim": config.head_dim, "q_len": count, "biased": biased}
     return is_fused(config.attention, config.dtype, **options)
 
 
@@ -94,8 +94,7 @@ def passes(
 
     Keys that are not turned are those of a text, which are too few to be worth it.
     """
-    options = {"head_dim": config.head_dim, "q_len": count, "biased": biased}
-    if not is_fused(config.attention, config.dtype, **options):
+    if not _kernels_run(config, count, biased=biased):
         return None, None
     from sora_jax import flash  # Pallas costs a second that only TPUs need to pay
 
