@@ -11,6 +11,7 @@ from sora_jax import ring_attention, sharding
 from sora_jax.attention import MASKED, Exchange, attention, exchange, select
 from sora_jax.blocked_attention import Keys
 from sora_jax.flash import tiles
+from sora_jax.flash.backward import _parts
 from sora_jax.ring_attention import Kernel
 
 KERNELS = ["xla", "blocked", "flash"]
@@ -263,3 +264,16 @@ def test_unknown_kernel_and_one_sided_segments_are_refused():
         attention(q, k, v, implementation="splash")
     with pytest.raises(ValueError, match="both or neither"):
         attention(q, k, v, q_segment_ids=jnp.zeros((2, 4), jnp.int32))
+
+
+def test_queries_scaled_for_another_kernel_are_refused():
+    q, k, v, _ = inputs()
+    with pytest.raises(ValueError, match="scaled for 'flash', and 'xla' would run"):
+        attention(q, k, v, implementation="xla", scaled=True)
+
+
+def test_tiles_that_need_no_filling_are_preferred():
+    assert tiles.block(75_776) == 1024 and tiles.block(18_944) == 512
+    assert tiles.block(4_992) == 1024  # 39 x 128: only tiles of 384 would divide it
+    # The backward pass: 148 tiles of 512 in four parts, where three would hold them.
+    assert _parts(75_776) == 4 and _parts(75_600) == 3
