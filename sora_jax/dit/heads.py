@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,19 +35,24 @@ class Pass(NamedTuple):
     interpret: bool = False
 
 
-def is_fused(implementation: str, dtype: str, *, head_dim: int, q_len: int, biased: bool) -> bool:
-    """Whether one pass makes the heads: on a TPU, for "flash", where no device has only some."""
+def is_fused(config: DiTConfig, count: int, *, biased: bool = False) -> bool:
+    """Whether one pass makes the heads of `count` queries.
+
+    It does on a TPU, for "flash", where no device has some heads alone: the norm goes over all.
+    """
     mesh = sharding.current_mesh()
-    if head_dim != _LANES or (mesh is not None and mesh.shape["tensor"] > 1):
-        return False  # the norm goes over all heads of a token
+    if config.head_dim != _LANES or (mesh is not None and mesh.shape["tensor"] > 1):
+        return False
     platform = sharding.platform()
-    return (
-        platform == "tpu"
-        and attention.select(
-            implementation, dtype, platform=platform, head_dim=head_dim, q_len=q_len, kv_bias=biased
-        )
-        == "flash"
+    kernel = attention.select(
+        config.attention,
+        config.dtype,
+        platform=platform,
+        head_dim=config.head_dim,
+        q_len=count,
+        kv_bias=biased,
     )
+    return platform == "tpu" and kernel == "flash"
 
 
 def spare_tokens(config: DiTConfig, count: int) -> int:
@@ -54,7 +60,7 @@ def spare_tokens(config: DiTConfig, count: int) -> int:
 
     None where no kernel attends in tiles, or where they would be more than one in a hundred.
     """
-    if not _kernels_run(config, count):
+    if not is_fused(config, count):
         return 0
     mesh = sharding.current_mesh()
     shards = 1 if mesh is None else mesh.shape[sharding.CONTEXT]
@@ -67,7 +73,7 @@ def row_major(x: Float[Array, "b n d"], config: DiTConfig) -> Float[Array, "b n 
 
     Left alone, XLA kept the residual stream the other way round and turned it for every kernel.
     """
-    if not _kernels_run(config, x.shape[1]):
+    if not is_fused(config, x.shape[1]):
         return x
     from jax.experimental import layout
 
@@ -82,11 +88,6 @@ def row_major(x: Float[Array, "b n d"], config: DiTConfig) -> Float[Array, "b n 
     return jax.shard_map(constrain, mesh=mesh, in_specs=where, out_specs=where, check_vma=False)(x)
 
 
-def _kernels_run(config: DiTConfig, count: int, *, biased: bool = False) -> bool:
-    options = {"head_dim": config.head_dim, "q_len": count, "biased": biased}
-    return is_fused(config.attention, config.dtype, **options)
-
-
 def passes(
     config: DiTConfig, count: int, *, biased: bool, turned: bool
 ) -> tuple[Pass | None, Pass | None]:
@@ -94,7 +95,7 @@ def passes(
 
     Keys that are not turned are those of a text, which are too few to be worth it.
     """
-    if not _kernels_run(config, count, biased=biased):
+    if not is_fused(config, count, biased=biased):
         return None, None
     from sora_jax import flash  # Pallas costs a second that only TPUs need to pay
 
@@ -112,10 +113,13 @@ def project(
     fused: Pass | None = None,
 ) -> Float[Array, "b n k e"]:
     """Queries or keys of `x`; see `split`."""
-    head_dim = projection.kernel.shape[1] // num_heads
-    order = None if rotation is None else functools.partial(rope.pairs_apart, head_dim=head_dim)
-    y = projection(x, order=order)
+    y = projection(x, order=_order(rotation, projection.kernel.shape[1] // num_heads))
     return split(y, norm, rotation, num_heads=num_heads, fused=fused)
+
+
+def _order(rotation: Rotation | None, head_dim: int) -> Callable[[jax.Array], jax.Array] | None:
+    """Of the channels that `rotation` turns."""
+    return None if rotation is None else functools.partial(rope.pairs_apart, head_dim=head_dim)
 
 
 def split(
@@ -134,7 +138,7 @@ def split(
       fused: in one pass, on a TPU.
     """
     head_dim = y.shape[-1] // num_heads
-    order = None if rotation is None else functools.partial(rope.pairs_apart, head_dim=head_dim)
+    order = _order(rotation, head_dim)
     if fused is not None:
         scale = norm.scale[...] if order is None else order(norm.scale[...])
         return _fused(y, scale * fused.factor, rotation, fused).swapaxes(1, 2)

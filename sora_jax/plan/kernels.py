@@ -88,7 +88,7 @@ def pass_seconds(name: str, chip: Chip, *, values: int, moved: float | int) -> f
     """Seconds of one of PASSES: the longer of its bundles and its bytes over HBM bandwidth.
 
     Args:
-      values: that it makes of `values` others.
+      values: that it makes, one of each that it reads.
       moved: bytes, in and out.
     """
     words = PASSES[name].get(chip.name, max(PASSES[name].values()))

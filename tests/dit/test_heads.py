@@ -145,8 +145,8 @@ def test_a_transformer_with_the_kernels_equals_one_without(monkeypatch, context,
         np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
-def test_no_tokens_are_added_where_that_costs_more():
-    assert heads.spare_tokens(CONFIG, 1022) == 0  # no TPU
+def test_off_tpus_no_tokens_are_added():
+    assert heads.spare_tokens(CONFIG, 1022) == 0
 
 
 def test_few_tokens_are_not_filled_up(monkeypatch):
