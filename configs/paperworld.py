@@ -76,7 +76,8 @@ def get_config(arg: str = "full"):
                 c.data.parts[name].world = ConfigDict({"turning": 0.6, "small": 0.6, **several})
         if arg in ("tasks", "turning"):
             c.data.parts.shots.world = ConfigDict(
-                {"multi_shot": 1.0, "collisions": 0.0, "companions": 0.0}
+                # Without stamps the order of the places was not read: docs/status.md.
+                {"multi_shot": 1.0, "collisions": 0.0, "companions": 0.0, "time_stamps": 0.5}
             )
             c.data.parts.late.world = ConfigDict({"late": 1.0, "collisions": 0.0})
             c.data.parts.hits.world = ConfigDict(

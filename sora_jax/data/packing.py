@@ -45,6 +45,7 @@ class Lengths(NamedTuple):
 
     tokens: Int[np.ndarray, " r"]  # video tokens
     text: Int[np.ndarray, " r"]  # text tokens, of its longest caption
+    texts: Int[np.ndarray, " r"] | None = None  # of the caption with most stamps; None: one each
 
 
 def _order(seed: int, epoch: int, num_records: int) -> np.ndarray:
@@ -95,7 +96,7 @@ class PackSettings:
 
     tokens: int  # video tokens a row
     text_tokens: int  # text tokens a row
-    max_segments: int  # clips and images a row, at most
+    max_segments: int  # clips and images a row, at most; one told by k texts counts as k
     look_ahead: int = 64  # rows that are open at a time: more fill better, and mix epochs less
     rows: int = 1  # rows a batch, over all devices and processes
 
@@ -119,12 +120,15 @@ class PackPlan:
     """
 
     def __init__(self, lengths: Lengths, settings: PackSettings, *, seed: int) -> None:
-        self.lengths, self.settings, self.seed = lengths, settings, seed
+        self.settings, self.seed = settings, seed
         if not len(lengths.tokens):
             raise ValueError("there are no records to pack; give more data.")
+        texts = np.ones_like(lengths.tokens) if lengths.texts is None else lengths.texts
+        self.lengths = lengths = lengths._replace(texts=texts)
         for name, have, most in (
             ("tokens", lengths.tokens, settings.tokens),
             ("text_tokens", lengths.text, settings.text_tokens),
+            ("max_segments", texts, settings.max_segments),
         ):
             if have.max() > most:
                 worst = int(have.argmax())
@@ -162,21 +166,26 @@ class PackPlan:
         rooms: list[tuple[int, int]] = []
         rows: dict[int, list[int]] = {}
         text_room: dict[int, int] = {}
+        segment_room: dict[int, int] = {}
         for count, index in enumerate(_order(self.seed, epoch, self.num_records).tolist()):
-            tokens, text = int(self.lengths.tokens[index]), int(self.lengths.text[index])
+            tokens, text, texts = (int(lengths[index]) for lengths in self.lengths)
             at = bisect.bisect_left(rooms, (tokens, -1))
-            while at < len(rooms) and text_room[rooms[at][1]] < text:
+            while at < len(rooms) and (
+                text_room[rooms[at][1]] < text or segment_room[rooms[at][1]] < texts
+            ):
                 at += 1
             if at == len(rooms):
                 if len(rooms) == settings.look_ahead:
                     closed.append(rows.pop(rooms.pop(0)[1]))
                 room, row = settings.tokens, count
                 rows[row], text_room[row] = [], settings.text_tokens
+                segment_room[row] = settings.max_segments
             else:
                 room, row = rooms.pop(at)
             rows[row].append(index)
             text_room[row] -= text
-            if room == tokens or len(rows[row]) == settings.max_segments:
+            segment_room[row] -= texts
+            if room == tokens or not segment_room[row]:
                 closed.append(rows.pop(row))
             else:
                 bisect.insort(rooms, (room - tokens, row))
@@ -256,37 +265,53 @@ class Segment(NamedTuple):
 
     tokens: np.ndarray  # (n, p): patches of latents
     positions: Int[np.ndarray, "n 3"]  # time, row and column within its own video
-    text: np.ndarray  # (l,) ids of its text tokens, or (l, d) their embeddings
+    texts: list[np.ndarray]  # of each text (l,) ids of its tokens, or (l, d) their embeddings
+    text_of_tokens: Int[np.ndarray, " n"] | None = None  # which of them each follows; None: one
 
 
 def pack(segments: Sequence[Segment], settings: PackSettings) -> dict[str, np.ndarray]:
     """One row of fixed shapes.
 
     Returns:
-      `tokens` (N, p), `positions` (N, 3), `segment_ids` (N,), and of the text `ids` (L,) or
-      `text_emb` (L, d), `text_segment_ids` (L,) and `text_positions` (L,), each token's place in
-      its own caption.
-      Segment ids count from 0; the rest of a row is PADDING_SEGMENT, and zeros.
+      `tokens` (N, p), `positions` (N, 3), `segment_ids` (N,), `text_of_tokens` (N,), the text that
+      each follows, and of these texts `ids` (L,) or `text_emb` (L, d), `text_segment_ids` (L,),
+      the text that each belongs to, and `text_positions` (L,), each token's place in it.
+      Segments and texts count from 0; the rest of a row is PADDING_SEGMENT, and zeros.
 
     Raises:
       ValueError: segments over the budget, or none.
     """
     if not segments:
         raise ValueError("a row of no segments was to be packed.")
-    if len(segments) > settings.max_segments:
+    texts = [text for s in segments for text in s.texts]
+    if len(texts) > settings.max_segments:
         raise ValueError(
-            f"{len(segments)} segments do not fit a row of {settings.max_segments}; raise "
-            "config.data.pack.max_segments."
+            f"{len(segments)} segments of {len(texts)} texts do not fit a row of "
+            f"{settings.max_segments}; raise config.data.pack.max_segments."
         )
     counts = [len(s.tokens) for s in segments]
-    text_counts = [len(s.text) for s in segments]
-    numbers = np.arange(len(segments), dtype=np.int32)
+    text_counts = [len(text) for text in texts]
+    numbers = np.arange(len(texts), dtype=np.int32)
+    firsts = np.cumsum([0, *(len(s.texts) for s in segments)])
+    followed = [
+        np.full(len(s.tokens), first) if s.text_of_tokens is None else first + s.text_of_tokens
+        for s, first in zip(segments, firsts.tolist(), strict=False)
+    ]
     columns: dict[str, tuple[np.ndarray, int, int]] = {
         "tokens": (np.concatenate([s.tokens for s in segments]), settings.tokens, 0),
         "positions": (np.concatenate([s.positions for s in segments]), settings.tokens, 0),
-        "segment_ids": (np.repeat(numbers, counts), settings.tokens, PADDING_SEGMENT),
-        "ids" if segments[0].text.ndim == 1 else "text_emb": (
-            np.concatenate([s.text for s in segments]),
+        "segment_ids": (
+            np.repeat(numbers[: len(segments)], counts),
+            settings.tokens,
+            PADDING_SEGMENT,
+        ),
+        "text_of_tokens": (
+            np.concatenate(followed).astype(np.int32),
+            settings.tokens,
+            PADDING_SEGMENT,
+        ),
+        "ids" if texts[0].ndim == 1 else "text_emb": (
+            np.concatenate(texts),
             settings.text_tokens,
             0,
         ),

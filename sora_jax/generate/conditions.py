@@ -40,12 +40,12 @@ class Conditions(NamedTuple):
 class Text(NamedTuple):
     """Embedded prompts, and after them the negative ones where guidance needs any.
 
-    With `of_frames` a video has s prompts, and says which of them each frame of patches follows.
+    With `of_frames` a video has s texts, and says which of them each frame of patches follows.
     """
 
     emb: Float[Array, "b l d"] | Float[Array, "b s l d"]
     mask: Bool[Array, "b l"] | Bool[Array, "b s l"]
-    of_frames: Int[Array, " f_grid"] | None = None
+    of_frames: Int[Array, "b f_grid"] | None = None
 
 
 def takes(dit: DiTConfig, vae: VAEConfig, *, expand_timesteps: bool) -> str:
@@ -210,7 +210,7 @@ def _texts(text: Text, count: int) -> dict[str, Any]:
         "text_emb": emb.reshape(count, texts * length, width),
         "text_mask": mask.reshape(count, -1),
         "text_segment_ids": numbers.reshape(count, -1),
-        "text_of_frames": jnp.broadcast_to(text.of_frames, (count, len(text.of_frames))),
+        "text_of_frames": text.of_frames[:count],
         "num_texts": texts,
     }
 

@@ -63,7 +63,7 @@ def refine(
         )
     settings = settings | {"size": (columns, rows), "frames": whole}
     request = pipe.request(prompt, **settings)
-    words = timed.begin(prompt, pipe.sampling.refine_prefix)
+    words = timed.change(prompt, pipe.sampling.refine_prefix.__add__)
     trained = pipe.request(words, **(settings | {"size": None, "frames": None}))
     request = dataclasses.replace(request, shift=trained.shift)
     tile = pipe.latent_shape(trained)[:3]

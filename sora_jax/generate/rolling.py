@@ -177,4 +177,4 @@ def _at(text: Text, begin: int, size: int) -> Text:
     """`text` of a film for a window of it."""
     if text.of_frames is None:
         return text
-    return text._replace(of_frames=text.of_frames[begin : begin + size])
+    return text._replace(of_frames=text.of_frames[:, begin : begin + size])

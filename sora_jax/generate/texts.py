@@ -20,7 +20,7 @@ def embed(pipe, requests: Sequence[Request], *, begin: int = 0, total: int | Non
       begin: first frame of these videos in a film of `total` frames, which time stamps are for.
 
     Raises:
-      ValueError: stamps that do not fit the film, or not the same in all prompts.
+      ValueError: stamps that do not fit the film.
     """
     guides = [requests[0].guide(expert) for expert in range(len(pipe.experts.parts))]
     negative = [r.negative_prompt for r in requests] if any(g.needs_uncond for g in guides) else []
@@ -28,14 +28,16 @@ def embed(pipe, requests: Sequence[Request], *, begin: int = 0, total: int | Non
     if not any(timed.is_timed(prompt) for prompt in prompts):
         return Text(*pipe.encode_text(prompts, negative))
     spans, of_frames = _spans(pipe, requests, begin, total or requests[0].frames)
-    several = len(spans[0])
+    several = max(map(len, spans))
+    # A video of fewer texts has its last one again, which none of its frames follows.
+    spans = [row + row[-1:] * (several - len(row)) for row in spans]
     texts = [text for row in spans for text in row] + [t for t in negative for _ in range(several)]
     emb, mask = pipe.encode_text(texts)
     rows = len(texts) // several
     return Text(
         emb.reshape(rows, several, *emb.shape[1:]),
         mask.reshape(rows, several, -1),
-        jnp.asarray(of_frames),
+        jnp.asarray(np.concatenate([of_frames] * (rows // len(requests)))),
     )
 
 
@@ -48,15 +50,16 @@ def check(pipe, prompt: str, *, frames: int, fps: float) -> None:
 
 
 def _spans(pipe, requests: Sequence[Request], begin: int, total: int):
-    """The texts of each prompt, and which of them each frame of tokens follows."""
+    """The texts of each prompt, and which of them each frame of tokens follows (b, f_grid)."""
     fps, step = requests[0].fps, pipe.vae.config.scale_factor_temporal
-    rows = [timed.parse(request.prompt, duration=total / fps) for request in requests]
-    times = [[(s.start, s.end) for s in row] for row in rows]
-    if any(row != times[0] for row in times):
-        raise ValueError("time stamps must be the same in all prompts that are made together.")
-    of_film = timed.latent_prompts(rows[0], frames=total, fps=fps, temporal=step)
-    first = begin // step
-    latents = 1 + (requests[0].frames - 1) // step
-    of_frames = of_film[first : first + latents]
-    depth = pipe.dit.config.patch_size[0]
-    return [[s.text for s in row] for row in rows], np.asarray(of_frames[::depth])
+    whole = timed.Segment(0.0, total / fps, "")
+    rows = [
+        timed.parse(request.prompt, duration=total / fps)
+        if timed.is_timed(request.prompt)
+        else (whole._replace(text=request.prompt),)
+        for request in requests
+    ]
+    first, latents = begin // step, 1 + (requests[0].frames - 1) // step
+    frames = slice(first, first + latents, pipe.dit.config.patch_size[0])
+    of_film = [timed.latent_prompts(row, frames=total, fps=fps, temporal=step) for row in rows]
+    return [[s.text for s in row] for row in rows], np.stack(of_film)[:, frames]

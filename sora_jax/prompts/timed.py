@@ -5,8 +5,9 @@ not overlap; what lies between two of them, and behind the last, belongs to the 
 """
 
 import itertools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,15 +70,26 @@ def split(prompt: str) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def begin(prompt: str, words: str) -> str:
-    """`prompt` with `words` before it, or before the sentence behind each of its stamps.
+def change(prompt: str, how: Callable[[str], str]) -> str:
+    """`prompt` as `how` changes it, or the sentence behind each of its stamps.
 
     Raises:
       ValueError: as `split`, of a time-stamped prompt.
     """
     if not is_timed(prompt):
-        return words + prompt
-    return " ".join(f"{_stamp(segment)} {words}{segment.text}" for segment in split(prompt))
+        return how(prompt)
+    return render([segment._replace(text=how(segment.text)) for segment in split(prompt)])
+
+
+def spans(caption: str) -> tuple[Segment, ...]:
+    """The segments of a training caption: of one without stamps, or with wrong ones, a single one.
+
+    Captions are found, not written for this program: what `split` refuses is only text here.
+    """
+    try:
+        return split(caption)
+    except ValueError:
+        return (Segment(0.0, math.inf, without_stamps(caption)),)
 
 
 def parse(prompt: str, *, duration: float) -> tuple[Segment, ...]:
@@ -129,6 +141,13 @@ def without_stamps(text: str) -> str:
     return " ".join(_LIKE_A_STAMP.sub(" ", text).split()) if is_timed(text) else text
 
 
+def as_one(caption: str) -> str:
+    """A training caption without stamps, for a model that is to see a single text."""
+    if not is_timed(caption):
+        return caption
+    return ". ".join(segment.text.rstrip(".") for segment in spans(caption))
+
+
 def latent_prompts(
     segments: Sequence[Segment], *, frames: int, fps: float, temporal: int
 ) -> Int[np.ndarray, " f"]:
@@ -144,17 +163,35 @@ def latent_prompts(
     Raises:
       ValueError: a segment too short to hold the middle of any latent frame.
     """
-    later = np.arange(1, frames, temporal)
-    middles = np.concatenate([[0.5], later + temporal / 2]) / fps
-    starts = np.array([segment.start for segment in segments])
-    indices = np.searchsorted(starts, middles, side="right") - 1
+    indices = _of_latents(segments, frames=frames, fps=fps, temporal=temporal)
     for i, segment in enumerate(segments):
         if i not in indices:
             raise ValueError(
                 f"{_stamp(segment)} is too short: a latent frame is {temporal / fps:g} s here, and "
                 "none has its middle in there; make it longer."
             )
-    return indices.astype(np.int32)
+    return indices
+
+
+def latent_texts(
+    caption: str, *, frames: int, fps: float, temporal: int
+) -> tuple[list[str], Int[np.ndarray, " f"]]:
+    """The texts of a training caption that are seen, and which of them each latent frame follows.
+
+    Those of `spans`; what comes behind the end of the clip, or is too short, is left out.
+    """
+    segments = spans(caption)
+    found = _of_latents(segments, frames=frames, fps=fps, temporal=temporal)
+    seen, indices = np.unique(found, return_inverse=True)
+    return [segments[i].text for i in seen], indices.astype(np.int32)
+
+
+def _of_latents(segments, *, frames, fps, temporal) -> Int[np.ndarray, " f"]:
+    later = np.arange(1, frames, temporal)
+    middles = np.concatenate([[0.5], later + temporal / 2]) / fps
+    starts = np.array([segment.start for segment in segments])
+    indices = np.searchsorted(starts, middles, side="right") - 1
+    return np.maximum(indices, 0).astype(np.int32)
 
 
 def _stamp(segment: Segment) -> str:

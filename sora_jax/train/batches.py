@@ -14,6 +14,7 @@ from sora_jax import sharding
 from sora_jax.data import clips, latents, mixture, packing, sources, transforms
 from sora_jax.data import loader as loaders
 from sora_jax.data.packing import Lengths, PackSettings, Segment
+from sora_jax.prompts import timed
 from sora_jax.text.tokenizer import Tokenizer
 from sora_jax.train import latent_cache
 from sora_jax.train.encode import ClipEncoder, text_hash, vae_hash
@@ -162,10 +163,10 @@ def latent_sizes(source, vae_config, *, first_frames: int = 0) -> Int[np.ndarray
     return sizes.astype(np.int32)
 
 
-def text_lengths(source, pick: latent_cache.PickCaption) -> Int[np.ndarray, " r"]:
-    """Most tokens that the caption of each record may have."""
+def text_lengths(source, pick: latent_cache.PickCaption) -> Int[np.ndarray, "r 2"]:
+    """Most tokens that the caption of each record may have, and most texts."""
     if not all(is_cached(part) for part in mixture.parts_of(source)):
-        return np.full(len(source), pick.max_tokens)  # unknown until they are read
+        return np.full((len(source), 2), (pick.max_tokens, 1))  # unknown until they are read
     known = {
         id(part): np.array(
             [
@@ -183,11 +184,17 @@ def text_lengths(source, pick: latent_cache.PickCaption) -> Int[np.ndarray, " r"
 
 @dataclasses.dataclass(frozen=True)
 class Segmenter:
-    """A record of latents and a caption as tokens of a packed row."""
+    """A record of latents and a caption as tokens of a packed row.
+
+    Args:
+      temporal: video frames in a latent one; of a time-stamped caption each token follows the text
+        of its time. None: such a caption is one text, as one of pixels is.
+    """
 
     tokenizer: Tokenizer
     text_tokens: int
     patch_size: tuple[int, int, int]
+    temporal: int | None = None
 
     def __call__(self, record: Mapping[str, Any]) -> Segment:
         pt, ph, pw = self.patch_size
@@ -197,11 +204,20 @@ class Segmenter:
         grid = [n // p for n, p in zip(x.shape[:3], self.patch_size, strict=True)]
         positions = np.indices(grid, np.int32).reshape(3, -1).T
         if "text_emb" in record:
-            return Segment(tokens, positions, record["text_emb"][: self.text_tokens])
+            return Segment(tokens, positions, [record["text_emb"][: self.text_tokens]])
+        words, of_latents = [timed.as_one(record["caption"])], np.zeros(len(x), np.int32)
+        if self.temporal is not None and timed.is_timed(record["caption"]):
+            words, of_latents = timed.latent_texts(
+                record["caption"],
+                frames=1 + (len(x) - 1) * self.temporal,
+                fps=record["fps"],
+                temporal=self.temporal,
+            )
         ids, mask = self.tokenizer.batch(
-            [record["caption"]], length=self.text_tokens, max_length=self.text_tokens
+            words, length=self.text_tokens, max_length=self.text_tokens
         )
-        return Segment(tokens, positions, np.asarray(ids[0][mask[0]], np.int32))
+        texts = [np.asarray(row[real], np.int32) for row, real in zip(ids, mask, strict=True)]
+        return Segment(tokens, positions, texts, of_latents[::pt][positions[:, 0]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,11 +290,15 @@ def _planned(config, stage, source, steps, options):
             f"{patch[1:].max() * stage.vae_config.scale_factor_spatial} pixels."
         )
     tokens = np.prod(sizes // patch, axis=1)
-    lengths = Lengths(tokens, text_lengths(source, make_pick(config, stage)))
+    lengths = Lengths(tokens, *text_lengths(source, make_pick(config, stage)).T)
     if config.data.batching == "pack":
         settings = pack_settings(config)
         plan = packing.PackPlan(lengths, settings, seed=config.seed)
-        segment = Segmenter(stage.text.tokenizer, config.text_tokens, stage.dit_config.patch_size)
+        known = is_cached(mixture.parts_of(source)[0])  # else nothing says how many texts there are
+        temporal = stage.vae_config.scale_factor_temporal if known else None
+        segment = Segmenter(
+            stage.text.tokenizer, config.text_tokens, stage.dit_config.patch_size, temporal
+        )
         collate = PackRows(segment, settings)
     else:
         plan = packing.BucketPlan(

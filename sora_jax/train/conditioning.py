@@ -93,7 +93,7 @@ class Conditioning:
         return self.encoder(params, frozen)(ids, mask), mask
 
     def embed_packed(self, params, frozen, batch, drop: Bool[Array, "b s"]) -> packed.PackedText:
-        """The same for packed rows; `drop` is by segment."""
+        """The same for packed rows; `drop` is by text."""
         values = batch["text_emb"].astype(jnp.float32) if self.is_cached else batch["ids"]
         empty = self._known[""] if self.is_cached else self._empty_ids[self._empty_mask]
         text = packed.drop_captions(

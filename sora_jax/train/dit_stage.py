@@ -19,6 +19,7 @@ from sora_jax.diffusion.tasks import TaskMixture, TokenTimes
 from sora_jax.dit import patchify
 from sora_jax.dit.flops import flops as dit_flops
 from sora_jax.dit.model import DiT, DiTConfig
+from sora_jax.prompts import timed
 from sora_jax.text.tokenizer import Tokenizer
 from sora_jax.train import masks, packed
 from sora_jax.train.conditioning import Conditioning
@@ -52,8 +53,9 @@ class Prepare:
             fill = self.text_tokens - len(emb)
             mask = np.arange(self.text_tokens) < len(emb)
             return pixels | {"text_emb": np.pad(emb, ((0, fill), (0, 0))), "mask": mask}
+        caption = timed.as_one(record["caption"])
         ids, mask = self.tokenizer.batch(
-            [record["caption"]], length=self.text_tokens, max_length=self.text_tokens
+            [caption], length=self.text_tokens, max_length=self.text_tokens
         )
         return pixels | {"ids": ids[0], "mask": mask[0]}
 
@@ -221,6 +223,7 @@ class DiTStage:
         rows = (x0.shape[0], self.max_segments)
         sizes = packed.segment_sizes(batch["segment_ids"], self.max_segments)
         drop = jax.random.bernoulli(drop_key, self.text_dropout, rows)
+        drop = packed.of_texts(drop, batch["segment_ids"], batch["text_of_tokens"])
         text = self.text.embed_packed(params, frozen, batch, drop)
         shift = times.shift_for_tokens(jnp.maximum(sizes, 1), self.token_shift).reshape(-1)
         t = times.sample_t(t_key, shift.shape, config=self.time_config, shift=shift).reshape(rows)
@@ -270,6 +273,7 @@ class DiTStage:
             text_mask=text.mask,
             segment_ids=batch["segment_ids"],
             text_segment_ids=text.segment_ids,
+            text_of_tokens=batch["text_of_tokens"],
             num_segments=self.max_segments,
         )
 

@@ -18,6 +18,7 @@ from sora_jax.data.clips import ClipSettings, ClipSource
 from sora_jax.data.latents import Encoded, LatentSource
 from sora_jax.data.transforms import RandomTransform
 from sora_jax.progress import Progress
+from sora_jax.prompts import timed
 from sora_jax.text.tokenizer import Tokenizer
 from sora_jax.train.encode import CaptionEncoder, ClipEncoder, text_hash, vae_hash
 from sora_jax.video_io import atomic_path
@@ -44,21 +45,35 @@ class PickCaption(RandomTransform):
     embedding: bool = False
 
     def _choices(self, captions: list[str], fps: float) -> tuple[list[str], list[int]]:
-        words = [f"{c}, {fps:g} fps" for c in captions] if self.fps else captions
-        whole = [
-            i for i, c in enumerate(words) if not self.tokenizer.truncate(c, self.max_tokens)[1]
-        ]
+        def told(text: str) -> str:
+            return f"{text}, {fps:g} fps" if self.fps else text
+
+        if self.embedding:  # one for each caption
+            captions = [timed.as_one(c) for c in captions]
+        words = [timed.change(c, told) if len(timed.spans(c)) > 1 else told(c) for c in captions]
+        whole = [i for i, c in enumerate(words) if not self._is_cut(c)]
         return words, whole or list(range(len(words)))
 
-    def longest(self, captions: list[str], fps: float) -> int:
-        """Most tokens that the caption chosen from these has."""
-        words, choices = self._choices(captions, fps)
-        if self.tokenizer.truncate(words[choices[0]], self.max_tokens)[1]:
-            return self.max_tokens  # all are cut: ids at a word, embeddings where they must be
-        _, mask = self.tokenizer.batch(
-            [words[i] for i in choices], length=self.max_tokens, max_length=self.max_tokens
+    def _is_cut(self, caption: str) -> bool:
+        return any(
+            self.tokenizer.truncate(span.text, self.max_tokens)[1] for span in timed.spans(caption)
         )
-        return int(mask.sum(axis=1).max())
+
+    def longest(self, captions: list[str], fps: float) -> tuple[int, int]:
+        """Most tokens that the caption chosen from these has, and most texts."""
+        words, choices = self._choices(captions, fps)
+        texts = [[span.text for span in timed.spans(words[i])] for i in choices]
+        most = max(map(len, texts))
+        if self._is_cut(words[choices[0]]):
+            # All are cut: ids at a word, embeddings where they must be.
+            return self.max_tokens * most, most
+        _, mask = self.tokenizer.batch(
+            [text for row in texts for text in row],
+            length=self.max_tokens,
+            max_length=self.max_tokens,
+        )
+        counts = iter(mask.sum(axis=1).tolist())
+        return max(sum(next(counts) for _ in row) for row in texts), most
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict:
         several = record.get("captions") or [record["caption"]]
@@ -181,7 +196,9 @@ def _encode(
                 texts = [_captions(source, j, record) for j, record in batch]
                 posteriors = encode([record["video"] for _, record in batch])
                 for (_, record), words, posterior in zip(batch, texts, posteriors, strict=True):
-                    emb = encode_captions(words) if encode_captions is not None else None
+                    emb = None
+                    if encode_captions is not None:
+                        emb = encode_captions([timed.as_one(caption) for caption in words])
                     fps = float(record["fps"])
                     clip = Encoded(*posterior, captions=words, fps=fps, text_emb=emb)
                     rows.append(latents.to_bytes(clip))

@@ -14,7 +14,10 @@ WEIGHTS = ("clip", "token")
 
 
 class PackedText(NamedTuple):
-    """Captions of a row one after the other: ids (b, l), or embeddings (b, l, d)."""
+    """Texts of a row one after the other: ids (b, l), or embeddings (b, l, d).
+
+    A segment has one, or with a time-stamped caption several.
+    """
 
     values: Int[Array, "b l"] | Float[Array, "b l d"]
     segment_ids: Int[Array, "b l"]
@@ -42,6 +45,15 @@ def spread(values: Float[Array, "b s"], segment_ids: Int[Array, "b n"]) -> Float
     return jnp.where(there, jnp.take_along_axis(values, jnp.maximum(segment_ids, 0), axis=1), 0)
 
 
+def of_texts(
+    chosen: Bool[Array, "b s"], segment_ids: Int[Array, "b n"], text_of_tokens: Int[Array, "b n"]
+) -> Bool[Array, "b s"]:
+    """The texts of the segments that are chosen: those that their tokens follow."""
+    tokens = spread(chosen.astype(jnp.float32), segment_ids)
+    follow = _membership(text_of_tokens, chosen.shape[1])
+    return jnp.einsum("bn,bns->bs", tokens, follow) > 0
+
+
 def drop_captions(
     text: PackedText,
     positions: Int[Array, "b l"],
@@ -53,7 +65,7 @@ def drop_captions(
 
     Args:
       positions: place of every token in its caption.
-      drop: which segments lose theirs.
+      drop: which of the texts.
       empty: the empty caption, of at most as many tokens as the shortest caption has.
     """
     dropped = spread(drop.astype(jnp.float32), text.segment_ids) > 0

@@ -116,7 +116,7 @@ def test_settings_and_buckets_out_of_range_are_refused():
 
 def segment(tokens, text, value):
     positions = np.arange(3 * tokens, dtype=np.int32).reshape(-1, 3)
-    return Segment(np.full((tokens, 2), value, np.float32), positions, np.arange(1, text + 1))
+    return Segment(np.full((tokens, 2), value, np.float32), positions, [np.arange(1, text + 1)])
 
 
 def test_a_row_tells_its_segments_apart_and_pads():
@@ -130,8 +130,28 @@ def test_a_row_tells_its_segments_apart_and_pads():
     np.testing.assert_array_equal(row["text_positions"], [0, 1, 0, 0, 0])
 
 
+def test_a_segment_of_several_texts_counts_as_several():
+    both = segment(3, 2, 1.0)._replace(
+        texts=[np.array([7, 8]), np.array([9])], text_of_tokens=np.array([0, 1, 1])
+    )
+    row = pack([segment(2, 1, 2.0), both], PackSettings(6, 5, 3))
+    np.testing.assert_array_equal(row["segment_ids"], [0, 0, 1, 1, 1, PADDING_SEGMENT])
+    np.testing.assert_array_equal(row["text_of_tokens"], [0, 0, 1, 2, 2, PADDING_SEGMENT])
+    np.testing.assert_array_equal(row["ids"], [1, 7, 8, 9, 0])
+    np.testing.assert_array_equal(row["text_segment_ids"], [0, 1, 1, 2, PADDING_SEGMENT])
+    np.testing.assert_array_equal(row["text_positions"], [0, 0, 1, 0, 0])
+    texts = np.array([1, 2, 2, 1, 1, 1])
+    lengths = Lengths(np.ones(6, int), np.ones(6, int), texts)
+    plan = PackPlan(lengths, PackSettings(6, 6, 3), seed=0)
+    rows = [[pick.index for pick in plan.row(i)] for i in range(3)]
+    assert sorted(i for row in rows for i in row) == list(range(6))
+    assert all(texts[row].sum() <= 3 for row in rows)
+    with pytest.raises(ValueError, match="record 1 has 2 max_segments, a row takes 1"):
+        PackPlan(lengths, PackSettings(6, 6, 1), seed=0)
+
+
 def test_rows_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="2 segments do not fit a row of 1"):
+    with pytest.raises(ValueError, match="2 segments of 2 texts do not fit a row of 1"):
         pack([segment(1, 1, 0.0)] * 2, PackSettings(8, 8, 1))
     with pytest.raises(ValueError, match="holds 9 tokens, 8 fit"):
         pack([segment(9, 1, 0.0)], PackSettings(8, 8, 1))

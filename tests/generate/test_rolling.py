@@ -116,7 +116,7 @@ def test_time_stamps_are_those_of_the_film(pipe, monkeypatch):
     seen, step = [], Denoiser.step_by_frame
 
     def spy(self, state, progress, request, text, given):
-        seen.append(np.asarray(text.of_frames).tolist())
+        seen.append(np.asarray(text.of_frames)[0].tolist())
         return step(self, state, progress, request, text, given)
 
     monkeypatch.setattr(Denoiser, "step_by_frame", spy)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sora_jax
-from sora_jax.generate import lengths, refine, tasks
+from sora_jax.generate import lengths, refine, tasks, texts
 from sora_jax.generate.pipeline import Pipeline
 
 PROMPT = "a red ball rolls left"
@@ -162,6 +162,27 @@ def test_prompts_change_within_a_video(pipe):
     alike = pipe("[0-0.5] a red ball [0.5-1.125] a red ball", **FEW).frames
     # Rows of text in another order round otherwise.
     assert np.abs(alike.astype(int) - pipe("a red ball", **FEW).frames).max() <= 1
+
+
+def test_prompts_with_other_stamps_are_made_together(pipe):
+    prompts = (
+        "[0-0.5] a red ball [0.5-1.125] a blue ball",
+        "a red ball",
+        "[0-0.25] a red ball [0.25-0.6] a blue ball [0.6-1.125] a red ball",
+    )
+    requests = [pipe.request(prompt, **FEW) for prompt in prompts]
+    together = texts.embed(pipe, requests)
+    of_frames = [[0, 0, 1, 1, 1], [0] * 5, [0, 1, 1, 2, 2]]  # as the negative ones behind them
+    np.testing.assert_array_equal(together.of_frames, 2 * of_frames)
+    for i, request in enumerate(requests):
+        alone = texts.embed(pipe, [request])
+        count = 1 if alone.of_frames is None else alone.emb.shape[1]
+        for got, want in ((together.emb, alone.emb), (together.mask, alone.mask)):
+            want = np.reshape(want[0], (count, *got.shape[2:]))
+            np.testing.assert_allclose(got[i, :count], want, atol=1e-5)
+    for prompt, video in zip(prompts, pipe.run(requests), strict=True):
+        # Rows of text in another order round otherwise.
+        assert np.abs(video.frames.astype(int) - pipe(prompt, **FEW).frames).max() <= 1
 
 
 def test_tasks_of_other_checkpoints_are_refused(pipeline_folder, clip):

@@ -20,10 +20,34 @@ def test_segments_are_read_in_their_order():
     assert timed.split(timed.render(wanted)) == wanted
 
 
-def test_words_begin_every_sentence():
-    assert timed.begin("a red ball", "close view: ") == "close view: a red ball"
-    begun = timed.begin("[0-1] a red ball [1-2] a blue box", "close view: ")
+def test_every_sentence_is_changed():
+    begin = "close view: ".__add__
+    assert timed.change("a red ball", begin) == "close view: a red ball"
+    begun = timed.change("[0-1] a red ball [1-2] a blue box", begin)
     assert begun == "[0s-1s] close view: a red ball [1s-2s] close view: a blue box"
+
+
+@pytest.mark.parametrize(
+    ("caption", "texts", "of_latents"),
+    [
+        ("a red ball.", ["a red ball."], [0] * 9),
+        (TWO, ["a red ball rolls left", "the red ball stays still"], [0] * 4 + [1] * 5),
+        ("[0-1] a [1.5-9] b", ["a", "b"], [0] * 6 + [1] * 3),
+        ("[.5-1] a [1-2] b", ["a", "b"], [0] * 4 + [1] * 5),
+        ("[0-1] a [1.05-1.1] b [1.1-2] c", ["a", "c"], [0] * 5 + [1] * 4),
+        ("[0-1] a [3-4] b", ["a"], [0] * 9),
+        ("from [0:05] on a ball", ["from on a ball"], [0] * 9),
+        ("first [0-1] a", ["first a"], [0] * 9),
+    ],
+)
+def test_captions_that_are_found_are_read_as_far_as_they_make_sense(caption, texts, of_latents):
+    found, indices = timed.latent_texts(caption, frames=17, fps=8.0, temporal=2)
+    assert (found, indices.tolist()) == (texts, of_latents)
+
+
+def test_a_caption_for_one_text_has_no_stamps():
+    assert timed.as_one("a red ball.") == "a red ball."
+    assert timed.as_one("[0-1] a red ball. [1-2] a box") == "a red ball. a box"
 
 
 def test_what_no_stamp_covers_belongs_to_the_prompt_before():

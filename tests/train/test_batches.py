@@ -1,5 +1,7 @@
 """A config's batches: pixels and latents, packed and in buckets, and what is refused."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -94,8 +96,17 @@ def test_captions_can_say_the_rate():
     pick = latent_cache.PickCaption(ByteTokenizer(), max_tokens=30, fps=True)
     record = {"captions": ["a ball"], "fps": 12.5}
     assert pick(record, np.random.default_rng(0))["caption"] == "a ball, 12.5 fps"
-    assert pick.longest(["a ball"], 12.5) == len("a ball, 12.5 fps") + 1
-    assert pick.longest(["a ball that is far too long"], 12.5) == 30, "embeddings are cut there"
+    assert pick.longest(["a ball"], 12.5) == (len("a ball, 12.5 fps") + 1, 1)
+    cut, _ = pick.longest(["a ball that is far too long"], 12.5)
+    assert cut == 30, "embeddings are cut there"
+    stamped = "[0-1] a ball [1-2] a box"
+    each = len("a ball, 12.5 fps") + len("a box, 12.5 fps") + 2
+    assert pick.longest(["a ball", stamped], 12.5) == (each, 2)
+    record = {"caption": stamped, "fps": 12.5}
+    told = pick(record, np.random.default_rng(0))["caption"]
+    assert told == "[0s-1s] a ball, 12.5 fps [1s-2s] a box, 12.5 fps"
+    one = dataclasses.replace(pick, embedding=True)
+    assert one.longest([stamped], 12.5) == (len("a ball. a box, 12.5 fps") + 1, 1)
 
 
 def test_encoded_captions_are_those_of_the_encoder_without_padding(pipeline_folder):

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sora_jax.data.packing import PADDING_SEGMENT, PackSettings, pack
 from sora_jax.diffusion import objective
 from sora_jax.dit import patchify
+from sora_jax.prompts import timed
 from sora_jax.text.tokenizer import ByteTokenizer
 from sora_jax.train import packed
 from sora_jax.train.batches import Segmenter
@@ -148,6 +150,59 @@ def test_no_segment_sees_anything_of_another(dit_config, params, batch, kernel):
             own = np.asarray(places[0]) == segment
             assert (reach[segment, own] > 0).all()
             assert (reach[segment, ~own] == 0).all()
+
+
+STAMPED = "[0s-1s] a ball [1s-3s] a box"
+
+
+@pytest.fixture
+def stamped(stage):
+    """A row of which the second clip has a time-stamped caption."""
+    segment = Segmenter(
+        ByteTokenizer(), stage.text.text_tokens, stage.dit_config.patch_size, temporal=4
+    )
+    first, _, clip, _ = (segment(record | {"fps": 4.0}) for record in records())
+    told = segment(records()[2] | {"caption": STAMPED, "fps": 4.0})
+    assert len(clip.texts) == 1 and len(told.texts) == 2
+    row = pack([first, told], SETTINGS)
+    return {name: jnp.asarray(value)[None] for name, value in row.items()}
+
+
+def test_each_frame_of_a_packed_clip_follows_the_text_of_its_time(stage, params, stamped):
+    losses = losses_of(
+        stage.packed_velocity(params, text_of(stage, params, stamped), stamped),
+        stamped["tokens"],
+        stamped,
+    )
+    texts, of_frames = timed.latent_texts(STAMPED, frames=9, fps=4.0, temporal=4)
+    assert of_frames.tolist() == [0, 0, 1]
+    ids, mask = map(jnp.asarray, ByteTokenizer().batch(texts, length=24))
+    emb = stage.text.encoder(params, {})(ids, mask)
+    dit = nnx.merge(stage.dit_graphdef, params["dit"])
+    start, count = int(np.prod(SIZES[0])), int(np.prod(SIZES[2]))
+    alone = objective.flow_matching_loss(
+        lambda x, t: dit(
+            x,
+            t,
+            emb.reshape(1, 48, -1),
+            text_mask=mask.reshape(1, 48),
+            text_segment_ids=jnp.repeat(jnp.arange(2), 24)[None],
+            text_of_frames=jnp.asarray(of_frames)[None],
+            num_texts=2,
+        ),
+        jnp.asarray(records()[2]["latents"])[None],
+        noise=patchify.unpatchify(noise()[:, start : start + count], (1, 1, 1), grid=SIZES[2]),
+        t=TIMES[:, 1],
+    )
+    np.testing.assert_allclose(losses[0, 1], alone[0], rtol=1e-5)
+
+
+def test_all_texts_of_a_dropped_clip_are_dropped(stamped):
+    drop = jnp.array([[False, True, True, False, False]])
+    texts = packed.of_texts(drop, stamped["segment_ids"], stamped["text_of_tokens"])
+    np.testing.assert_array_equal(texts, [[False, True, True, False, False]])
+    texts = packed.of_texts(~drop, stamped["segment_ids"], stamped["text_of_tokens"])
+    np.testing.assert_array_equal(texts, [[True, False, False, False, False]])
 
 
 def test_dropped_captions_become_the_empty_one(batch):

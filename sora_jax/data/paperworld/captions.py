@@ -121,13 +121,17 @@ def _camera(camera: Camera) -> str:
     return "" if camera.motion == "still" else f", {CAMERA_WORDS[camera.motion]}"
 
 
-def _join(scene: Scene, words: _Words) -> str:
-    clauses = [
+def _clauses(scene: Scene, words: _Words) -> list[str]:
+    """A sentence for each shot, without its stop."""
+    return [
         _clause(shot, words, article="the" if i else "a", moving=scene.frames > 1)
         + _camera(shot.camera)
         for i, shot in enumerate(scene.shots)
     ]
-    return ". Cut to: ".join(clauses)
+
+
+def _join(scene: Scene, words: _Words) -> str:
+    return ". Cut to: ".join(_clauses(scene, words))
 
 
 def _terse(scene: Scene) -> str:
@@ -168,12 +172,31 @@ def _near(scene: Scene) -> str:
     return "" if scene.near is None else NEAR
 
 
+def stamped(scene: Scene, *, plain: bool = True) -> str:
+    """The sentence of each shot behind a stamp that says when it is seen (`prompts/timed.py`).
+
+    Args:
+      plain: as `describe` words it, else with synonyms chosen by `scene.wording`.
+    """
+    clauses = _clauses(scene, _Words(None if plain else _generator(scene)))
+    ends = np.cumsum([shot.frames for shot in scene.shots]) / scene.fps
+    starts = [0.0, *ends[:-1].tolist()]
+    return " ".join(
+        f"[{start:g}s-{end:g}s] {_near(scene)}{clause}"
+        for start, end, clause in zip(starts, ends.tolist(), clauses, strict=True)
+    )
+
+
+def _generator(scene: Scene) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([scene.wording, 1])))
+
+
 def caption(scene: Scene) -> str:
     """A training caption: ASCII, at most 220 bytes, chosen by `scene.wording`.
 
     Every style names colour, shape, verb with direction, place, and a camera that moves.
     """
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([scene.wording, 1])))
+    rng = _generator(scene)
     style = rng.choice(list(STYLES), p=list(STYLES.values()))
     if style == "terse":
         text = _terse(scene)

@@ -14,7 +14,8 @@ class PaperworldSettings:
     of a long film does. A `near` clip shows a quarter of the picture at twice the size, as a tile
     of a larger picture does. `turning` and `small` add to the single subjects that roll or spin and
     to those that are small, which are the hardest to draw: that share of them is made so, and the
-    rest drawn as ever.
+    rest drawn as ever. `time_stamps` is the share of the wordings of several shots that say when
+    each is seen ("[0s-1s] ... [1s-2.125s] ...").
 
     Raises:
       ValueError: a size that is not a multiple of 8, a frame count, rate or share out of range.
@@ -33,6 +34,7 @@ class PaperworldSettings:
     near: float | int = 0.0
     turning: float | int = 0.0
     small: float | int = 0.0
+    time_stamps: float | int = 0.0
 
     def __post_init__(self) -> None:
         for name in ("width", "height"):
@@ -52,7 +54,7 @@ class PaperworldSettings:
                 "make the sides more equal."
             )
         shares = ("multi_shot", "collisions", "companions", "occlusion", "moving_camera")
-        shares += ("late", "near", "turning", "small")
+        shares += ("late", "near", "turning", "small", "time_stamps")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"paperworld {name} {getattr(self, name)} is not in [0, 1].")

@@ -6,7 +6,7 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from sora_jax.data.paperworld.captions import caption, describe
+from sora_jax.data.paperworld.captions import caption, describe, stamped
 from sora_jax.data.paperworld.render import render
 from sora_jax.data.paperworld.scene import SPLITS, Scene, sample_scene
 from sora_jax.data.paperworld.settings import DEFAULT_SETTINGS, PaperworldSettings
@@ -82,12 +82,20 @@ class PaperworldSource:
         return Record(video=render(scene), caption=caption(scene), fps=scene.fps)
 
     def captions(self, index: int, count: int = 8) -> list[str]:
-        """`count` wordings of clip `index`, half of them the plain sentence of `describe`."""
+        """`count` wordings of clip `index`, half of them the plain sentence of `describe`.
+
+        Of several shots `time_stamps` of the settings have stamps, of both halves alike.
+        """
         scene = self.scene(index)
-        wordings = [
-            dataclasses.replace(scene, wording=scene.wording + i) for i in range(count // 2)
-        ]
-        return [describe(scene)] * (count - len(wordings)) + [caption(s) for s in wordings]
+        scenes = [dataclasses.replace(scene, wording=scene.wording + i) for i in range(count // 2)]
+        plain = count - len(scenes)
+        words = [describe(scene)] * plain + [caption(s) for s in scenes]
+        if len(scene.shots) > 1:
+            share = self.settings.time_stamps
+            for i, worded in enumerate([scene] * plain + scenes):
+                if int((i + 1) * share) > int(i * share):
+                    words[i] = stamped(worded, plain=i < plain)
+        return words
 
     def __repr__(self) -> str:
         return (

@@ -7,13 +7,14 @@ import pickle
 import numpy as np
 import pytest
 
-from sora_jax.data.paperworld import vocab
+from sora_jax.data.paperworld import captions, vocab
 from sora_jax.data.paperworld.captions import MAX_BYTES, caption, describe
 from sora_jax.data.paperworld.physics import DRAG, GRAVITY, trajectories
 from sora_jax.data.paperworld.render import render
 from sora_jax.data.paperworld.scene import sample_scene
 from sora_jax.data.paperworld.settings import PaperworldSettings
 from sora_jax.data.paperworld.source import PaperworldSource, heldout_prompts, seen_prompts
+from sora_jax.prompts import timed
 
 SINGLE = PaperworldSettings(multi_shot=0, collisions=0, companions=0, moving_camera=0)
 
@@ -109,7 +110,6 @@ def test_evaluation_prompts_cover_attributes_evenly():
 
 
 def test_captions_name_colour_shape_verb_direction_and_place(scenes):
-    from sora_jax.data.paperworld import captions
 
     for scene in scenes[:2000]:
         text = caption(scene)
@@ -128,6 +128,28 @@ def test_captions_name_colour_shape_verb_direction_and_place(scenes):
             if shot.camera.motion != "still":
                 assert captions.CAMERA_WORDS[shot.camera.motion] in text
         assert text.count("Cut to:") == len(scene.shots) - 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_captions_of_several_shots_say_when_each_is_seen(share):
+    source = PaperworldSource(settings=PaperworldSettings(multi_shot=0.5, time_stamps=share))
+    several = 0
+    for index in range(60):
+        scene, wordings = source.scene(index), source.captions(index)
+        stamped = [words for words in wordings if timed.is_timed(words)]
+        if len(scene.shots) == 1:
+            assert not stamped
+            continue
+        several += 1
+        assert len(stamped) == 8 * share
+        for words in stamped:
+            segments = timed.parse(words, duration=scene.frames / scene.fps)
+            frames = [round((s.end - s.start) * scene.fps, 6) for s in segments]
+            assert frames == [shot.frames for shot in scene.shots]
+            for segment, shot in zip(segments, scene.shots, strict=True):
+                assert any(place in segment.text for place in captions.PLACE_WORDS[shot.place])
+                assert scene.subject.shape in segment.text and "Cut to" not in segment.text
+    assert several > 20
 
 
 def test_most_captions_are_short_and_plain(scenes):
