@@ -284,9 +284,10 @@ def _join(args) -> None:
 
 
 def _train(args) -> None:
-    from sora_jax import config_file
+    from sora_jax import allocator, config_file
     from sora_jax.train.loop import train
 
+    allocator.suit_backend()
     _join(args)
     train(config_file.load(args.config, args.overrides), args.workdir)
 

@@ -1,0 +1,61 @@
+"""Programs on CPUs run in memory that they had before."""
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from sora_jax import allocator
+
+# Prints the pages touched for the first time in five runs of a program whose result has 64 MiB.
+FAULTS = """
+import resource, sys
+from sora_jax import allocator
+if sys.argv[1] == "kept":
+    assert allocator.suit_backend()
+import jax, jax.numpy as jnp
+run = jax.jit(lambda x: x * 2)
+x = jnp.zeros(2**24)
+for _ in range(80):  # until the heap has holes enough
+    run(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    run(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_buffers_of_a_program_are_not_taken_from_the_system_again():
+    def faults(how):
+        env = os.environ | {"JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
+
+    assert faults("kept") < 0.1 * faults("as it was")
+
+
+@pytest.mark.parametrize(
+    ("platforms", "modules", "entries", "expected"),
+    [
+        (None, (), (), True),
+        (None, ("libtpu",), (), False),
+        (None, ("jax_plugins",), (), False),
+        (None, (), ("cuda",), False),
+        ("cpu", ("libtpu",), (), True),
+        ("cuda,cpu", (), (), False),
+    ],
+)
+def test_backend_is_told_by_what_is_installed(monkeypatch, platforms, modules, entries, expected):
+    if platforms is None:
+        monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    else:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    found = lambda name: types.SimpleNamespace() if name in modules else None  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
+    assert allocator.computes_on_cpus() is expected
