@@ -1,12 +1,13 @@
-"""The shipped Paperworld model: an 8-layer DiT of width 256 over 144 tokens, text from words.
+"""The shipped Paperworld model: an 8-layer DiT of width 256, text from words.
 
 sora-jax train --config configs/paperworld.py --workdir runs/paperworld \
     --config.vae_checkpoint=runs/vae/export
 
 Variants: full, clips of one size; packed, images and such clips in shared rows; tasks, these
 with every mask, more cuts and collisions, clips that begin late, and parts of larger pictures;
-turning, these with more of what is small or turns (the last of the three runs that the shipped
-weights are the mean of); mixed, other durations and shapes too; smoke, seconds.
+turning, these with more of what is small or turns; fine, the same with tokens of 8x8 pixels, 576
+a clip where the others have 144, from what tools/halve_patches.py made of their weights; mixed,
+other durations and shapes too; smoke, seconds.
 """
 
 from ml_collections import ConfigDict
@@ -45,7 +46,8 @@ def get_config(arg: str = "full"):
         "a small orange boat stays still in the meadow",
     )
     c.sample_every, c.checkpoint_every = 500, 250
-    if arg in ("packed", "mixed", "tasks", "turning"):
+    with_tasks = arg in ("tasks", "turning", "fine")
+    if arg in ("packed", "mixed") or with_tasks:
         # Images and clips share rows of two clips' length: a drawing is learned from images, which
         # cost a ninth, and motion from clips. Nine images have the tokens of a clip.
         c.batch_size = 8
@@ -56,25 +58,29 @@ def get_config(arg: str = "full"):
             sizes["short"] = (0.5, 64, 64, 9, 5_000)
             sizes["wide"] = (0.5, 96, 64, 9, 5_000)
             sizes["tall"] = (0.5, 64, 96, 9, 5_000)
-        elif arg in ("tasks", "turning"):
+        elif with_tasks:
             sizes["shots"] = (0.25, 64, 64, 17, 4_000)
             sizes["late"] = (0.25, 64, 64, 17, 4_000)
             sizes["hits"] = (0.15, 64, 64, 17, 3_000)
             sizes["near"] = (0.15, 64, 64, 17, 3_000)
-        if arg == "turning":
+        if arg in ("turning", "fine"):
             # Of what was drawn wrong most was small or turned: shapes of small ones were read right
             # in .47, of spinning ones in .38, of large ones in .89.
             sizes["turns"] = (1, 64, 64, 17, 6_000)
             sizes["drawings"] = (9, 64, 64, 1, 20_000)
+        if arg == "fine":
+            shares = {"images": 7, "drawings": 6, "shots": 1, "clips": 0.6, "turns": 0.6}
+            shares |= {"late": 0.35, "hits": 0.3, "near": 0.1}
+            sizes = {name: (shares[name], *size[1:]) for name, size in sizes.items()}
         for name, (weight, width, height, frames, clips) in sizes.items():
             part = {"weight": weight, "width": width, "height": height, "frames": frames}
             part |= {"cache": f"runs/paperworld_{name}", "cache_clips": clips}
             c.data.parts[name] = ConfigDict(part)
-        if arg == "turning":
+        if arg in ("turning", "fine"):
             several = {"multi_shot": 0.0, "collisions": 0.0, "companions": 0.0}
             for name in ("turns", "drawings"):
                 c.data.parts[name].world = ConfigDict({"turning": 0.6, "small": 0.6, **several})
-        if arg in ("tasks", "turning"):
+        if with_tasks:
             c.data.parts.shots.world = ConfigDict(
                 # Without stamps the order of the places was not read: docs/status.md.
                 {"multi_shot": 1.0, "collisions": 0.0, "companions": 0.0, "time_stamps": 0.5}
@@ -93,6 +99,16 @@ def get_config(arg: str = "full"):
                 }
             )
             c.tasks.given_noise, c.tasks.frame_noise = 0.1, 0.1
+        if arg == "fine":
+            c.init_from = "runs/halved"
+            c.dit.patch_size = (1, 1, 1)
+            c.batch_size, c.num_steps = 4, 4300
+            c.data.pack.update(tokens=576, max_segments=9)
+            c.tasks.weights.none = 0.5
+            # Outlines are drawn wrong between t = .75 and .3; what a prompt decides is known.
+            c.diffusion.shift.update(shift_lo=3.0, shift_hi=3.0)
+            c.optim.freeze = ("text",)
+            c.optim.update(warmup_steps=100, ema_decay=0.998)
     elif arg == "smoke":
         c.num_steps, c.batch_size = 4, 8
         c.data.frames, c.data.cache = 5, ""
@@ -103,6 +119,6 @@ def get_config(arg: str = "full"):
     elif arg != "full":
         raise ValueError(
             f"paperworld: unknown variant {arg!r}; use 'full', 'packed', 'tasks', 'turning', "
-            "'mixed' or 'smoke'."
+            "'fine', 'mixed' or 'smoke'."
         )
     return c.lock()

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax.data.paperworld.captions import describe
+from sora_jax.data.paperworld.captions import describe, stamped
 from sora_jax.data.paperworld.render import render
 from sora_jax.data.paperworld.scene import SHORTEST_SHOT, Scene
 from sora_jax.data.paperworld.settings import PaperworldSettings
@@ -38,6 +38,7 @@ class Task:
       mask: of `diffusion.tasks`, with which a checkpoint must have been trained.
       given: which pixels of a true rendering are given; None where text is all.
       truth: the true rendering of a scene.
+      prompt: the words that ask for it.
     """
 
     mask: str
@@ -45,6 +46,7 @@ class Task:
     judge: Judge
     given: Callable[[Scene, Clip, int], np.ndarray] | None = None
     truth: Callable[[Scene, int], Clip] = lambda scene, step: render(scene)
+    prompt: Callable[[Scene], str] = describe
 
     def case(self, scene: Scene, *, step: int) -> Case:
         """The case of `scene`, for a VAE with `step` frames in a latent frame."""
@@ -52,7 +54,7 @@ class Task:
         if self.given is not None:
             known = np.broadcast_to(self.given(scene, truth, step), truth.shape[:3]).copy()
             canvas = Canvas(truth * known[..., None], known)
-        return Case(describe(scene), scene, truth, canvas)
+        return Case(self.prompt(scene), scene, truth, canvas)
 
 
 def _hides(scene: Scene) -> bool:
@@ -92,6 +94,7 @@ TASKS = {
             companions=0.0,
         ),
         task_judges.SHOTS,
+        prompt=stamped,  # no other says at which frame to cut
     ),
     "physics bounce": Task(
         "none", scenes("seen", "heldout", keep=of_verbs("bounces")), task_judges.BOUNCE
