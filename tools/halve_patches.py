@@ -6,7 +6,7 @@ Four tokens stand where one stood. The new one embeds each as the old one embedd
 gives each the mean of the four velocities. Rows and columns are counted in half the distance, so
 each pair of rotary channels takes over from the next faster one, which turns about twice as fast
 (2.5 times with heads of 64 channels). What comes out is a beginning that learns quickly, not a
-model that works: docs/training.md has the figures.
+model that works: docs/status.md has the figures.
 """
 
 import argparse

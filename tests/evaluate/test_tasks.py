@@ -16,6 +16,7 @@ from sora_jax.diffusion.tasks import MASKS
 from sora_jax.evaluate import chosen_tasks, report, run_suite, task_cases, task_report
 from sora_jax.evaluate.task_cases import Made
 from sora_jax.evaluate.tasks import GROUPS, TASKS, evaluate
+from sora_jax.prompts import timed
 
 CASES = 1
 
@@ -214,6 +215,13 @@ def test_a_loop_is_a_whole_number_of_turns_without_a_seam():
     change = np.abs(np.diff(case.truth.astype(int), axis=0)).mean(axis=(1, 2, 3))
     assert change.max() < 1.15 * np.median(change)  # nor where the beginning follows, at frame 13
     assert len(case.truth) == 17
+
+
+def test_cuts_are_asked_for_at_their_time():
+    scene = next(TASKS["shots"].scenes(DEFAULT_SETTINGS, 0))
+    first, second = timed.split(TASKS["shots"].case(scene, step=2).prompt)
+    assert first.end == second.start == scene.shots[0].frames / scene.fps
+    assert second.end == scene.frames / scene.fps
 
 
 def test_scenes_of_training_are_of_another_world():

@@ -67,6 +67,22 @@ def test_pixels_of_mixed_sizes_are_encoded_and_packed(config, mesh, monkeypatch)
     assert (batch["segment_ids"] != PADDING_SEGMENT).mean() > 0.6
 
 
+def test_stamped_captions_of_cached_clips_are_packed_text_by_text(config, mesh, tmp_path):
+    config.data.parts = ConfigDict()
+    config.data.update(cache=str(tmp_path / "clips"), cache_clips=6, frames=17)
+    config.data.world = ConfigDict(
+        {"multi_shot": 1.0, "collisions": 0.0, "companions": 0.0, "time_stamps": 1.0}
+    )
+    batch, _ = first_batch(config, mesh)
+    for row in range(2):
+        there = batch["segment_ids"][row] != PADDING_SEGMENT
+        segments, texts = batch["segment_ids"][row][there], batch["text_of_tokens"][row][there]
+        for segment in set(segments.tolist()):
+            own = texts[segments == segment]
+            assert len(set(own.tolist())) == 2 and (np.diff(own) >= 0).all()
+        assert set(texts.tolist()) == set(batch["text_segment_ids"][row].tolist()) - {-1}
+
+
 def all_of(source):
     return [source[i] for i in range(len(source))]
 
