@@ -13,7 +13,7 @@ import sys
 
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_MOST = 2**31 - 1  # of the int that mallopt takes: 2 GiB
+_NEVER = -1  # as size_t: larger than any heap
 
 
 def suit_backend() -> bool:
@@ -48,5 +48,5 @@ def keep_buffers() -> bool:
     except AttributeError:  # musl
         return False
     # Threads' own heaps are of 64 MiB at most; what is larger would come from the system after all.
-    settings = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _MOST}
+    settings = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _NEVER}
     return all(mallopt(name, value) == 1 for name, value in settings.items())

@@ -11,29 +11,38 @@ import pytest
 
 from sora_jax import allocator
 
-# Prints the pages touched for the first time in five runs of a program whose result has 64 MiB.
+# Prints the pages touched for the first time in five runs of a program that makes `parts` arrays of
+# 64 MiB, after `warm` runs.
 FAULTS = """
 import resource, sys
 from sora_jax import allocator
-if sys.argv[1] == "kept":
+how, parts, warm = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+if how == "kept":
     assert allocator.suit_backend()
 import jax, jax.numpy as jnp
-run = jax.jit(lambda x: x * 2)
+run = jax.jit(lambda x: [x * i for i in range(2, 2 + parts)])
 x = jnp.zeros(2**24)
-for _ in range(80):  # until the heap has holes enough
-    run(x).block_until_ready()
+for _ in range(warm):
+    jax.block_until_ready(run(x))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
-    run(x).block_until_ready()
+    jax.block_until_ready(run(x))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_buffers_of_a_program_are_not_taken_from_the_system_again():
+@pytest.mark.parametrize(
+    ("parts", "warm"),
+    [
+        pytest.param(1, 80, id="until the heap has holes enough"),
+        pytest.param(36, 3, id="more than the 2 GiB that a threshold can say"),
+    ],
+)
+def test_buffers_of_a_program_are_not_taken_from_the_system_again(parts, warm):
     def faults(how):
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", FAULTS, how]
+        command = [sys.executable, "-c", FAULTS, how, str(parts), str(warm)]
         return int(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
 
     assert faults("kept") < 0.1 * faults("as it was")
