@@ -39,7 +39,7 @@ def compilation_cache(tmp_path_factory):
 def pipeline_folder(tmp_path_factory) -> Path:
     """A complete inference folder with small random weights: 4x4x4 latents, 8x8 pixels a token."""
     from sora_jax.convert import folder
-    from sora_jax.convert.folder import SamplingDefaults
+    from sora_jax.convert.sampling import SamplingDefaults
     from sora_jax.dit.model import DiTConfig
     from sora_jax.text.t5 import T5Config
     from sora_jax.text.tokenizer import ByteTokenizer

@@ -14,6 +14,7 @@ import sora_jax
 from sora_jax import cli, video_io
 from sora_jax.convert import folder
 from sora_jax.convert.recognize import recognize
+from sora_jax.convert.sampling import read_sampling
 from sora_jax.convert.weights import open_weights
 from sora_jax.dit.config import DiTConfig
 from sora_jax.generate import canvas, conditions
@@ -189,7 +190,7 @@ def test_folders_without_sampling_json_are_sampled_as_diffusers_does(pipeline_fo
     scheduler = bare / "scheduler" / "scheduler_config.json"
     euler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}
     scheduler.write_text(json.dumps(euler))
-    found = folder.read_sampling(bare)
+    found = read_sampling(bare)
     assert (found.width, found.height, found.frames, found.fps) == (1280, 704, 121, 24.0)
     assert (found.solver, found.schedule, found.shift.shift_hi) == (
         "euler",
@@ -199,7 +200,7 @@ def test_folders_without_sampling_json_are_sampled_as_diffusers_does(pipeline_fo
     assert (found.steps, found.guidance, found.text_tokens) == (50, 5.0, 512)
     scheduler.write_text(json.dumps(euler | {"_class_name": "DDIMScheduler"}))
     with pytest.raises(ValueError, match="DDIMScheduler is not one of"):
-        folder.read_sampling(bare)
+        read_sampling(bare)
 
 
 def test_conversion_takes_every_part_along(image_folder, tmp_path):

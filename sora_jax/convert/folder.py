@@ -6,7 +6,8 @@ vae/          config.json  diffusion_pytorch_model.safetensors
 text_encoder/ config.json  model.safetensors
 tokenizer/    scheduler/   sampling.json (our defaults for size, steps and guidance)
 
-and, in some models, transformer_2/ (the expert for little noise) and image_encoder/.
+and, in some models, transformer_2/ (the expert for little noise) and image_encoder/. Read also from
+official files, which lie loose (`convert.loose`).
 """
 
 import dataclasses
@@ -22,19 +23,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sora_jax import sharding
-from sora_jax.convert import lora, names
+from sora_jax.convert import loose, lora, names, official
 from sora_jax.convert.dit import dit_entries
 from sora_jax.convert.image import UNREAD, image_entries
 from sora_jax.convert.recognize import Naming, recognize
 from sora_jax.convert.tensors import hash_files, missing_file, write_shards
 from sora_jax.convert.text import entries_held, text_entries
 from sora_jax.convert.vae import vae_entries
-from sora_jax.convert.weights import INDEX, PICKLES, Weights, open_weights
-from sora_jax.diffusion.feature_cache import ChangeCurve
-from sora_jax.diffusion.times import NO_SHIFT, TokenShift
+from sora_jax.convert.weights import INDEX, Weights, open_weights
 from sora_jax.dit.model import DiT, DiTConfig
 from sora_jax.image.clip import CLIPVision, CLIPVisionConfig
 from sora_jax.text.t5 import T5Config, T5Encoder
+from sora_jax.text.tokenizer import Tokenizer, load_tokenizer
+from sora_jax.text.unigram import UnigramTokenizer
 from sora_jax.vae.model import VAEConfig, VideoVAE
 
 
@@ -67,36 +68,6 @@ WORDS = {
     "text": "text encoder",
     "image": "image encoder",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingDefaults:
-    """What `sora-jax sample` uses where the user says nothing; sizes in pixels.
-
-    `guidance_2` is for the second of two transformers, None the same. `text_tokens` is the longest
-    prompt in tokens, end of sequence included. `tasks` are the masks that it was trained with, by
-    the names in `diffusion.tasks.MASKS`, and FRAME_TIMES of there. `refine_prefix` are the words
-    before captions of parts of larger pictures, which refining puts before its prompt.
-    `feature_cache` was measured by `tools/calibrate_cache.py`, and is what a request's
-    `cache_threshold` needs.
-    """
-
-    width: int = 64
-    height: int = 64
-    frames: int = 17
-    fps: float = 8.0
-    steps: int = 30
-    guidance: float = 3.0
-    guidance_2: float | None = None
-    guidance_interval: Sequence[float] = (0.0, 1.0)
-    guidance_rescale: float = 0.0
-    shift: TokenShift = NO_SHIFT
-    solver: str = "unipc"
-    schedule: str = "wan"
-    text_tokens: int = 224
-    tasks: Sequence[str] = ("none",)
-    refine_prefix: str = ""
-    feature_cache: ChangeCurve | None = None
 
 
 def read_json(path: Path) -> dict:
@@ -162,15 +133,7 @@ def find_component(folder: str | Path, name: str) -> tuple[Any, Naming, Weights]
                 f"{weights.source}: holds a {WORDS[naming.component]}, not a {WORDS[name]}."
             )
         return config, naming, weights
-    # Nothing but the folder tells one expert from the other.
-    loose = [] if name == "dit_2" else loose_parts(folder)
-    found = [part for part in loose if part[0].component == name]
-    if len(found) != 1:
-        files = ", ".join(part[1].source for part in found) or "none"
-        raise ValueError(
-            f"{folder}: needs one {WORDS[name]}, in official or diffusers names; found: {files}."
-        )
-    naming, weights = found[0]
+    naming, weights = _loose_component(folder, name)
     if weights.config is not None:
         return COMPONENTS[name].config.from_dict(weights.config), naming, weights
     try:
@@ -188,20 +151,20 @@ def find_component(folder: str | Path, name: str) -> tuple[Any, Naming, Weights]
     return config, naming, weights
 
 
-def loose_parts(path: Path) -> list[tuple[Naming, Weights]]:
-    """The models in a single file, or in the files of a folder and of the folders in it."""
-    if not path.is_dir():
-        return [recognize(open_weights(path))]
-    indexes = [*path.glob(f"*{INDEX}"), *path.glob(f"*/*{INDEX}")]
-    covered = {file for index in indexes for file in open_weights(index).paths}
-    files = [*path.glob("*.safetensors"), *path.glob("*/*.safetensors")]
-    alone = [file for file in files if file not in covered]
-    if not indexes and not alone:
-        pickles = sorted(p for p in path.rglob("*") if p.suffix in PICKLES)
-        if pickles:
-            open_weights(pickles[0])  # says why not
-        raise ValueError(f"{path}: holds no .safetensors file; give a folder of weights.")
-    return [recognize(open_weights(file)) for file in sorted([*indexes, *alone])]
+def _loose_component(folder: Path, name: str) -> loose.Model:
+    found = loose.components(folder).get(name, [])
+    if len(found) == 1:
+        return found[0]
+    hint = ""
+    if name.startswith("dit") and len(found) > 1:
+        hint = " Of two experts, put low_noise into the name of that for little noise."
+    elif pickles := [] if found or folder.is_file() else loose.pickles(folder):
+        names = ", ".join(file.name for file in pickles[:3])
+        hint = f" Pickles run whatever code they hold, so {names} was not read: convert it."
+    files = ", ".join(weights.source for _, weights in found) or "none"
+    raise ValueError(
+        f"{folder}: needs one {WORDS[name]}, in official or diffusers names; found: {files}.{hint}"
+    )
 
 
 class Opened(NamedTuple):
@@ -277,6 +240,13 @@ def name_table(
     return naming.entries(config), unread
 
 
+def is_loose(folder: str | Path) -> bool:
+    """Whether an inference checkpoint is official files, without diffusers' folders."""
+    folder = Path(folder)
+    ours = [folder / c.folder / "config.json" for c in COMPONENTS.values()]
+    return not any(file.is_file() for file in (folder / "model_index.json", *ours))
+
+
 def held(folder: str | Path) -> tuple[str, ...]:
     """The components that an inference checkpoint is made of, `REQUIRED` ones first.
 
@@ -285,13 +255,62 @@ def held(folder: str | Path) -> tuple[str, ...]:
     folder = Path(folder)
     index = folder / "model_index.json"
     listed = read_json(index) if index.is_file() else {}
+    files = loose.components(folder) if is_loose(folder) else {}
 
     def has(name: str) -> bool:
         where = COMPONENTS[name].folder
         entry = listed.get(where, [None, None] if listed else None)
-        return (folder / where).is_dir() if entry is None else entry != [None, None]
+        return (
+            name in files or (folder / where).is_dir() if entry is None else entry != [None, None]
+        )
 
     return REQUIRED + tuple(n for n in COMPONENTS if n not in REQUIRED and has(n))
+
+
+class Index(NamedTuple):
+    """What a pipeline's model_index.json says about its transformers.
+
+    `boundary_ratio`: the time at which a second one takes over, None where there is one alone;
+    `expand_timesteps`: each token has a time of its own.
+    """
+
+    boundary_ratio: float | None
+    expand_timesteps: bool
+
+
+def read_index(folder: str | Path) -> Index:
+    """From model_index.json; of loose files, what Wan's published models of that kind have."""
+    if not is_loose(folder):
+        values = read_json(Path(folder) / "model_index.json")
+        return Index(values.get("boundary_ratio"), bool(values.get("expand_timesteps")))
+    family = read_family(folder)
+    return Index(family.boundary_ratio, family.expand_timesteps)
+
+
+def read_family(folder: str | Path) -> official.Family:
+    """Which of Wan's published models the files look like."""
+    dit, vae = (find_component(folder, name)[0] for name in ("dit", "vae"))
+    return official.family(dit, vae, experts="dit_2" in held(folder))
+
+
+def open_tokenizer(folder: str | Path) -> Tokenizer:
+    """That of an inference checkpoint; of loose files also the one within the text encoder's.
+
+    Raises:
+      ValueError: there is none, or it is damaged.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer").is_dir() or not is_loose(folder):
+        return load_tokenizer(folder / "tokenizer")
+    weights = find_component(folder, "text")[2]
+    if (model := weights.sentencepiece) is not None:
+        return UnigramTokenizer.from_sentencepiece(model, source=weights.source)
+    if (file := loose.tokenizer_file(folder)) is None:
+        raise ValueError(
+            f"{folder}: no tokenizer; put the tokenizer.json or spiece.model of the text encoder "
+            "there, or take ComfyUI's file of it, which holds one."
+        )
+    return load_tokenizer(file.parent)
 
 
 def save_component(folder: Path, name: str, config, params, *, dtype: str = "float32") -> None:
@@ -309,66 +328,3 @@ def checkpoint_hash(folder: Path) -> str:
     """First 16 hexadecimal digits of the SHA-256 over the tensor files of all components."""
     paths = [path for name in held(folder) for path in find_component(folder, name)[2].paths]
     return hash_files(paths)[:16]
-
-
-# diffusers' scheduler classes -> our solver and schedule.
-SCHEDULERS = {
-    "UniPCMultistepScheduler": ("unipc", "wan"),
-    "FlowMatchEulerDiscreteScheduler": ("euler", "flow_match_euler"),
-}
-
-
-def _diffusers_sampling(folder: Path) -> SamplingDefaults:
-    """Wan's published sizes and steps, and the solver and shift of the folder's scheduler."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    kind = config.get("_class_name")
-    if kind not in SCHEDULERS:
-        raise ValueError(
-            f"{folder}/scheduler: {kind} is not one of {', '.join(SCHEDULERS)}; add a "
-            "sampling.json, or change the scheduler."
-        )
-    solver, schedule = SCHEDULERS[kind]
-    shift = float(config.get("flow_shift", config.get("shift", 1.0)))
-    size = {"width": 832, "height": 480, "frames": 81, "fps": 16.0}
-    if read_json(folder / "model_index.json").get("expand_timesteps"):  # TI2V-5B
-        size = {"width": 1280, "height": 704, "frames": 121, "fps": 24.0}
-    return SamplingDefaults(
-        **size,
-        steps=50,
-        guidance=5.0,
-        shift=TokenShift.constant(shift),
-        solver=solver,
-        schedule=schedule,
-        text_tokens=512,
-    )
-
-
-def read_sampling(folder: Path) -> SamplingDefaults:
-    """The folder's sampling.json, or what diffusers does with a folder that has none.
-
-    Raises:
-      ValueError: the file has unknown keys, or the scheduler is one that nothing here repeats.
-    """
-    path = Path(folder) / "sampling.json"
-    if not path.is_file():
-        return _diffusers_sampling(Path(folder))
-    values = read_json(path)
-    known = [field.name for field in dataclasses.fields(SamplingDefaults)]
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; allowed: {', '.join(known)}.")
-    shift = values.get("shift", 1.0)
-    try:
-        values["shift"] = (
-            TokenShift(**shift) if isinstance(shift, dict) else TokenShift.constant(float(shift))
-        )
-    except TypeError as error:
-        raise ValueError(
-            f"{path}: shift {shift} is neither a number nor tokens_lo, shift_lo, tokens_hi and "
-            "shift_hi."
-        ) from error
-    if (curve := values.get("feature_cache")) is not None:
-        try:
-            values["feature_cache"] = ChangeCurve(**curve)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
-    return SamplingDefaults(**values)

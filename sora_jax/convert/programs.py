@@ -29,12 +29,13 @@ from jax import export
 
 from sora_jax import DTYPES
 from sora_jax.convert import folder
+from sora_jax.convert.sampling import read_sampling
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion.times import shift_for_tokens
 from sora_jax.dit.patchify import check_pixels, grid
 from sora_jax.generate import conditions
 from sora_jax.image import clip
-from sora_jax.text.tokenizer import Tokenizer, load_tokenizer
+from sora_jax.text.tokenizer import Tokenizer
 
 
 class Program(NamedTuple):
@@ -83,12 +84,12 @@ def load(
     source = Path(source)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: weights of programs are float32 or bfloat16.")
-    sampling = folder.read_sampling(source)
+    sampling = read_sampling(source)
     width, height = size or (sampling.width, sampling.height)
     frames = sampling.frames if frames is None else frames
     dit, vae, text = (folder.find_component(source, name)[0] for name in folder.REQUIRED)
-    index = folder.read_json(source / "model_index.json")
-    expand = bool(index.get("expand_timesteps"))
+    index = folder.read_index(source)
+    expand = index.expand_timesteps
     way = conditions.takes(dit, vae, expand_timesteps=expand)
     time, space = vae.scale_factor_temporal, vae.scale_factor_spatial
     cell = tuple(n * p for n, p in zip((time, space, space), dit.patch_size, strict=True))
@@ -138,7 +139,7 @@ def load(
         programs["image_encoder"] = program(
             "image", _image_features, picture=((None, height, width, 3), f)
         )
-    tokenizer = load_tokenizer(source / "tokenizer")
+    tokenizer = folder.open_tokenizer(source)
     manifest = {
         "latents": latents,
         "video": [frames, height, width, 3],
@@ -150,7 +151,7 @@ def load(
         "pictures": list(pictures),
         "picture_counts": _picture_counts(dit, way),
         "frames_a_latent": time,
-        "boundary": index.get("boundary_ratio") if "dit_2" in parts else None,
+        "boundary": index.boundary_ratio if "dit_2" in parts else None,
         "guidance_2": sampling.guidance_2 or sampling.guidance,
     }
     weights = {

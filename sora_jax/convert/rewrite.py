@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sora_jax.convert import folder, names, original
+from sora_jax.convert import folder, loose, names, original
 from sora_jax.convert.tensors import write_shards
 
 TARGETS = ("diffusers", "wan")
@@ -95,14 +95,20 @@ def write_diffusers(
 
 
 def write_official(out: Path, parts: Mapping[str, Tensors], *, dtype: str, stem: str) -> None:
-    """One file a part where ComfyUI looks for it, in official names (T5: transformers' names)."""
+    """One file a part where ComfyUI looks for it, in official names (T5: transformers' names).
+
+    Of two transformers, the file's name says which is for much noise and which for little.
+    """
+    files = {name: folder.COMPONENTS[name].folder for name in parts}
+    if "dit_2" in parts:
+        files |= {"dit": "high_noise_transformer", "dit_2": "low_noise_transformer"}
     for name, part in parts.items():
         keys = {official_key(name, key, part.config): key for key in part.shapes}
         target = out / COMFYUI[name]
         target.mkdir(parents=True, exist_ok=True)
         write_shards(
             target,
-            f"{stem}_{folder.COMPONENTS[name].folder}",
+            f"{stem}_{files[name]}",
             {official: part.shapes[key] for official, key in keys.items()},
             lambda official, keys=keys, read=part.read: read(keys[official]),
             dtype=dtype,
@@ -150,10 +156,10 @@ def parts_of(path: str | Path) -> dict[str, Tensors]:
             if (path / c.folder / "config.json").is_file()
         ]
     else:
-        held = [naming.component for naming, _ in folder.loose_parts(path)]
+        held = loose.components(path)
     if not held:
         raise ValueError(f"{path}: holds no transformer, VAE or text encoder.")
-    return {name: from_folder(path, name) for name in sorted(set(held))}
+    return {name: from_folder(path, name) for name in sorted(held)}
 
 
 class Difference(NamedTuple):

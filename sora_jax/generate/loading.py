@@ -6,11 +6,11 @@ from pathlib import Path
 from sora_jax import sharding
 from sora_jax.convert import folder
 from sora_jax.convert.lora import LoRA
+from sora_jax.convert.sampling import read_sampling
 from sora_jax.convert.tensors import hash_files
 from sora_jax.generate import conditions
 from sora_jax.generate.experts import Experts, Part
 from sora_jax.generate.pipeline import Pipeline
-from sora_jax.text.tokenizer import load_tokenizer
 
 
 def load_pipeline(
@@ -22,7 +22,7 @@ def load_pipeline(
     mesh: str = "none",
     weights: bool = True,
 ) -> Pipeline:
-    """Loads an inference checkpoint.
+    """Loads an inference checkpoint, in diffusers' folders or as loose official files.
 
     Args:
       loras: merged into the transformer.
@@ -37,15 +37,15 @@ def load_pipeline(
     """
     path = Path(path)
     held = folder.held(path)
-    index = folder.read_json(path / "model_index.json")
-    boundary = index.get("boundary_ratio")
+    index = folder.read_index(path)
+    boundary = index.boundary_ratio
     if ("dit_2" in held) != (boundary is not None):
         raise ValueError(
             f"{path}: model_index.json has boundary_ratio {boundary}, and transformer_2 is "
             f"{'there' if 'dit_2' in held else 'not there'}; two experts need both."
         )
 
-    on_mesh = sharding.sampling_mesh(mesh, heads=folder.read_config(path, "dit").num_heads)
+    on_mesh = sharding.sampling_mesh(mesh, heads=folder.find_component(path, "dit")[0].num_heads)
     merged = {"dit": loras, "dit_2": loras_2}
     if loras_2 and "dit_2" not in held:
         raise ValueError(f"{path}: has one transformer; give its LoRA files as --lora.")
@@ -65,12 +65,14 @@ def load_pipeline(
     transformers = [load(name) for name in merged if name in held]
     experts = Experts(transformers, boundary, mesh=on_mesh)
     vae, dit = load("vae"), experts.parts[0]
-    expand = bool(index.get("expand_timesteps"))
-    sampling = folder.read_sampling(path)
+    expand = index.expand_timesteps
+    sampling = read_sampling(path)
     by_token = expand or tuple(sampling.tasks) != ("none",)
     way = conditions.takes(dit.config, vae.config, expand_timesteps=by_token)
     if dit.config.image_dim is not None and "image" not in held:
-        raise ValueError(f"{path}: the transformer attends to pictures; add image_encoder/.")
+        raise ValueError(
+            f"{path}: the transformer attends to pictures; add its CLIP image encoder."
+        )
     info = {"checkpoint": path.name, "checkpoint_sha256": folder.checkpoint_hash(path)}
     for name, files in (("loras", loras), ("loras_2", loras_2)):
         if files:
@@ -88,7 +90,7 @@ def load_pipeline(
         vae=vae,
         text=load("text"),
         image=load("image") if "image" in held else None,
-        tokenizer=load_tokenizer(path / "tokenizer"),
+        tokenizer=folder.open_tokenizer(path),
         sampling=sampling,
         way=way,
         info=info,

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
 from sora_jax import sharding
-from sora_jax.convert.folder import SamplingDefaults
+from sora_jax.convert.sampling import SamplingDefaults
 from sora_jax.diffusion import times
 from sora_jax.generate import canvas as canvas_of
 from sora_jax.generate import conditions, detail, texts, trained

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from sora_jax.convert.folder import SamplingDefaults
+from sora_jax.convert.sampling import SamplingDefaults
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion import sampler, times
 from sora_jax.diffusion.feature_cache import MAX_THRESHOLD

@@ -127,6 +127,18 @@ def preprocess(image: UInt8[np.ndarray, "H W 3"], *, size: int) -> Float[np.ndar
     return (pixels - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
 
 
+def processor_config(size: int) -> dict[str, Any]:
+    """The preprocessor_config.json by which transformers prepares pictures as `preprocess` does."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        **{"do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": size}},
+        "resample": 3,  # bicubic
+        **{"do_center_crop": True, "crop_size": {"height": size, "width": size}},
+        **{"do_rescale": True, "rescale_factor": 1 / 255},
+        **{"do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD)},
+    }
+
+
 def resize_matrix(size: int, target: int) -> Float[np.ndarray, "target size"]:
     """Resizes an axis as Pillow's BICUBIC does, before it rounds to bytes.
 

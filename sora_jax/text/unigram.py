@@ -24,9 +24,10 @@ _NEVER = -1e6  # a score that no split of a text can prefer
 class UnigramTokenizer(Tokenizer):
     """A T5-family tokenizer; HTML escapes and extra spaces go, as in Wan's training."""
 
-    def __init__(self, backend, source: pathlib.Path):
+    def __init__(self, backend, source: pathlib.Path, *, model: bytes | None = None):
         self._backend = backend
         self._source = source
+        self._model = model  # of a spiece.model that is no file of its own
         eos = backend.token_to_id("</s>")
         if eos != EOS:
             raise ValueError(
@@ -45,7 +46,7 @@ class UnigramTokenizer(Tokenizer):
 
         path = pathlib.Path(path)
         if path.suffix == ".model":
-            return cls(_from_sentencepiece(path), path)
+            return cls(_from_sentencepiece(path.read_bytes(), path), path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises Exception itself
@@ -53,6 +54,12 @@ class UnigramTokenizer(Tokenizer):
         backend.no_padding()
         backend.no_truncation()
         return cls(backend, path)
+
+    @classmethod
+    def from_sentencepiece(cls, model: bytes, *, source) -> "UnigramTokenizer":
+        """Of the bytes of a spiece.model that lie in the file `source`; errors as `from_file`."""
+        source = pathlib.Path(source)
+        return cls(_from_sentencepiece(model, source), source, model=model)
 
     @property
     def vocab_size(self) -> int:
@@ -91,7 +98,9 @@ class UnigramTokenizer(Tokenizer):
         """Copies the file it was read from, and a config that names it for transformers."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self._source.resolve() != (folder / self._source.name).resolve():
+        if self._model is not None:
+            (folder / "spiece.model").write_bytes(self._model)
+        elif self._source.resolve() != (folder / self._source.name).resolve():
             shutil.copyfile(self._source, folder / self._source.name)
         config = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"}
         beside = self._source.with_name("tokenizer_config.json")
@@ -101,15 +110,15 @@ class UnigramTokenizer(Tokenizer):
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _from_sentencepiece(path: pathlib.Path):
-    """A `tokenizers` Unigram tokenizer of a spiece.model."""
+def _from_sentencepiece(model: bytes, path: pathlib.Path):
+    """A `tokenizers` Unigram tokenizer of a spiece.model, which `path` holds."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     pieces: list[tuple[str, float]] = []
     unknown, charsmap, byte_fallback = None, b"", False
     try:
-        for field, value in _fields(path.read_bytes()):
+        for field, value in _fields(model):
             if field == 1:  # SentencePiece: piece, score, type
                 piece = dict(_fields(value))
                 kind = piece.get(3, _NORMAL)

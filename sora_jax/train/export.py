@@ -18,20 +18,18 @@ from ml_collections import ConfigDict
 import sora_jax
 from sora_jax.checkpoint import Checkpointer
 from sora_jax.convert import folder, onnx, rewrite, stablehlo
-from sora_jax.convert.folder import SamplingDefaults
+from sora_jax.convert.sampling import SamplingDefaults, of_family
 from sora_jax.data import loader as loaders
 from sora_jax.data import sources
 from sora_jax.diffusion import times
+from sora_jax.image import clip
 from sora_jax.train.program import STAGES
 from sora_jax.train.vae_stage import to_float
-from sora_jax.vae.config import WAN22_MEAN
 
 WEIGHTS = ("ema", "raw")
 PROGRAMS = {"stablehlo": stablehlo.write, "onnx": onnx.write}
 TARGETS = (*rewrite.TARGETS, *PROGRAMS)
 _DIFFUSERS_VERSION = "0.35.0"
-# What official files do not tell: the shift that Wan's weights are sampled with at 720p.
-WAN_SHIFT = 5.0
 STATISTICS_CLIPS = 256  # clips that the latents' mean and standard deviation are measured on
 
 
@@ -165,23 +163,31 @@ def _finish_folder(source: Path, out: Path) -> None:
 
 
 def _complete(source: Path, out: Path) -> bool:
-    """Makes a pipeline of official files, if it is all there: text to video, with a tokenizer."""
-    if not all((out / folder.COMPONENTS[name].folder).is_dir() for name in folder.REQUIRED):
+    """Makes a pipeline of official files, if all its models and a tokenizer are there.
+
+    The image encoder is one of them where the transformer attends to pictures.
+    """
+    if not source.is_dir() or not folder.is_loose(source):
         return False
-    dit, vae = (folder.read_config(out, name) for name in ("dit", "vae"))
-    if dit.in_channels != vae.z_dim:
+    held = [name for name, c in folder.COMPONENTS.items() if (out / c.folder).is_dir()]
+    if not set(folder.REQUIRED) <= set(held):
         return False
-    if not (out / "tokenizer").is_dir():
-        model = folder.find_component(source, "text")[2].sentencepiece
-        if model is None:
-            return False
-        (out / "tokenizer").mkdir()
-        (out / "tokenizer" / "spiece.model").write_bytes(model)
-        folder.write_json(
-            out / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"}
-        )
-    # Only the 5B model's VAE has these channels, and only it takes a time for every token.
-    write_index(out, shift=WAN_SHIFT, expand_timesteps=vae.z_dim == len(WAN22_MEAN))
+    if folder.read_config(out, "dit").image_dim is not None and "image" not in held:
+        return False
+    try:
+        tokenizer = folder.open_tokenizer(source)
+    except ValueError:
+        return False
+    tokenizer.save(out / "tokenizer")
+    family = folder.read_family(source)
+    write_index(
+        out,
+        shift=family.shift,
+        expand_timesteps=family.expand_timesteps,
+        boundary_ratio=family.boundary_ratio,
+        pictures=family.pictures,
+    )
+    folder.write_json(out / "sampling.json", dataclasses.asdict(of_family(family)))
     return True
 
 
@@ -282,7 +288,12 @@ def write_pipeline(out: Path, config, stage) -> None:
 
 
 def write_index(
-    out: Path, *, shift: float, expand_timesteps: bool = False, pictures: bool = False
+    out: Path,
+    *,
+    shift: float,
+    expand_timesteps: bool = False,
+    boundary_ratio: float | None = None,
+    pictures: bool = False,
 ) -> None:
     """model_index.json and the scheduler's config, from which diffusers builds a WanPipeline.
 
@@ -292,16 +303,17 @@ def write_index(
       pictures: the transformer takes pictures as channels: a WanImageToVideoPipeline.
     """
     tokenizer = folder.read_json(out / "tokenizer" / "tokenizer_config.json")["tokenizer_class"]
+    transformer = ["diffusers", "WanTransformer3DModel"]
     index = {
         "_class_name": "WanPipeline",
         "_diffusers_version": _DIFFUSERS_VERSION,
-        "boundary_ratio": None,
+        "boundary_ratio": boundary_ratio,
         "expand_timesteps": expand_timesteps,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", tokenizer],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "transformer_2": [None, None],
+        "transformer": transformer,
+        "transformer_2": [None, None] if boundary_ratio is None else transformer,
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     if pictures:
@@ -311,6 +323,10 @@ def write_index(
             "image_encoder": ["transformers", "CLIPVisionModel"] if image else [None, None],
             "image_processor": ["transformers", "CLIPImageProcessor"] if image else [None, None],
         }
+        if image:
+            size = folder.read_config(out, "image").image_size
+            processor = out / "image_processor" / "preprocessor_config.json"
+            folder.write_json(processor, clip.processor_config(size))
     scheduler = {
         "_class_name": "UniPCMultistepScheduler",
         "_diffusers_version": _DIFFUSERS_VERSION,

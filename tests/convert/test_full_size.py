@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for `configs`, which is not installed
 
 from configs import wan
-from sora_jax.convert import folder, names
+from sora_jax.convert import folder, names, official
 from sora_jax.image.clip import CLIPVisionConfig
 from sora_jax.text.t5 import T5Config
 from sora_jax.train.dit_stage import dit_config
@@ -53,6 +53,25 @@ def test_transformer(variant):
     config = dit_config(c.dit, vae_config(c).z_dim, c.text.width)
     check("dit", config, KEYS[variant])
     assert json.loads(json.dumps(config.to_dict()))["num_layers"] == c.dit.depth
+
+
+@pytest.mark.parametrize(
+    ("variant", "family"),
+    [
+        ("t2v_1.3b", official.T2V),
+        ("t2v_14b", official.T2V),
+        ("i2v_14b", official.I2V),
+        ("flf2v_14b", official.FLF2V),
+        ("ti2v_5b", official.TI2V_5B),
+        ("t2v_a14b", official.T2V_A14B),
+        ("i2v_a14b", official.I2V_A14B),
+    ],
+)
+def test_family_follows_from_shapes(variant, family):
+    c = wan.get_config(variant)
+    vae = vae_config(c)
+    dit = dit_config(c.dit, vae.z_dim, c.text.width)
+    assert official.family(dit, vae, experts=variant.endswith("a14b")) == family
 
 
 @pytest.mark.parametrize(("variant", "name"), [("t2v_1.3b", "vae_2.1"), ("ti2v_5b", "vae_2.2")])

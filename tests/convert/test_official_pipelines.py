@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sora_jax.convert import folder
-from sora_jax.convert.folder import SamplingDefaults
+from sora_jax.convert.sampling import SamplingDefaults
 from sora_jax.generate import Pipeline, conditions
 from sora_jax.generate.experts import Experts, Part
 from tests.convert.by_name import tensor

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.convert.folder import SamplingDefaults
+from sora_jax.convert.sampling import SamplingDefaults
 from sora_jax.data.paperworld.render import render
 from sora_jax.data.paperworld.settings import DEFAULT_SETTINGS
 from sora_jax.data.paperworld.source import heldout_prompts, seen_prompts

@@ -1,0 +1,157 @@
+"""Official files, which lie loose, are a pipeline as they are, and make a diffusers folder."""
+
+import dataclasses
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import sentencepiece
+from safetensors.numpy import load_file, save_file
+
+import sora_jax
+from sora_jax.convert import folder, loose, official
+from sora_jax.convert.sampling import read_sampling
+from sora_jax.convert.weights import open_weights
+from sora_jax.image.clip import CLIPVisionConfig
+from sora_jax.train.export import export, write_index
+from tests.conftest import random_like
+
+BLUE = np.full((16, 16, 3), (10, 10, 250), np.uint8)
+# Of a pipeline: (its second transformer, its pictures).
+KINDS = {"t2v": (False, False), "i2v": (False, True), "t2v_a14b": (True, False)}
+# Steps, shift, guidance of both transformers, and frames that Wan's code uses.
+PUBLISHED = {
+    "t2v": (50, 5.0, 5.0, None, 81),
+    "i2v": (40, 3.0, 5.0, None, 81),
+    "t2v_a14b": (40, 12.0, 4.0, 3.0, 81),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    """A SentencePiece model of T5's kind."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red ball rolls left"] * 20),
+        model_writer=model,
+        **{"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2},
+        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, pipeline_folder, model, tmp_path_factory):
+    """(kind, diffusers folder, official files) of one model; a tokenizer is in the first alone."""
+    experts, pictures = KINDS[request.param]
+    root = tmp_path_factory.mktemp(request.param)
+    source = root / "source"
+    shutil.copytree(pipeline_folder, source)
+    shutil.rmtree(source / "tokenizer")
+    (source / "tokenizer").mkdir()
+    (source / "tokenizer" / "spiece.model").write_bytes(model)
+    folder.write_json(
+        source / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"}
+    )
+    dit = folder.read_config(source, "dit")
+    if pictures:
+        dit = dataclasses.replace(dit, in_channels=4 + 2 + 4, image_dim=8)
+        tower = {"width": 8, "mlp_dim": 12, "depth": 2, "num_heads": 2}
+        save(source, "image", CLIPVisionConfig(**tower, image_size=8, patch_size=4), seed=1)
+    save(source, "dit", dit, seed=2)
+    if experts:
+        save(source, "dit_2", dit, seed=3)
+    boundary = official.T2V_A14B.boundary_ratio if experts else None
+    write_index(source, shift=1.0, pictures=pictures, boundary_ratio=boundary)
+    files = root / "files"
+    export(source, files, to="wan")
+    return request.param, source, files
+
+
+def save(where, name: str, config, *, seed: int) -> None:
+    params = random_like(folder.abstract_params(name, config)[1], seed=seed)
+    folder.save_component(where, name, config, params)
+
+
+def with_tokenizer(files, target, model: bytes):
+    """A copy of official files whose text encoder holds its tokenizer, as ComfyUI's does."""
+    shutil.copytree(files, target)
+    [text] = (target / "text_encoders").glob("*.safetensors")
+    config = open_weights(text).config
+    tensors = load_file(text) | {"spiece_model": np.frombuffer(model, np.uint8)}
+    save_file(tensors, text, {"sora_jax.config": json.dumps(config)})
+    return target
+
+
+def frames(checkpoint, kind: str) -> np.ndarray:
+    pipe = sora_jax.load(checkpoint)
+    image = {"image": BLUE} if KINDS[kind][1] else {}
+    settings = {"size": (16, 16), "frames": 5, "steps": 4, "guidance": 2.0, "shift": 1.0}
+    return pipe("a red ball", **settings, seed=3, **image).frames
+
+
+def test_they_make_the_videos_of_the_folder_that_they_came_from(pair, model, tmp_path):
+    kind, source, files = pair
+    files = with_tokenizer(files, tmp_path / "files", model)
+    expected = frames(source, kind)
+    np.testing.assert_array_equal(frames(files, kind), expected)
+    made = export(files, tmp_path / "made")
+    np.testing.assert_array_equal(frames(made, kind), expected)
+    assert (made / "tokenizer" / "spiece.model").read_bytes() == model
+    names = ("_class_name", "boundary_ratio", "transformer_2")
+    there, expected = (folder.read_json(path / "model_index.json") for path in (made, source))
+    assert [there[name] for name in names] == [expected[name] for name in names]
+    for path in (made, files):
+        told = read_sampling(path)
+        got = (told.steps, told.shift.shift_hi, told.guidance, told.guidance_2, told.frames)
+        assert got == PUBLISHED[kind]
+
+
+def test_a_tokenizer_may_lie_in_a_folder_beside_them(pair, model, tmp_path):
+    kind, source, files = pair
+    copy = tmp_path / "files"
+    shutil.copytree(files, copy)
+    with pytest.raises(ValueError, match="no tokenizer; put the tokenizer"):
+        sora_jax.load(copy)
+    where = copy / "google" / "umt5-xxl"  # as in the official repositories
+    where.mkdir(parents=True)
+    (where / "spiece.model").write_bytes(model)
+    np.testing.assert_array_equal(frames(copy, kind), frames(source, kind))
+
+
+@pytest.mark.parametrize(
+    ("names", "low"),
+    [
+        (("wan2.2_t2v_high_noise_14B", "wan2.2_t2v_low_noise_14B"), 1),
+        (("low_noise_model/diffusion", "high_noise_model/diffusion"), 0),
+        (("a14b-low", "a14b-high"), 0),
+        (("follow_a", "slow_b"), None),
+        (("low_noise_1", "low_noise_2"), None),
+    ],
+)
+def test_experts_are_told_apart_by_name(pipeline_folder, tmp_path, names, low):
+    export(pipeline_folder, tmp_path / "one", to="wan")
+    [file] = (tmp_path / "one" / "diffusion_models").glob("*.safetensors")
+    where = tmp_path / "lower"  # the folder's own name says nothing
+    for name in names:
+        target = where / f"{name}.safetensors"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    if low is None:
+        with pytest.raises(ValueError, match="put low_noise into the name"):
+            folder.find_component(where, "dit")
+        return
+    for component, index in (("dit", 1 - low), ("dit_2", low)):
+        source = folder.find_component(where, component)[2].source
+        assert source == str(where / f"{names[index]}.safetensors")
+    assert set(loose.components(where)) == {"dit", "dit_2"}
+
+
+def test_a_pickle_in_the_place_of_a_model_is_named(pipeline_folder, tmp_path):
+    export(pipeline_folder, tmp_path / "files", to="wan")
+    shutil.rmtree(tmp_path / "files" / "vae")
+    (tmp_path / "files" / "Wan2.1_VAE.pth").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match=r"needs one VAE.*Wan2.1_VAE.pth was not read"):
+        sora_jax.load(tmp_path / "files")
