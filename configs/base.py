@@ -62,7 +62,8 @@ def get_config() -> ConfigDict:
     c.vae.patch_size = 1  # pixels folded into channels in front of the first level
     c.vae.is_residual = False  # Wan 2.2's residual up and down sampling
     c.vae.dtype = "float32"  # operands of convolutions; "bfloat16" on accelerators
-    c.vae_checkpoint = ""  # stage "dit": inference folder that holds the VAE
+    # Checkpoints: folders, names of shipped weights ("paperworld") or hub ids.
+    c.vae_checkpoint = ""  # stage "dit": that whose VAE is used
     # Inference folder whose text encoder is used as it is (in text.dtype); "" trains one of
     # config.text with the DiT.
     c.text_checkpoint = ""
@@ -87,7 +88,8 @@ def get_config() -> ConfigDict:
     c.text.dtype = "float32"
     c.text.remat = False  # recompute each layer in the backward pass
     c.text_tokens = 224  # tokens a caption is cut or padded to
-    c.tokenizer = ""  # folder of a tokenizer (tools/train_tokenizer.py); "" reads bytes
+    # Folder of a tokenizer (tools/train_tokenizer.py), or a checkpoint with one; "" reads bytes.
+    c.tokenizer = ""
 
     c.dit = ConfigDict()  # fields of dit.model.DiTConfig; out_channels follow the VAE
     c.dit.patch_size = (1, 2, 2)  # latents folded into one token: frames, height, width

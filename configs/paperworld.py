@@ -19,11 +19,11 @@ from sora_jax.data.paperworld.captions import NEAR
 def get_config(arg: str = "full"):
     c = base.get_config()
     c.num_steps, c.batch_size = 12_000, 16
-    c.vae_checkpoint = "sora_jax/weights/paperworld"
+    c.vae_checkpoint = "paperworld"
     c.data.cache, c.data.cache_clips = "runs/paperworld_latents", 20_000
     # A word is one token: over bytes the encoder had not told the eight shapes apart after 3,000
     # steps. The longest caption has 43.
-    c.tokenizer, c.text_tokens = "sora_jax/weights/paperworld/tokenizer", 48
+    c.tokenizer, c.text_tokens = "paperworld", 48
     c.text.update(vocab_size=256, width=192, head_dim=48, mlp_dim=512, depth=4, num_heads=4)
     c.text.dtype = "bfloat16"
     c.dit.update(depth=8, width=256, num_heads=4, ffn_dim=1024, dtype="bfloat16")

@@ -112,7 +112,7 @@ def shrunken(c: ConfigDict) -> ConfigDict:
     """
     c.num_steps, c.batch_size = 4, 8
     c.mesh.update(data=1, fsdp=-1, tensor=1, context=1)
-    c.vae_checkpoint, c.text_checkpoint = "sora_jax/weights/paperworld", ""
+    c.vae_checkpoint, c.text_checkpoint = "paperworld", ""
     c.data.update(kind="paperworld", path="", text_embeddings=False)
     c.data.update(width=64, height=64, frames=5, fps=8.0)
     c.data.pack.update(tokens=96, text_tokens=448, max_segments=min(c.data.pack.max_segments, 6))

@@ -16,7 +16,7 @@ from sora_jax.data import loader as loaders
 from sora_jax.data.packing import Lengths, PackSettings, Segment
 from sora_jax.prompts import timed
 from sora_jax.text.tokenizer import Tokenizer
-from sora_jax.train import latent_cache
+from sora_jax.train import frozen, latent_cache
 from sora_jax.train.encode import ClipEncoder, text_hash, vae_hash
 
 BATCHING = ("fixed", "pack", "bucket")
@@ -102,8 +102,7 @@ def make_pick(config, stage) -> latent_cache.PickCaption:
 
 def _part(settings: Mapping[str, Any], *, config) -> Any:
     """The source of one part of `config.data`, or its cache."""
-    vae = config.vae_checkpoint
-    text = config.text_checkpoint if config.data.get("text_embeddings", False) else ""
+    vae, text = _encoders(config)
     if settings["kind"] == "latents":
         return open_cache(settings["path"], vae, text)
     if not settings["cache"]:
@@ -118,6 +117,14 @@ def _part(settings: Mapping[str, Any], *, config) -> Any:
         text_folder=text,
         text_tokens=config.text_tokens,
     )
+
+
+def _encoders(config) -> tuple[str, str]:
+    """Folders of the VAE and, where the captions' embeddings are cached, of the text encoder."""
+    cached = config.data.get("text_embeddings", False)
+    keys = ("vae_checkpoint", "text_checkpoint" if cached else "")
+    vae, text = (str(frozen.path_of(config, k)) if k and config[k] else "" for k in keys)
+    return vae, text
 
 
 def open_cache(path: str, vae_folder: str, text_folder: str = "") -> latents.LatentSource:
@@ -313,7 +320,7 @@ def _planned(config, stage, source, steps, options):
         return loaders.make_planned_loader(
             source, plan, collate=collate, transforms=steps, **options
         )
-    encode = ClipEncoder(config.vae_checkpoint)
+    encode = ClipEncoder(_encoders(config)[0])
     pixels = loaders.make_planned_loader(
         source, plan, collate=_as_they_are, transforms=steps, **options
     )

@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from sora_jax.convert import folder
 from sora_jax.text.t5 import T5Config, T5Encoder
-from sora_jax.text.tokenizer import ByteTokenizer, load_tokenizer
-from sora_jax.train import packed
+from sora_jax.text.tokenizer import ByteTokenizer, Tokenizer
+from sora_jax.train import frozen, packed
 
 Embedded = tuple[Float[Array, "b l d"], Bool[Array, "b l"]]
 
@@ -40,9 +40,9 @@ class Conditioning:
                 "config.data.text_embeddings needs config.text_checkpoint, the folder whose text "
                 "encoder made them."
             )
-        tokenizer = config.get("tokenizer") or (Path(path) / "tokenizer" if path else "")
-        tokenizer = "" if abstract else tokenizer
-        self.tokenizer = load_tokenizer(tokenizer) if tokenizer else ByteTokenizer()
+        if path and not abstract:
+            path = frozen.path_of(config, "text_checkpoint")
+        self.tokenizer = _tokenizer(config, path) if not abstract else ByteTokenizer()
         if self.is_trained or abstract:
             settings = T5Config(**config.text.to_dict())
             graphdef, shapes = folder.abstract_params("text", settings)
@@ -120,3 +120,10 @@ class Conditioning:
 
     def _padded(self, emb: np.ndarray) -> jax.Array:
         return jnp.pad(jnp.asarray(emb), ((0, self.text_tokens - len(emb)), (0, 0)))
+
+
+def _tokenizer(config: Any, path: Path | str) -> Tokenizer:
+    """`config.tokenizer`, or else that of the text encoder at `path`, or else bytes."""
+    if config.get("tokenizer"):
+        return frozen.tokenizer_of(config)
+    return folder.open_tokenizer(path) if path else ByteTokenizer()

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from sora_jax.dit.flops import flops as dit_flops
 from sora_jax.dit.model import DiT, DiTConfig
 from sora_jax.prompts import timed
 from sora_jax.text.tokenizer import Tokenizer
-from sora_jax.train import masks, packed
+from sora_jax.train import frozen, masks, packed
 from sora_jax.train.conditioning import Conditioning
 from sora_jax.train.pictures import Pictures, show
 from sora_jax.train.vae_stage import to_float, vae_config
@@ -75,7 +74,7 @@ def _opened_vae(config) -> folder.Opened:
         raise ValueError(
             "config.vae_checkpoint is empty; set it to an inference folder that holds a VAE."
         )
-    return folder.open_component(Path(config.vae_checkpoint), "vae")
+    return folder.open_component(frozen.path_of(config, "vae_checkpoint"), "vae")
 
 
 def _abstract_vae(config) -> folder.Opened:

@@ -101,8 +101,9 @@ def text_hash(text_folder: Path) -> str:
 
 
 def _hash(path: Path, component: str) -> str:
-    tensors = folder.tensor_path(path, component)
-    return folder.hash_files([tensors, tensors.with_name("config.json")])[:16]
+    files = folder.find_component(path, component)[2].paths
+    config = Path(path) / folder.COMPONENTS[component].folder / "config.json"
+    return folder.hash_files([*files, *([config] if config.is_file() else [])])[:16]
 
 
 class CaptionEncoder:
@@ -117,10 +118,8 @@ class CaptionEncoder:
     BATCH = 32
 
     def __init__(self, text_folder: str | Path, *, max_tokens: int):
-        from sora_jax.text.tokenizer import load_tokenizer
-
         _, graphdef, params = folder.load_component(Path(text_folder), "text")
-        self.tokenizer = load_tokenizer(Path(text_folder) / "tokenizer")
+        self.tokenizer = folder.open_tokenizer(text_folder)
         self.max_tokens = max_tokens
         self.hash = text_hash(Path(text_folder))
         self._params = params

@@ -23,6 +23,7 @@ from sora_jax.data import loader as loaders
 from sora_jax.data import sources
 from sora_jax.diffusion import times
 from sora_jax.image import clip
+from sora_jax.train import frozen
 from sora_jax.train.program import STAGES
 from sora_jax.train.vae_stage import to_float
 
@@ -133,11 +134,11 @@ def run_parts(run: Path, weights: str, *, statistics: bool = True):
         "dit": rewrite.from_params("dit", stage.dit_config, params["dit"]),
         "text": rewrite.from_params("text", stage.text.config, params["text"])
         if stage.text.is_trained
-        else rewrite.from_folder(config.text_checkpoint, "text"),
-        "vae": rewrite.from_folder(config.vae_checkpoint, "vae"),
+        else rewrite.from_folder(frozen.path_of(config, "text_checkpoint"), "text"),
+        "vae": rewrite.from_folder(frozen.path_of(config, "vae_checkpoint"), "vae"),
     }
     if stage.dit_config.image_dim is not None:
-        parts["image"] = rewrite.from_folder(config.image_checkpoint, "image")
+        parts["image"] = rewrite.from_folder(frozen.path_of(config, "image_checkpoint"), "image")
     return parts, config, step
 
 

@@ -7,7 +7,6 @@ arXiv:2503.20314, section 5.1). Wan 2.1's models also attend to CLIP's features 
 or of the first and last, by a frozen tower. Every token is noisy and counted.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from sora_jax.diffusion import tasks
 from sora_jax.diffusion.tasks import TaskMixture
 from sora_jax.dit.config import DiTConfig
 from sora_jax.image.clip import CLIPVisionConfig, preprocess
+from sora_jax.train import frozen
 from sora_jax.types import Video
 from sora_jax.vae.config import VAEConfig
 
@@ -105,7 +105,9 @@ class Pictures:
                     "config.image_checkpoint is empty; set it to the folder of the image encoder."
                 )
             self._tower = (
-                _abstract_tower(dit) if abstract else folder.open_component(Path(path), "image")
+                _abstract_tower(dit)
+                if abstract
+                else folder.open_component(frozen.path_of(config, "image_checkpoint"), "image")
             )
             rows = self.pictures * self._tower.config.num_positions
             if dit.image_positions not in (None, rows):

@@ -196,3 +196,19 @@ def test_official_files_with_a_tokenizer_become_a_whole_pipeline(pipeline_folder
     assert saved == model.getvalue()
     video = sora_jax.load(tmp_path / "whole")("a red ball", size=(16, 16), frames=5, steps=2)
     assert video.frames.shape == (5, 16, 16, 3)
+
+
+def test_a_run_that_names_shipped_weights_is_exported_from_any_folder(tmp_path, monkeypatch):
+    from ml_collections import ConfigDict
+
+    from sora_jax.train import frozen
+
+    monkeypatch.chdir(tmp_path)
+    config = ConfigDict({"vae_checkpoint": "paperworld", "tokenizer": "paperworld"})
+    assert (frozen.path_of(config, "vae_checkpoint") / "vae" / "config.json").is_file()
+    assert frozen.tokenizer_of(config).encode("a red ball", max_length=8)
+    config.vae_checkpoint = "./no/such/folder"
+    with pytest.raises(ValueError, match=r"config\.vae_checkpoint \./no/such/folder is not found"):
+        frozen.path_of(config, "vae_checkpoint")
+    config.tokenizer = str(frozen.path_of(ConfigDict({"a": "paperworld"}), "a") / "tokenizer")
+    assert frozen.tokenizer_of(config).encode("a red ball", max_length=8)
