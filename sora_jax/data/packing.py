@@ -125,15 +125,15 @@ class PackPlan:
             raise ValueError("there are no records to pack; give more data.")
         texts = np.ones_like(lengths.tokens) if lengths.texts is None else lengths.texts
         self.lengths = lengths = lengths._replace(texts=texts)
-        for name, have, most in (
-            ("tokens", lengths.tokens, settings.tokens),
-            ("text_tokens", lengths.text, settings.text_tokens),
-            ("max_segments", texts, settings.max_segments),
+        for name, what, have, most in (
+            ("tokens", "video tokens", lengths.tokens, settings.tokens),
+            ("text_tokens", "text tokens", lengths.text, settings.text_tokens),
+            ("max_segments", "sentences with time stamps", texts, settings.max_segments),
         ):
             if have.max() > most:
                 worst = int(have.argmax())
                 raise ValueError(
-                    f"record {worst} has {have[worst]} {name}, a row takes {most}; raise "
+                    f"record {worst} has {have[worst]} {what}, a row takes {most}; raise "
                     f"config.data.pack.{name} or make the clips shorter or smaller."
                 )
         self._rows = _Epochs(self._pack)

@@ -95,8 +95,11 @@ def test_buckets_hold_one_size_each_and_every_record_comes():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (PackSettings(100, 256, 4), r"has \d+ tokens, a row takes 100; raise config.data.pack.tok"),
-        (PackSettings(1024, 9, 4), r"has \d+ text_tokens, a row takes 9; raise"),
+        (
+            PackSettings(100, 256, 4),
+            r"has \d+ video tokens, a row takes 100; raise config.data.pack.tok",
+        ),
+        (PackSettings(1024, 9, 4), r"has \d+ text tokens, a row takes 9; raise"),
     ],
 )
 def test_records_over_the_budget_are_named(settings, message):
@@ -146,7 +149,9 @@ def test_a_segment_of_several_texts_counts_as_several():
     rows = [[pick.index for pick in plan.row(i)] for i in range(3)]
     assert sorted(i for row in rows for i in row) == list(range(6))
     assert all(texts[row].sum() <= 3 for row in rows)
-    with pytest.raises(ValueError, match="record 1 has 2 max_segments, a row takes 1"):
+    with pytest.raises(
+        ValueError, match="record 1 has 2 sentences with time stamps, a row takes 1"
+    ):
         PackPlan(lengths, PackSettings(6, 6, 1), seed=0)
 
 

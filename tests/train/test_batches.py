@@ -145,7 +145,10 @@ def test_mistakes_are_told(config, mesh, tmp_path, vae_folder):
         ({"batching": "fixed"}, "takes records of one size, these have 2; set it to 'pack'"),
         ({"batching": "packed"}, "batching 'packed': use one of fixed, pack, bucket"),
         ({"batching": "bucket", "bucket_tokens": 3}, "1 of them do not fit into a batch of 3"),
-        ({"pack": {"tokens": 3}}, r"has 16 tokens, a row takes 3; raise config.data.pack.tokens"),
+        (
+            {"pack": {"tokens": 3}},
+            r"has 16 video tokens, a row takes 3; raise config.data.pack.tokens",
+        ),
         ({"kind": "latents", "path": str(tmp_path), "parts": {}}, "no complete cache of latents"),
     ]
     for changes, message in cases:
