@@ -31,6 +31,11 @@ def models(path: Path) -> list[Model]:
     if not indexes and not alone:
         if found := pickles(path):
             open_weights(found[0])  # says why not
+        if (path / "checkpoints").is_dir():
+            raise ValueError(
+                f"{path}: a training run, whose weights are exported first: sora-jax convert "
+                f"export --checkpoint {path} --out DIR."
+            )
         raise ValueError(f"{path}: holds no .safetensors file; give a folder of weights.")
     return [recognize(open_weights(file)) for file in sorted([*indexes, *alone])]
 

@@ -149,6 +149,12 @@ def test_experts_are_told_apart_by_name(pipeline_folder, tmp_path, names, low):
     assert set(loose.components(where)) == {"dit", "dit_2"}
 
 
+def test_a_training_run_is_to_be_exported_first(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="run: a training run, whose weights are exported first"):
+        sora_jax.load(tmp_path / "run")
+
+
 def test_a_pickle_in_the_place_of_a_model_is_named(pipeline_folder, tmp_path):
     export(pipeline_folder, tmp_path / "files", to="wan")
     shutil.rmtree(tmp_path / "files" / "vae")
