@@ -36,7 +36,7 @@ def computes_on_cpus() -> bool:
 def keep_buffers() -> bool:
     """From now on all threads take large buffers from one heap, which stays.
 
-    The process keeps the memory of its peak, and what lies in holes of the heap: in all about a
+    The process keeps the memory of its peak, and what lies in holes of the heap: in all up to a
     third more. For training; sampling gains little. Other allocators (LD_PRELOAD) take no notice.
 
     Returns whether the C library can.

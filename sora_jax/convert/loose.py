@@ -10,9 +10,9 @@ from pathlib import Path
 
 from sora_jax.convert.recognize import Naming, recognize
 from sora_jax.convert.weights import INDEX, PICKLES, Weights, open_weights
+from sora_jax.text.tokenizer import UNIGRAM_FILES
 
 LOW_NOISE = re.compile(r"low[ _-]?noise|(?<![a-z])low(?![a-z])", re.IGNORECASE)
-TOKENIZERS = ("tokenizer.json", "spiece.model")
 Model = tuple[Naming, Weights]
 
 
@@ -68,5 +68,5 @@ def _name(weights: Weights, path: Path) -> str:
 
 def tokenizer_file(path: Path) -> Path | None:
     """A Unigram tokenizer's file, at most three folders down: official ones have it two down."""
-    places = (f"{'*/' * depth}{name}" for depth in range(4) for name in TOKENIZERS)
+    places = (f"{'*/' * depth}{name}" for depth in range(4) for name in UNIGRAM_FILES)
     return next((file for place in places for file in sorted(path.glob(place))), None)

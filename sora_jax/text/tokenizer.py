@@ -22,7 +22,7 @@ PAD, EOS, UNK = 0, 1, 2
 _FIRST_BYTE = 3
 _FIRST_SENTINEL = _FIRST_BYTE + 256
 _SUPPORTED = ("ByT5Tokenizer",)
-_UNIGRAM_FILES = ("tokenizer.json", "spiece.model")  # the first that is there
+UNIGRAM_FILES = ("tokenizer.json", "spiece.model")  # the first that is there
 
 
 class TextBatch(NamedTuple):
@@ -203,7 +203,7 @@ def load_tokenizer(folder) -> Tokenizer:
       ValueError: where its files are missing or damaged, or name another tokenizer.
     """
     folder = pathlib.Path(folder)
-    files = [folder / name for name in _UNIGRAM_FILES if (folder / name).is_file()]
+    files = [folder / name for name in UNIGRAM_FILES if (folder / name).is_file()]
     if files:
         from sora_jax.text.unigram import UnigramTokenizer
 

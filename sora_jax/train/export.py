@@ -155,32 +155,31 @@ def _finish_run(out: Path, config, *, weights: str, step: int) -> None:
 def _finish_folder(source: Path, out: Path) -> None:
     if source.is_dir() and "model_index.json" in rewrite.copy_companions(source, out):
         return
-    if not _complete(source, out):
+    if lacks := _complete(source, out):
         print(
             f"{out}: weights and configs alone; a pipeline also needs model_index.json, scheduler/ "
-            "and tokenizer/, which the source does not have.",
+            f"and tokenizer/, which were not made: {lacks}",
             file=sys.stderr,
         )
 
 
-def _complete(source: Path, out: Path) -> bool:
-    """Makes a pipeline of official files, if all its models and a tokenizer are there.
+def _complete(source: Path, out: Path) -> str:
+    """Makes a pipeline of the models in `out`, if they are all there; else says what it lacks.
 
     The image encoder is one of them where the transformer attends to pictures.
     """
-    if not source.is_dir() or not folder.is_loose(source):
-        return False
     held = [name for name, c in folder.COMPONENTS.items() if (out / c.folder).is_dir()]
-    if not set(folder.REQUIRED) <= set(held):
-        return False
-    if folder.read_config(out, "dit").image_dim is not None and "image" not in held:
-        return False
+    needed = list(folder.REQUIRED)
+    if "dit" in held and folder.read_config(out, "dit").image_dim is not None:
+        needed.append("image")
+    if missing := [name for name in needed if name not in held]:
+        return f"the source has no {', '.join(folder.WORDS[name] for name in missing)}."
     try:
         tokenizer = folder.open_tokenizer(source)
-    except ValueError:
-        return False
+    except ValueError as error:
+        return str(error)
     tokenizer.save(out / "tokenizer")
-    family = folder.read_family(source)
+    family = folder.read_family(out)
     write_index(
         out,
         shift=family.shift,
@@ -188,8 +187,9 @@ def _complete(source: Path, out: Path) -> bool:
         boundary_ratio=family.boundary_ratio,
         pictures=family.pictures,
     )
-    folder.write_json(out / "sampling.json", dataclasses.asdict(of_family(family)))
-    return True
+    if not (out / "sampling.json").is_file():
+        folder.write_json(out / "sampling.json", dataclasses.asdict(of_family(family)))
+    return ""
 
 
 def model_card(out: Path, config, weights: str, step: int) -> str:

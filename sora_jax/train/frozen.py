@@ -5,7 +5,7 @@ from typing import Any
 
 import sora_jax
 from sora_jax.convert import folder
-from sora_jax.text.tokenizer import Tokenizer, load_tokenizer
+from sora_jax.text.tokenizer import UNIGRAM_FILES, Tokenizer, load_tokenizer
 
 
 def path_of(config: Any, key: str) -> Path:
@@ -28,6 +28,7 @@ def path_of(config: Any, key: str) -> Path:
 
 def tokenizer_of(config: Any) -> Tokenizer:
     """That of `config.tokenizer`: a tokenizer's folder, or a checkpoint that holds one."""
-    if (Path(config.tokenizer) / "tokenizer_config.json").is_file():
-        return load_tokenizer(config.tokenizer)
+    here = Path(config.tokenizer)
+    if any((here / name).is_file() for name in ("tokenizer_config.json", *UNIGRAM_FILES)):
+        return load_tokenizer(here)
     return folder.open_tokenizer(path_of(config, "tokenizer"))

@@ -149,6 +149,24 @@ def test_experts_are_told_apart_by_name(pipeline_folder, tmp_path, names, low):
     assert set(loose.components(where)) == {"dit", "dit_2"}
 
 
+def test_what_a_pipeline_lacks_is_said(pipeline_folder, model, tmp_path, capsys):
+    export(pipeline_folder, tmp_path / "files", to="wan")
+    damaged = with_tokenizer(tmp_path / "files", tmp_path / "damaged", b"no model")
+    export(damaged, tmp_path / "made")
+    assert "text_encoder.safetensors: not a SentencePiece model" in capsys.readouterr().err
+    shutil.rmtree(damaged / "vae")
+    export(damaged, tmp_path / "less")
+    assert "the source has no VAE." in capsys.readouterr().err
+
+
+def test_settings_beside_them_are_kept(pipeline_folder, model, tmp_path):
+    export(pipeline_folder, tmp_path / "files", to="wan")
+    files = with_tokenizer(tmp_path / "files", tmp_path / "own", model)
+    shutil.copyfile(pipeline_folder / "sampling.json", files / "sampling.json")
+    made = export(files, tmp_path / "made")
+    assert read_sampling(made) == read_sampling(files) == read_sampling(pipeline_folder)
+
+
 def test_a_training_run_is_to_be_exported_first(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="run: a training run, whose weights are exported first"):

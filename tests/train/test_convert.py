@@ -210,5 +210,10 @@ def test_a_run_that_names_shipped_weights_is_exported_from_any_folder(tmp_path, 
     config.vae_checkpoint = "./no/such/folder"
     with pytest.raises(ValueError, match=r"config\.vae_checkpoint \./no/such/folder is not found"):
         frozen.path_of(config, "vae_checkpoint")
-    config.tokenizer = str(frozen.path_of(ConfigDict({"a": "paperworld"}), "a") / "tokenizer")
+    shipped = frozen.path_of(ConfigDict({"a": "paperworld"}), "a") / "tokenizer"
+    config.tokenizer = str(shipped)
+    assert frozen.tokenizer_of(config).encode("a red ball", max_length=8)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "tokenizer.json").write_bytes((shipped / "tokenizer.json").read_bytes())
+    config.tokenizer = "bare"
     assert frozen.tokenizer_of(config).encode("a red ball", max_length=8)
