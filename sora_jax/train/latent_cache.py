@@ -109,7 +109,7 @@ def build(
 
     Raises:
       ValueError: a count out of range, or the cache, complete or not, was made by another
-        encoder or of another number or size of clips.
+        encoder or of another number or size of clips, or of another world (`source.origin`).
     """
     path = Path(path)
     if clips < 0 or shard_clips < 1:
@@ -125,6 +125,8 @@ def build(
         "clip_shape": list(source[0]["video"].shape),
         "shard_clips": shard_clips,
     }
+    if origin := getattr(source, "origin", None):
+        wanted["origin"] = origin
     check_meta(path, wanted)
     if not latents.is_complete(path):
         encode_captions = None
@@ -161,12 +163,28 @@ def check_meta(path: Path, wanted: dict[str, Any]) -> None:
     if not (path / latents.META).is_file():
         return
     found = folder.read_json(path / latents.META)
+    if "origin" in wanted and "origin" not in found:  # caches did not always tell
+        wanted = {name: value for name, value in wanted.items() if name != "origin"}
     for name, value in wanted.items():
-        if found.get(name) != value:
+        if name == "origin":
+            _check_origin(path, found[name], value)
+        elif found.get(name) != value:
             raise ValueError(
                 f"the latents in {path} have {name} {found.get(name)}, the config asks for "
                 f"{value}; delete the cache or change config.data.cache."
             )
+
+
+def _check_origin(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises ValueError, naming what differs, where clips came from another world."""
+    # What one of the two does not know came to the package after the other.
+    apart = [name for name in sorted(found.keys() & wanted) if found[name] != wanted[name]]
+    if apart:
+        told = ", ".join(f"{name} {found[name]} (asked for: {wanted[name]})" for name in apart)
+        raise ValueError(
+            f"the latents in {path} are of clips with {told}; delete the cache or change "
+            "config.data.cache."
+        )
 
 
 def _encode(

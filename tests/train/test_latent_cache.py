@@ -149,6 +149,28 @@ def test_cache_of_another_vae_is_refused_whether_complete_or_not(vae_folder, tmp
             build(Source(), other, tmp_path / name)
 
 
+class SourceOfWorld(Source):
+    def __init__(self, **origin):
+        super().__init__()
+        self.origin = {"kind": "paperworld", "seed": 0, "small": 0.0} | origin
+
+
+def test_cache_of_another_world_is_refused_by_what_differs(vae_folder, tmp_path):
+    build(SourceOfWorld(), vae_folder, tmp_path / "known")
+    build(SourceOfWorld(), vae_folder, tmp_path / "known")
+    with pytest.raises(
+        ValueError, match=r"known are of clips with small 0.0 \(asked for: 0.6\); del"
+    ):
+        build(SourceOfWorld(small=0.6), vae_folder, tmp_path / "known")
+    with pytest.raises(ValueError, match=r"seed 0 \(asked for: 1\), small 0.0 \(asked for: 0.6\)"):
+        build(SourceOfWorld(seed=1, small=0.6), vae_folder, tmp_path / "known")
+
+
+def test_cache_that_does_not_tell_its_world_is_taken(vae_folder, tmp_path):
+    build(Source(), vae_folder, tmp_path)
+    assert len(build(SourceOfWorld(), vae_folder, tmp_path)) == CLIPS
+
+
 @pytest.mark.parametrize(
     ("source", "clips", "message"),
     [

@@ -1,7 +1,7 @@
 """Paperworld as a random-access source of records, and its evaluation prompts."""
 
 import dataclasses
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -63,6 +63,12 @@ class PaperworldSource:
     def sizes(self) -> Int[np.ndarray, "r 3"]:
         s = self.settings
         return np.broadcast_to(np.array([s.frames, s.height, s.width], np.int32), (len(self), 3))
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """All that clip i depends on besides i, as JSON: what a cache of clips was made of."""
+        world = {"kind": "paperworld", "seed": self.seed, "split": self.split}
+        return world | dataclasses.asdict(self.settings)
 
     def __len__(self) -> int:
         return self.length

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 import pickle
 
 import numpy as np
@@ -34,6 +35,14 @@ def of_verb(verb, count=6, **changes):
     found = [s for s in found if s.subject.verb == verb][:count]
     assert len(found) == count
     return found
+
+
+def test_origin_tells_what_clips_depend_on():
+    origin = PaperworldSource(3, SINGLE, "seen").origin
+    assert json.loads(json.dumps(origin)) == origin
+    assert (origin["kind"], origin["seed"], origin["split"]) == ("paperworld", 3, "seen")
+    small = PaperworldSource(3, dataclasses.replace(SINGLE, small=0.5), "seen").origin
+    assert {name for name in origin if origin[name] != small[name]} == {"small"}
 
 
 def test_same_seed_and_index_give_identical_bytes():
