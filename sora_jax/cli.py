@@ -296,6 +296,7 @@ def _evaluate(args) -> None:
     import sora_jax
     from sora_jax import evaluate, video_io
     from sora_jax.evaluate import report
+    from sora_jax.progress import StagedProgress
 
     evaluate.find_suite(args.suite)
     video_io.check_output_path(args.out, allowed=(".json",))
@@ -303,7 +304,10 @@ def _evaluate(args) -> None:
     options |= {k: v for k in ("steps", "guidance") if (v := getattr(args, k)) is not None}
     if args.tasks is not None:
         options["tasks"] = evaluate.chosen_tasks(args.suite, args.tasks)
-    result = evaluate.run_suite(args.suite, sora_jax.load(args.checkpoint), args.out, **options)
+    pipeline = sora_jax.load(args.checkpoint)
+    with StagedProgress(unit="videos") as progress:
+        options["on_progress"] = progress.on_progress
+        result = evaluate.run_suite(args.suite, pipeline, args.out, **options)
     report.print_table(result)
 
 

@@ -10,16 +10,24 @@ class Progress:
     """`with Progress("training", total=1000) as p: p.update(step, loss="0.3")`.
 
     Of several processes of a run the first alone shows it; `alone` says without asking JAX, which
-    would take hold of the devices, that there is one.
+    would take hold of the devices, that there is one. `since`, a time of `time.monotonic`: work on
+    it began earlier than the object did.
     """
 
     def __init__(
-        self, title: str, *, total: int, unit: str = "steps", start: int = 0, alone: bool = False
+        self,
+        title: str,
+        *,
+        total: int,
+        unit: str = "steps",
+        start: int = 0,
+        alone: bool = False,
+        since: float | None = None,
     ):
         self._title, self._total, self._unit = title, total, unit
         self._start, self._done, self._bar = start, start, None
         self._quiet = not alone and jax.process_index() != 0
-        self._begun = self._printed = time.monotonic()
+        self._begun = self._printed = time.monotonic() if since is None else since
 
     def __enter__(self):
         if not self._quiet and sys.stderr.isatty():
@@ -86,3 +94,27 @@ class LearnedProgress:
             shown = Progress(self._title, total=total, unit=self._unit, start=step)
             self._shown = shown.__enter__()
         self._shown.update(step)
+
+
+class StagedProgress:
+    """A `Progress` for one stage after the other: `on_progress(stage, done, total)`."""
+
+    def __init__(self, *, unit: str):
+        self._unit, self._stage = unit, ""
+        self._shown: Progress | None = None
+        self._told = time.monotonic()  # a stage begins where the last one ended
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._shown is not None:
+            self._shown.__exit__()
+
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self.__exit__()
+            shown = Progress(stage, total=total, unit=self._unit, since=self._told)
+            self._shown, self._stage = shown.__enter__(), stage
+        self._shown.update(done)
+        self._told = time.monotonic()

@@ -3,7 +3,7 @@
 import pytest
 
 from sora_jax import progress
-from sora_jax.progress import LearnedProgress, Progress
+from sora_jax.progress import LearnedProgress, Progress, StagedProgress
 
 
 @pytest.fixture
@@ -33,3 +33,16 @@ def test_the_last_line_is_printed_once(clock, capsys):
             clock[0] += 1.0
             shown.update(done)
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_every_stage_counts_from_the_end_of_the_last(clock, capsys):
+    with StagedProgress(unit="videos") as shown:
+        for stage, done in (("animate", 1), ("animate", 2), ("loop", 1), ("loop", 2)):
+            clock[0] += 40.0
+            shown.on_progress(stage, done, 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "animate 1/2 videos, 0.03 a second, 0.7 min left  ",
+        "animate 2/2 videos, 0.03 a second, 0.0 min left  ",
+        "loop 1/2 videos, 0.03 a second, 0.7 min left  ",
+        "loop 2/2 videos, 0.03 a second, 0.0 min left  ",
+    ]
