@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -52,8 +53,9 @@ def export(
 
     Args:
       source: workdir of a run, or what `folder.find_component` reads.
-      to: "diffusers"; "wan": single files with the official names, as ComfyUI reads them; or
-        "stablehlo" or "onnx": programs for other runtimes, see the modules of these names.
+      to: "diffusers"; "wan": single files with the official names, as ComfyUI reads them, with
+        the tokenizer and the defaults of sampling beside them; or "stablehlo" or "onnx":
+        programs for other runtimes, see the modules of these names.
       weights: of a run, "ema" or "raw".
       dtype: of the stored tensors, "float32", "bfloat16" or "float16".
       max_shard_size: bytes of one file, with "diffusers".
@@ -82,9 +84,10 @@ def export(
         finish = functools.partial(_finish_run, config=config, weights=weights, step=step)
     else:
         parts = rewrite.parts_of(source)
-        finish = functools.partial(_finish_folder, source)
+        config, finish = None, functools.partial(_finish_folder, source)
     if to == "wan":
         rewrite.write_official(out, parts, dtype=dtype, stem=out.resolve().name)
+        _finish_official(source, out, parts, config)
         return out
     rewrite.write_diffusers(out, parts, dtype=dtype, max_shard_size=max_shard_size)
     finish(out)
@@ -150,6 +153,24 @@ def _finish_run(out: Path, config, *, weights: str, step: int) -> None:
     stage.text.tokenizer.save(out / "tokenizer")
     write_pipeline(out, config, stage)
     (out / "README.md").write_text(model_card(out, config, weights, step))
+
+
+def _finish_official(source: Path, out: Path, parts, config: ConfigDict | None) -> None:
+    """Beside official files: the tokenizer and the defaults of sampling, where the source has them.
+
+    No other software asks for them there; without them the files alone are no pipeline here.
+    """
+    if config is not None:
+        if config.stage == "vae":
+            return
+        stage = STAGES[config.stage](config)
+        stage.text.tokenizer.save(out / "tokenizer")
+        _write_sampling(out, config, stage)
+    elif "text" in parts:
+        if (source / "tokenizer").is_dir():
+            folder.open_tokenizer(source).save(out / "tokenizer")
+        if (source / "sampling.json").is_file():
+            shutil.copyfile(source / "sampling.json", out / "sampling.json")
 
 
 def _finish_folder(source: Path, out: Path) -> None:
@@ -262,6 +283,17 @@ def with_statistics(stage, config, params):
 
 def write_pipeline(out: Path, config, stage) -> None:
     """The pipeline's index, its scheduler, and our sampling defaults."""
+    shape = (1, config.data.frames, config.data.height, config.data.width, 3)
+    tokens = stage.tokens_per_clip({"video": jax.ShapeDtypeStruct(shape, jnp.uint8)})
+    write_index(
+        out,
+        shift=times.shift_for_tokens(tokens, stage.token_shift),
+        pictures=stage.pictures is not None,
+    )
+    _write_sampling(out, config, stage)
+
+
+def _write_sampling(out: Path, config, stage) -> None:
     defaults = SamplingDefaults(
         width=config.data.width,
         height=config.data.height,
@@ -277,13 +309,6 @@ def write_pipeline(out: Path, config, stage) -> None:
         text_tokens=config.text_tokens,
         tasks=stage.tasks.recorded,
         refine_prefix=config.sample.get("refine_prefix", ""),
-    )
-    shape = (1, config.data.frames, config.data.height, config.data.width, 3)
-    tokens = stage.tokens_per_clip({"video": jax.ShapeDtypeStruct(shape, jnp.uint8)})
-    write_index(
-        out,
-        shift=times.shift_for_tokens(tokens, stage.token_shift),
-        pictures=stage.pictures is not None,
     )
     folder.write_json(out / "sampling.json", dataclasses.asdict(defaults))
 

@@ -77,12 +77,18 @@ def save(where, name: str, config, *, seed: int) -> None:
 
 def with_tokenizer(files, target, model: bytes):
     """A copy of official files whose text encoder holds its tokenizer, as ComfyUI's does."""
-    shutil.copytree(files, target)
+    published(files, target)
     [text] = (target / "text_encoders").glob("*.safetensors")
     config = open_weights(text).config
     tensors = load_file(text) | {"spiece_model": np.frombuffer(model, np.uint8)}
     save_file(tensors, text, {"sora_jax.config": json.dumps(config)})
     return target
+
+
+def published(files, target):
+    """A copy of exported files without what `export` puts beside them."""
+    ours = shutil.ignore_patterns("tokenizer", "sampling.json")
+    return shutil.copytree(files, target, ignore=ours)
 
 
 def frames(checkpoint, kind: str) -> np.ndarray:
@@ -111,14 +117,23 @@ def test_they_make_the_videos_of_the_folder_that_they_came_from(pair, model, tmp
 
 def test_a_tokenizer_may_lie_in_a_folder_beside_them(pair, model, tmp_path):
     kind, source, files = pair
-    copy = tmp_path / "files"
-    shutil.copytree(files, copy)
+    copy = published(files, tmp_path / "files")
     with pytest.raises(ValueError, match="no tokenizer; put the tokenizer"):
         sora_jax.load(copy)
     where = copy / "google" / "umt5-xxl"  # as in the official repositories
     where.mkdir(parents=True)
     (where / "spiece.model").write_bytes(model)
     np.testing.assert_array_equal(frames(copy, kind), frames(source, kind))
+
+
+def test_exported_files_are_a_pipeline_as_they_lie(pair):
+    kind, source, files = pair
+    np.testing.assert_array_equal(frames(files, kind), frames(source, kind))
+
+
+def test_settings_of_a_checkpoint_go_with_its_files(pipeline_folder, tmp_path):
+    files = export(pipeline_folder, tmp_path / "files", to="wan")
+    assert read_sampling(files) == read_sampling(pipeline_folder)
 
 
 @pytest.mark.parametrize(

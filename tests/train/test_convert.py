@@ -95,6 +95,9 @@ def test_a_run_is_exported_to_both_and_verified_against_them(dit_config, tmp_pat
         export(run, tmp_path / to, to=to, weights="raw")
         assert not verify(run, tmp_path / to, weights="raw")[1]
     assert verify(run, tmp_path / "wan", weights="ema")[1]
+    for name in ("sampling.json", "tokenizer/tokenizer_config.json"):
+        there, expected = ((tmp_path / to / name).read_bytes() for to in ("wan", "diffusers"))
+        assert there == expected
     index = json.loads((tmp_path / "diffusers" / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline"
     assert "sora-jax sample" in (tmp_path / "diffusers" / "README.md").read_text()
@@ -177,6 +180,7 @@ def test_official_files_with_a_tokenizer_become_a_whole_pipeline(pipeline_folder
 
     official = tmp_path / "wan"
     export(pipeline_folder, official, to="wan")
+    shutil.rmtree(official / "tokenizer")
     export(official, tmp_path / "without")
     assert "needs model_index.json" in capsys.readouterr().err
     model = io.BytesIO()
