@@ -33,19 +33,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 @pytest.mark.parametrize(
-    ("parts", "warm"),
+    ("parts", "warm", "share"),
     [
-        pytest.param(1, 80, id="until the heap has holes enough"),
-        pytest.param(36, 3, id="more than the 2 GiB that a threshold can say"),
+        pytest.param(1, 80, 0.1, id="until the heap has holes enough"),
+        # Beside other work buffers come back in another order every time, and the heap still grows
+        # now and then: up to .18 in 15 runs. A heap that is trimmed takes all of it again.
+        pytest.param(36, 12, 0.3, id="more than the 2 GiB that a threshold can say"),
     ],
 )
-def test_buffers_of_a_program_are_not_taken_from_the_system_again(parts, warm):
+def test_buffers_of_a_program_are_not_taken_from_the_system_again(parts, warm, share):
     def faults(how):
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
         command = [sys.executable, "-c", FAULTS, how, str(parts), str(warm)]
         return int(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
 
-    assert faults("kept") < 0.1 * faults("as it was")
+    assert faults("kept") < share * faults("as it was")
 
 
 @pytest.mark.parametrize(

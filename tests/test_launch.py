@@ -148,7 +148,12 @@ def test_a_signal_is_passed_on_once_and_nothing_runs_again(
         f"trap 'asked INT 130' INT; echo ready >> {said}; "
         'until [ -n "$ending" ]; do sleep .05; done; sleep .5; exit $ending'
     )
-    job = subprocess.Popen([*launcher, "bash", "-c", script], start_new_session=True)
+    job = subprocess.Popen(
+        [*launcher, "bash", "-c", script],
+        start_new_session=True,
+        # A shell cannot trap what was ignored when it began, as SIGINT is behind `&` in a script.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 30
     while not said.exists() or len(said.read_text().split()) < processes:
         assert time.monotonic() < deadline
