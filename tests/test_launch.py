@@ -132,6 +132,14 @@ def test_a_long_run_begins_the_count_anew(tmp_path):
     assert done.returncode == 0
 
 
+# A shell cannot trap what was ignored when it began, as SIGINT is behind `&` in a script.
+HEEDING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(
     ("launcher", "processes"),
@@ -148,12 +156,8 @@ def test_a_signal_is_passed_on_once_and_nothing_runs_again(
         f"trap 'asked INT 130' INT; echo ready >> {said}; "
         'until [ -n "$ending" ]; do sleep .05; done; sleep .5; exit $ending'
     )
-    job = subprocess.Popen(
-        [*launcher, "bash", "-c", script],
-        start_new_session=True,
-        # A shell cannot trap what was ignored when it began, as SIGINT is behind `&` in a script.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    command = [sys.executable, "-c", HEEDING, *launcher, "bash", "-c", script]
+    job = subprocess.Popen(command, start_new_session=True)
     deadline = time.monotonic() + 30
     while not said.exists() or len(said.read_text().split()) < processes:
         assert time.monotonic() < deadline
