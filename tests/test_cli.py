@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from sora_jax import cli, video_io
+from sora_jax import cli, evaluate, video_io
+from sora_jax.evaluate import report
 from sora_jax.train.interrupts import Preempted
 
 
@@ -181,6 +182,19 @@ def test_an_unknown_suite_is_refused_before_anything_is_loaded(capsys, tmp_path)
     args = ("eval", "--suite", "paperwrld", "--checkpoint", "none", "--out", tmp_path / "a.json")
     status, _, err = run(*args, capsys=capsys)
     assert status == 2 and "did you mean 'paperworld'" in err
+
+
+def test_a_suite_shows_how_far_it_is(pipeline_folder, monkeypatch, capsys, tmp_path):
+    def suite(name, pipeline, out, *, on_progress, **options):
+        on_progress("animate", 3, 3)
+        on_progress("loop", 2, 2)
+
+    monkeypatch.setattr(evaluate, "run_suite", suite)
+    monkeypatch.setattr(report, "print_table", lambda result: None)
+    args = ("eval", "--checkpoint", pipeline_folder, "--out", tmp_path / "a.json")
+    status, _, err = run(*args, capsys=capsys)
+    assert status == 0
+    assert "animate 3/3 videos" in err and "loop 2/2 videos" in err
 
 
 def test_help_imports_nothing_heavy():

@@ -167,8 +167,12 @@ def _finish_official(source: Path, out: Path, parts, config: ConfigDict | None) 
         stage.text.tokenizer.save(out / "tokenizer")
         _write_sampling(out, config, stage)
     elif "text" in parts:
-        if (source / "tokenizer").is_dir():
+        try:
             folder.open_tokenizer(source).save(out / "tokenizer")
+        except ValueError as error:
+            print(
+                f"{out}: weights alone; a pipeline needs a tokenizer too: {error}", file=sys.stderr
+            )
         if (source / "sampling.json").is_file():
             shutil.copyfile(source / "sampling.json", out / "sampling.json")
 

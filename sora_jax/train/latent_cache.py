@@ -163,12 +163,10 @@ def check_meta(path: Path, wanted: dict[str, Any]) -> None:
     if not (path / latents.META).is_file():
         return
     found = folder.read_json(path / latents.META)
-    if "origin" in wanted and "origin" not in found:  # caches did not always tell
-        wanted = {name: value for name, value in wanted.items() if name != "origin"}
+    if "origin" in wanted and "origin" in found:  # caches did not always tell
+        _check_origin(path, found["origin"], wanted["origin"])
     for name, value in wanted.items():
-        if name == "origin":
-            _check_origin(path, found[name], value)
-        elif found.get(name) != value:
+        if name != "origin" and found.get(name) != value:
             raise ValueError(
                 f"the latents in {path} have {name} {found.get(name)}, the config asks for "
                 f"{value}; delete the cache or change config.data.cache."

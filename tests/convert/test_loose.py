@@ -131,6 +131,17 @@ def test_exported_files_are_a_pipeline_as_they_lie(pair):
     np.testing.assert_array_equal(frames(files, kind), frames(source, kind))
 
 
+def test_official_files_written_anew_keep_their_tokenizer(pipeline_folder, model, tmp_path, capsys):
+    export(pipeline_folder, tmp_path / "files", to="wan")
+    files = with_tokenizer(tmp_path / "files", tmp_path / "own", model)
+    again = export(files, tmp_path / "again", to="wan", dtype="bfloat16")
+    assert (again / "tokenizer" / "spiece.model").read_bytes() == model
+    assert not capsys.readouterr().err
+    none = published(tmp_path / "files", tmp_path / "none")
+    export(none, tmp_path / "bare", to="wan")
+    assert "a pipeline needs a tokenizer too" in capsys.readouterr().err
+
+
 def test_settings_of_a_checkpoint_go_with_its_files(pipeline_folder, tmp_path):
     files = export(pipeline_folder, tmp_path / "files", to="wan")
     assert read_sampling(files) == read_sampling(pipeline_folder)
