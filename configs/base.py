@@ -130,7 +130,11 @@ def get_config() -> ConfigDict:
     c.optim.name = "adamw"  # or "muon": fewer steps for the same loss; one rate serves both
     c.optim.peak_lr = 1e-3
     c.optim.warmup_steps = 100
-    c.optim.final_lr = 0.0  # share of peak_lr at the last step (cosine)
+    c.optim.final_lr = 0.0  # share of peak_lr at the last step
+    # "wsd" holds peak_lr until the last decay_share of the steps, so that a run may be made longer
+    # (--config.num_steps, until its rate falls) or ended early with nothing lost.
+    c.optim.schedule = "cosine"
+    c.optim.decay_share = 0.2
     c.optim.b1 = 0.9
     c.optim.b2 = 0.99
     c.optim.weight_decay = 0.01  # on matrices and kernels alone

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -11,12 +12,13 @@ from sora_jax.train.muon import scale_by_muon
 
 NAMES = ("adamw", "muon")
 DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("cosine", "wsd")
 MUON_BETA = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW or Muon with warmup, cosine decay and clipping; see configs/base.py for units.
+    """AdamW or Muon with warmup, decay and clipping; see configs/base.py for units.
 
     Raises:
       ValueError: for an unknown name, or a rate, decay or count out of range.
@@ -36,6 +38,8 @@ class OptimConfig:
     param_dtype: str = "float32"
     moment_dtype: str = "float32"
     offload: bool = False
+    schedule: str = "cosine"
+    decay_share: float | int = 0.2
 
     def __post_init__(self):
         object.__setattr__(self, "freeze", tuple(self.freeze))  # JSON knows lists only
@@ -49,6 +53,14 @@ class OptimConfig:
             raise ValueError(f"optim.ema_decay {self.ema_decay} must be in [0, 1).")
         if self.warmup_steps < 0:
             raise ValueError(f"optim.warmup_steps {self.warmup_steps} must be 0 or more.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"optim.schedule {self.schedule!r} is unknown; use {' or '.join(SCHEDULES)}."
+            )
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(
+                f"optim.decay_share {self.decay_share} must be in (0, 1], for example 0.2."
+            )
         for name in ("param_dtype", "moment_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(
@@ -59,13 +71,32 @@ class OptimConfig:
 
 
 def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Linear warmup to `peak_lr`, then cosine to `final_lr * peak_lr` at `num_steps`."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.peak_lr,
-        warmup_steps=min(config.warmup_steps, num_steps - 1),
-        decay_steps=num_steps,
-        end_value=config.final_lr * config.peak_lr,
+    """Linear warmup to `peak_lr`, then down to `final_lr * peak_lr` at `num_steps`.
+
+    "cosine" falls from the warmup on. "wsd" (warmup, stable, decay) stays at the peak until the
+    last `decay_share` of the steps and falls there as 1 - sqrt(share of them that is past)
+    (Hägele et al. 2024, arXiv:2405.18392, section 4): until then a run resumed with more steps has
+    taken the same ones as a run that had meant to be longer.
+    """
+    warmup = min(config.warmup_steps, num_steps - 1)
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=config.peak_lr,
+            warmup_steps=warmup,
+            decay_steps=num_steps,
+            end_value=config.final_lr * config.peak_lr,
+        )
+    start = max(warmup, round(num_steps * (1 - config.decay_share)))
+    length = max(num_steps - start, 1)
+
+    def falling(count):
+        past = jnp.clip(count / length, 0, 1)
+        return config.peak_lr * (1 - (1 - config.final_lr) * jnp.sqrt(past))
+
+    rising = optax.linear_schedule(0.0, config.peak_lr, warmup)
+    return optax.join_schedules(
+        [rising, optax.constant_schedule(config.peak_lr), falling], [warmup, start]
     )
 
 

@@ -213,10 +213,29 @@ def test_schedule_rises_to_its_peak_and_ends_at_its_share():
     np.testing.assert_allclose(points, [0, 1e-3, 2e-3, middle, 1e-4, 1e-4], rtol=1e-5)
 
 
+def test_wsd_stays_at_its_peak_then_falls_as_a_square_root():
+    config = dataclasses.replace(
+        OPTIM, peak_lr=2e-3, warmup_steps=10, final_lr=0.05, schedule="wsd", decay_share=0.2
+    )
+    rate = schedule(config, 100)
+    points = [float(rate(step)) for step in (0, 5, 10, 79, 80, 85, 100, 200)]
+    quarter = 2e-3 * (1 - 0.95 / 2)
+    np.testing.assert_allclose(points, [0, 1e-3, 2e-3, 2e-3, 2e-3, quarter, 1e-4, 1e-4], rtol=1e-5)
+
+
+def test_wsd_resumed_with_more_steps_has_taken_those_of_the_longer_run():
+    config = dataclasses.replace(OPTIM, warmup_steps=10, schedule="wsd")
+    short, long = schedule(config, 100), schedule(config, 1000)
+    assert [float(short(s)) for s in range(81)] == [float(long(s)) for s in range(81)]
+    assert float(short(90)) < float(long(90))
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
-def test_schedule_of_a_run_shorter_than_its_warmup_stays_finite(num_steps):
-    rates = [float(schedule(OPTIM, num_steps)(step)) for step in range(num_steps + 1)]
-    config = dataclasses.replace(OPTIM, warmup_steps=100)
+def test_schedule_of_a_run_shorter_than_its_warmup_stays_finite(num_steps, name):
+    config = dataclasses.replace(OPTIM, schedule=name)
+    rates = [float(schedule(config, num_steps)(step)) for step in range(num_steps + 1)]
+    config = dataclasses.replace(config, warmup_steps=100)
     rates += [float(schedule(config, num_steps)(step)) for step in range(num_steps + 1)]
     assert np.isfinite(rates).all() and min(rates) >= 0 and max(rates) < 0.1001
 
@@ -231,10 +250,15 @@ def test_schedule_of_a_run_shorter_than_its_warmup_stays_finite(num_steps):
         {"ema_decay": -0.1},
         {"warmup_steps": -1},
         {"grad_clip": 0.0},
+        {"schedule": "linear"},
+        {"decay_share": 0},
+        {"decay_share": 1.5},
     ],
     ids=str,
 )
 def test_settings_out_of_range_are_refused(change):
     name = next(iter(change))
-    with pytest.raises(ValueError, match=rf"optim.{name} .*(must be|use adamw or muon)"):
+    with pytest.raises(
+        ValueError, match=rf"optim.{name} .*(must be|use adamw or muon|use cosine or wsd)"
+    ):
         dataclasses.replace(OPTIM, **change)
