@@ -1,6 +1,6 @@
 """Speed of the data path: packing against padding and buckets, cached latents against encoding.
 
-    python tools/bench_data.py packing [--ratio 1 2] [--steps 12]
+    python tools/bench_data.py packing [--ratio 1 2] [--steps 120] [--lengths octaves]
     python tools/bench_data.py cache [--clips 64]
     python tools/bench_data.py loader --videos DIR
 
@@ -21,13 +21,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `configs`, which is not installed
 
-# Latent rows and columns of square, 3:2 and 2:1 videos both ways; frames 1 to 33 in fours.
+# Latent rows and columns (square to 2:1 both ways), and latent frames of a 4x VAE (1 to 33 frames):
+# "every" length, as clips of native length have them, or "octaves", where clips were cut to a few.
 SIDES = ((8, 8), (8, 12), (12, 8), (8, 16), (16, 8))
-FRAMES = (1, 2, 3, 5, 9)
+LENGTHS = {"every": tuple(range(1, 10)), "octaves": (1, 2, 3, 5, 9)}
 RECORDS = 2000
 
 
-def mixed_cache(path: Path, z_dim: int, vae_hash: str) -> None:
+def mixed_cache(path: Path, z_dim: int, vae_hash: str, lengths: tuple[int, ...]) -> None:
     """A cache of noise of every size, as `sora-jax data cache` writes it."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -36,7 +37,7 @@ def mixed_cache(path: Path, z_dim: int, vae_hash: str) -> None:
     rng = np.random.default_rng(0)
     path.mkdir()
     writer = ArrayRecordWriter(str(path / "latents-00000-of-00001.array_record"), "group_size:1")
-    sizes = [(FRAMES[rng.integers(5)], *SIDES[rng.integers(5)]) for _ in range(RECORDS)]
+    sizes = [(rng.choice(lengths), *SIDES[rng.integers(len(SIDES))]) for _ in range(RECORDS)]
     for size in sizes:
         mean = rng.standard_normal((*size, z_dim), np.float32).astype(ml_dtypes.bfloat16)
         writer.write(latents.to_bytes(latents.Encoded(mean, mean, ["a red ball rolls"], 8.0)))
@@ -62,11 +63,13 @@ def packing(args) -> None:
     from sora_jax.train.step import make_train_step
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    lengths = LENGTHS[args.lengths]
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "latents"
-        mixed_cache(cache, 16, vae_hash(Path("sora_jax/weights/paperworld")))
+        weights = vae_hash(Path("sora_jax/weights/paperworld"))
+        mixed_cache(cache, 16, weights, lengths)
         for ratio in args.ratio:
-            largest = max(FRAMES) * max(a * b for a, b in SIDES) // 4
+            largest = max(lengths) * max(a * b for a, b in SIDES) // 4
             budget = int(ratio * largest)
             ways = {
                 "packed": {"batching": "pack", "tokens": budget, "max_segments": 8},
@@ -108,7 +111,9 @@ def packing(args) -> None:
                         jax.block_until_ready(step(state, frozen, batch, key))
                     tokens = sum(count for _, count in found)
                     speeds[name].append(tokens / (time.perf_counter() - begun))
-            print(f"budget {budget} tokens a batch, {ratio:g} x the largest clip")
+            print(
+                f"lengths {args.lengths}: budget {budget} tokens a batch, {ratio:g} x the largest clip"
+            )
             fastest = statistics.median(speeds["packed"])
             for name, values in speeds.items():
                 found = runs[name][3]
@@ -256,7 +261,8 @@ def main() -> None:
         command.add_argument("--rounds", type=int, default=3)
         if name == "packing":
             command.add_argument("--ratio", type=float, nargs="+", default=[1.0, 2.0])
-            command.add_argument("--steps", type=int, default=40)
+            command.add_argument("--steps", type=int, default=120)
+            command.add_argument("--lengths", choices=LENGTHS, default="every")
             command.add_argument("--depth", type=int, default=4)
         elif name == "cache":
             command.add_argument("--clips", type=int, default=64)
