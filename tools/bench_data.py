@@ -112,7 +112,8 @@ def packing(args) -> None:
                     tokens = sum(count for _, count in found)
                     speeds[name].append(tokens / (time.perf_counter() - begun))
             print(
-                f"lengths {args.lengths}: budget {budget} tokens a batch, {ratio:g} x the largest clip"
+                f"lengths {args.lengths}: budget {budget} tokens a batch, {ratio:g} x the largest "
+                "clip"
             )
             fastest = statistics.median(speeds["packed"])
             for name, values in speeds.items():

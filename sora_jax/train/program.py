@@ -108,6 +108,7 @@ def abstract_batch(config, stage) -> dict[str, jax.ShapeDtypeStruct]:
             "tokens": array((rows, n, width), jnp.float32),
             "positions": array((rows, n, 3), jnp.int32),
             "segment_ids": array((rows, n), jnp.int32),
+            "text_of_tokens": array((rows, n), jnp.int32),
             "text_segment_ids": array((rows, length), jnp.int32),
             "text_positions": array((rows, length), jnp.int32),
         }

@@ -15,6 +15,7 @@ from sora_jax.train import latent_cache
 from sora_jax.train.batches import latent_sizes, make_loader
 from sora_jax.train.dit_stage import DiTStage
 from sora_jax.train.encode import CaptionEncoder, ClipEncoder
+from sora_jax.train.program import abstract_batch
 
 
 @pytest.fixture
@@ -81,6 +82,18 @@ def test_stamped_captions_of_cached_clips_are_packed_text_by_text(config, mesh, 
             own = texts[segments == segment]
             assert len(set(own.tolist())) == 2 and (np.diff(own) >= 0).all()
         assert set(texts.tolist()) == set(batch["text_segment_ids"][row].tolist()) - {-1}
+
+
+@pytest.mark.parametrize("batching", ["pack", "fixed"])
+def test_the_batch_that_a_plan_compiles_for_is_the_loaders(config, mesh, monkeypatch, batching):
+    """Names and shapes; jax gives booleans and integers the types of the program."""
+    monkeypatch.setattr(sources, "make_source", limited(sources.make_source, 6))
+    config.data.batching, config.data.parts = batching, ConfigDict()
+    batch, stage = first_batch(config, mesh)
+    expected = abstract_batch(config, stage)
+    assert {name: x.shape for name, x in batch.items()} == {
+        name: x.shape for name, x in expected.items()
+    }
 
 
 def all_of(source):
