@@ -26,8 +26,6 @@ CONTEXTS = ("auto", "ulysses", "ring")
 
 # From this many queries on, whole logits cost more than tiles, on a TPU or GPU.
 _TILES_MIN_TOKENS = 1024
-# Chips on which, by the compiler's schedule, `flash.forward` is faster when `wide`; v7x is not.
-_WIDE = ("v6e",)
 _FILL_SEGMENT = -(2**31)  # of the tokens added for cuDNN; no caller's id, not even -1 for padding
 
 
@@ -136,9 +134,7 @@ def attention(
         out = checkpoint_name(out, RESIDUALS)
     else:
         keys = Keys(k.astype(dtype), v.astype(dtype), kv_segment_ids, kv_bias)
-        chip = sharding.chip() if platform == "tpu" else None
-        wide = chip is not None and chip.name in _WIDE
-        part = Kernel(kernel, dtype, platform, wide, interpret)
+        part = Kernel(kernel, dtype, platform, interpret)
         if kernel == "cudnn":
             q = q.astype(dtype)
         elif not scaled:  # before they are rounded

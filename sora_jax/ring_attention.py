@@ -30,14 +30,12 @@ class Kernel:
       name: "blocked" or "flash".
       dtype: of the operands of its products, and of its result.
       platform: that the kernel runs on.
-      wide: see `flash.forward`.
       interpret: runs "flash" in Pallas' interpreter, for tests off TPU.
     """
 
     name: str
     dtype: str
     platform: str
-    wide: bool = False
     interpret: bool = False
 
     def query_scale(self, head_dim: int) -> float:
@@ -60,7 +58,6 @@ class Kernel:
 
     def forward(self, q, q_ids, keys: Keys, *, out_dtype: str):
         module, options = self._module()
-        options |= {"wide": self.wide} if self.name == "flash" else {}
         return module.forward(q, q_ids, keys, dtype=self.dtype, out_dtype=out_dtype, **options)
 
     def backward(self, q, q_ids, keys: Keys, *sums, out_dtype: str):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax import ring_attention, sharding
+from sora_jax import flash, sharding
 from sora_jax.attention import MASKED, Exchange, attention, exchange, select
 from sora_jax.blocked_attention import Keys
 from sora_jax.flash import tiles
 from sora_jax.flash.backward import _parts
-from sora_jax.ring_attention import Kernel
+from sora_jax.flash.forward import _within_range
 
 KERNELS = ["xla", "blocked", "flash"]
 if jax.default_backend() == "gpu":
@@ -131,30 +131,82 @@ def test_flash_visits_the_tiles_that_share_a_segment(biased, monkeypatch):
             np.testing.assert_allclose(x[0, :128], want[0, :128], atol=1e-4)
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_flash_with_bfloat16_exponentials_and_sums_of_products(biased, monkeypatch):
-    """As v6e and v7x run it; three tiles a block."""
+def test_flash_with_bfloat16_operands(monkeypatch):
+    """Three tiles a block; a head dimension that fills no lanes."""
     monkeypatch.setattr(tiles, "BLOCK", 128)
     *qkv, cotangent = inputs(batch=1, n=200, s=384, k=2, e=16)
-    q, k, v = (x.astype(jnp.bfloat16) for x in qkv)
     q_ids, kv_ids = jnp.arange(200)[None] // 120, jnp.arange(384)[None] // 230
-    bias = jnp.zeros((1, 384)).at[:, 7].set(np.log(3)) if biased else None
-    arguments = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids, "kv_bias": bias}
+    arguments = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
     expected = value_and_grads(*qkv, cotangent, implementation="reference", **arguments)
-    for wide in (False, True):
-        kernel = Kernel("flash", "bfloat16", "cpu", wide=wide, interpret=True)
+    options = {"implementation": "flash", "dtype": "bfloat16", "interpret": True}
+    assert_close(value_and_grads(*qkv, cotangent, **options, **arguments), expected, 2e-2)
 
-        def attend(q, k, v, kernel=kernel):
-            q = (q.astype(jnp.float32) * kernel.query_scale(16)).astype(jnp.bfloat16)
-            return ring_attention.attend(q, q_ids, Keys(k, v, kv_ids, bias), kernel)
 
-        @jax.jit
-        def both(*qkv, attend=attend):
-            out, vjp = jax.vjp(attend, *qkv)
-            return out, *vjp(cotangent.astype(jnp.bfloat16))
+def flash_forward(q, k, v, *, running=None, ids=(None, None), bias=None):
+    """(out, log of sums) of float32 operands, on tiles of 128."""
+    q = q * flash.query_scale(q.shape[-1])
+    keys, how = Keys(k, v, ids[1], bias), {"dtype": "float32", "out_dtype": "float32"}
+    return flash.forward(q, ids[0], keys, running=running, interpret=True, **how)
 
-        got = both(q, k, v)
-        assert_close([x.astype(jnp.float32) for x in got], expected, 2e-2)
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("running", [None, True, False])
+def test_flash_with_and_without_a_running_maximum(running, biased, monkeypatch):
+    """Two tiles of queries, three of keys in a block; segments that begin within tiles."""
+    monkeypatch.setattr(tiles, "BLOCK", 128)
+    q, k, v, _ = inputs(batch=1, n=200, s=384, k=2, e=16)
+    ids = (jnp.arange(200)[None] // 120, jnp.arange(384)[None] // 230)
+    bias = jnp.zeros((1, 384)).at[:, 7].set(np.log(3)).at[:, 9].set(MASKED) if biased else None
+    arguments = {"q_segment_ids": ids[0], "kv_segment_ids": ids[1], "kv_bias": bias}
+    expected = attention(q, k, v, implementation="reference", **arguments)
+    out, _ = flash_forward(q, k, v, running=running, ids=ids, bias=bias)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def of_logits(largest):
+    """(q, k, v) of two heads: random logits, of the first up to `largest` powers of two."""
+    q, k, v, _ = inputs(batch=1, n=128, s=384, k=2, e=16)
+    scaled = q[:, :, 0] * flash.query_scale(16)
+    most = jnp.linalg.norm(scaled, axis=-1).max() * jnp.linalg.norm(k[:, :, 0], axis=-1).max()
+    return q.at[:, :, 0].multiply(largest / most), k, v
+
+
+@pytest.mark.parametrize("largest", [110, 1000])
+def test_flash_is_exact_where_logits_are_large(largest, monkeypatch):
+    """110 is within the range of exponentials, 1000 is not: that head takes the maximum."""
+    monkeypatch.setattr(tiles, "BLOCK", 128)
+    q, k, v = of_logits(largest)
+    expected = attention(q, k, v, implementation="reference")
+    out, log_sum = flash_forward(q, k, v)
+    np.testing.assert_allclose(out, expected, atol=1e-4)  # of 1000, 24 bits
+    # Had it been believed to be within range, some would have overflowed.
+    blind, _ = flash_forward(q, k, v, running=False)
+    assert np.isfinite(blind[:, :, 0]).all() == (largest == 110)
+    logits = jnp.einsum("bnhe,bshe->bhns", q, k, precision="highest") / 4
+    np.testing.assert_allclose(log_sum, jax.nn.logsumexp(logits, axis=-1), rtol=1e-5, atol=1e-5)
+
+
+def test_flash_takes_the_maximum_for_heads_out_of_range_alone(monkeypatch):
+    """Values and the number of keys count too: their sums must fit."""
+    monkeypatch.setattr(tiles, "BLOCK", 128)
+    q, k, v = of_logits(110)
+    within = lambda q, k, v: _within_range(  # noqa: E731
+        q.swapaxes(1, 2) * flash.query_scale(16), Keys(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    )[0].tolist()
+    assert within(q, k, v) == [1, 1]
+    assert within(*of_logits(130)) == [0, 1]
+    assert within(q, k, v.at[0, 3, 0, 2].set(2.0**12)) == [0, 1]
+    assert within(q, k, v.at[0, 3, 1, 2].set(2.0**120)) == [1, 0]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_flash_tells_that_a_query_has_no_key(running, monkeypatch):
+    """Of the parts of a ring a query may share its segment with none."""
+    monkeypatch.setattr(tiles, "BLOCK", 128)
+    q, k, v, _ = inputs(batch=1, n=128, s=256, k=1, e=16)
+    ids = (jnp.arange(128)[None] // 100, jnp.zeros((1, 256), jnp.int32))
+    _, log_sum = flash_forward(q, k, v, ids=ids, running=running)
+    assert (log_sum[0, 0, 100:] < MASKED / 2).all() and (log_sum[0, 0, :100] > 0).all()
 
 
 MESHES = {

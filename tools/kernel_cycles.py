@@ -116,12 +116,10 @@ def compile_kernels(args, folder: str) -> None:
         from sora_jax import flash
         from sora_jax.blocked_attention import Keys
 
-        wide = args.wide
-
         def forward(q, k, v):
             keys = Keys(k, v, None, None)
-            how = {"dtype": "bfloat16", "out_dtype": "bfloat16", "wide": wide}
-            return flash.forward(q, None, keys, **how)
+            how = {"dtype": "bfloat16", "out_dtype": "bfloat16"}
+            return flash.forward(q, None, keys, running=args.running, **how)
 
         def backward(q, k, v, log_sum, pull, d_out):
             keys = Keys(k, v, None, None)
@@ -168,7 +166,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--blocks", type=int, nargs=2, default=(512, 512), metavar=("Q", "KV"))
-    parser.add_argument("--wide", action="store_true", help="as on v6e; see flash.forward")
+    parser.add_argument("--running", action="store_true", help="a maximum; see flash.forward")
     parser.add_argument("--keep", metavar="DIR", help="folder for the dumped bundles")
     parser.add_argument("--out", metavar="FILE.json")
     args = parser.parse_args()

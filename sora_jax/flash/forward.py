@@ -1,6 +1,19 @@
-"""The forward pass: softmax over tiles of keys, with a running maximum."""
+"""The forward pass: softmax over tiles of keys, without a maximum where none is needed.
+
+Exponentials of logits need a maximum below which they are taken only where they could overflow. By
+Cauchy and Schwarz no logit of a head exceeds the longest query times the longest key; where that,
+the number of keys and the largest value leave room in float32, the sums are of exponentials as
+they are, and nothing is scaled when a larger logit comes (as FlashDecoding++ does, Hong et al.
+2023, arXiv:2311.01282, section 3, with a maximum guessed beforehand). It is exact: float32, and
+bfloat16 too, are as precise at 2^100 as at 1. Heads that do not fit take the running maximum.
+
+Logits, exponentials and outputs are transposed, keys by queries and channels by queries: a row's
+sums are sums of whole registers, and the product with the values, 128 channels wide, fills a
+matrix unit of 256 columns, as the channels are its rows.
+"""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 from sora_jax.blocked_attention import MASKED, Keys
 from sora_jax.flash import tiles as tiling
 
+_EXPONENTS = 126  # of two that float32 has on either side of 1
+
 
 def forward(
     q,
@@ -18,7 +33,7 @@ def forward(
     *,
     dtype: str,
     out_dtype: str,
-    wide: bool = False,
+    running: bool | None = None,
     interpret: bool = False,
 ):
     """(out (b, n, h, e), log of the softmax's sums (b, h, n) in float32).
@@ -27,50 +42,52 @@ def forward(
       q: (b, n, h, e), times `query_scale`; `q_ids` (b, n), with `keys.ids`, or None.
       dtype: of the operands of both products.
       out_dtype: of `out`; parts that are to be added want float32.
-      wide: for matrix units of 256 columns beside vector units that take bfloat16: exponentials
-        in bfloat16, where that is `dtype`, and sums on the half of the matrix unit that a head's
-        channels leave idle.
+      running: takes exponentials below a running maximum: always, never (the caller knows the
+        logits), or by default for heads whose logits may be too large without.
     """
     shape, tile = q.shape, (tiling.block(q.shape[1]), tiling.block(keys.k.shape[1]))
-    wide = wide and dtype == "bfloat16" and shape[3] <= tiling.LANES
     q, q_ids, keys = tiling.prepare(q, q_ids, keys, dtype, tile=tile, queries=tile[0])
-    if wide:  # a column of ones, in lanes of its own
-        ones = jnp.ones((*keys.v.shape[:3], tiling.LANES), dtype)
-        keys = keys._replace(v=jnp.concatenate([keys.v, ones], axis=3))
     b, h, n, e = q.shape
     tiles = keys.k.shape[2] // tile[1]
     steps = tiling.tiles_a_step(tiles)
     keys_block, count = tile[1] * steps, (n // tile[0], tiles // steps)
     segmented, biased = keys.ids is not None, keys.bias is not None
     scalars = tiling.segments_of(q_ids, keys.ids, tile, steps) if segmented else ()
+    scalars = (
+        _within_range(q, keys) if running is None else jnp.zeros((b, h), jnp.int32),
+        *scalars,
+    )
 
-    def of_keys(*shape, axis):
-        """Blocks of keys along `axis`, after example and head where the array has them."""
+    def of_keys(width, *, headed):
+        """Blocks of keys, after example and head where the array has them."""
 
-        def index(b, h, i, j, *s):
+        def index(b, h, i, j, _, *s):
             j = tiling.near(j, s, b, i)
-            return (b, h, j, 0) if axis == 2 else (b, 0, j)
+            return (b, h, j, 0) if headed else (b, j, 0)
 
-        return pl.BlockSpec(shape, index)
+        return pl.BlockSpec((*(None,) * (1 + headed), keys_block, width), index)
 
-    queries = pl.BlockSpec((None, None, tile[0], e), lambda b, h, i, j, *s: (b, h, i, 0))
     inputs = [
-        (q, queries),
-        (keys.k, of_keys(None, None, keys_block, e, axis=2)),
-        (keys.v, of_keys(None, None, keys_block, keys.v.shape[3], axis=2)),
+        (q, pl.BlockSpec((None, None, tile[0], e), lambda b, h, i, j, *s: (b, h, i, 0))),
+        (keys.k, of_keys(e, headed=True)),
+        (keys.v, of_keys(e, headed=True)),
     ]
-    rows = of_keys(None, tiling.SUBLANES, keys_block, axis=1)
+    columns = of_keys(tiling.LANES, headed=False)
     if segmented:
-        columns = pl.BlockSpec((None, tile[0], tiling.LANES), lambda b, h, i, j, *s: (b, i, 0))
-        inputs += [(tiling.columns(q_ids), columns), (tiling.rows(keys.ids), rows)]
+        rows = pl.BlockSpec((None, tiling.SUBLANES, tile[0]), lambda b, h, i, j, *s: (b, 0, i))
+        inputs += [(tiling.rows(q_ids), rows), (tiling.columns(keys.ids), columns)]
     if biased:
-        inputs.append((tiling.rows(keys.bias), rows))
+        inputs.append((tiling.columns(keys.bias), columns))
+
+    def of_queries(height):
+        return pl.BlockSpec((None, None, height, tile[0]), lambda b, h, i, j, *s: (b, h, 0, i))
+
     out, log_sum = pl.pallas_call(
         functools.partial(
             _forward_kernel,
             size=tile[1],
             steps=steps,
-            wide=wide,
+            running=running,
             segmented=segmented,
             biased=biased,
             precision=tiling.precision(dtype),
@@ -79,70 +96,110 @@ def forward(
             num_scalar_prefetch=len(scalars),
             grid=(b, h, *count),
             in_specs=[spec for _, spec in inputs],
-            out_specs=[
-                queries,
-                pl.BlockSpec(
-                    (None, None, tiling.SUBLANES, tile[0]), lambda b, h, i, j, *s: (b, h, 0, i)
-                ),
-            ],
+            out_specs=[of_queries(e), of_queries(tiling.SUBLANES)],
             scratch_shapes=[
-                pltpu.VMEM((tile[0], tiling.LANES), jnp.float32),  # largest logit so far
-                pltpu.VMEM((tile[0], tiling.LANES), jnp.float32),  # sum of the exponentials
-                pltpu.VMEM((tile[0], keys.v.shape[3]), jnp.float32),  # their sum of values
+                pltpu.VMEM((1, tile[0]), jnp.float32),  # what exponentials are taken below
+                pltpu.VMEM((tiling.SUBLANES, tile[0]), jnp.float32),  # their sums, in parts
+                pltpu.VMEM((e, tile[0]), jnp.float32),  # their sum of values
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((b, h, n, e), out_dtype),
+            jax.ShapeDtypeStruct((b, h, e, n), out_dtype),
             jax.ShapeDtypeStruct((b, h, tiling.SUBLANES, n), jnp.float32),
         ],
         compiler_params=tiling.compiler_params(),
         name="flash_attention_forward",
         interpret=interpret,
     )(*scalars, *(x for x, _ in inputs))
-    return out.swapaxes(1, 2)[:, : shape[1], :, : shape[3]], log_sum[:, :, 0, : shape[1]]
+    out = out.transpose(0, 3, 1, 2)[:, : shape[1], :, : shape[3]]
+    return out, log_sum[:, :, 0, : shape[1]]
+
+
+def _within_range(q, keys: Keys):
+    """1 for heads (b, h) whose sums of exponentials float32 holds whatever the logits are.
+
+    The largest sum has an exponent of two of at most the largest logit, and of the number of keys
+    times the largest value; the smallest term has one of minus the largest logit.
+    """
+
+    def longest(x):
+        return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=3), axis=2))
+
+    largest = longest(q) * longest(keys.k)
+    if keys.bias is not None:
+        largest += jnp.maximum(jnp.max(keys.bias, axis=1), 0)[:, None]
+    value = jnp.maximum(jnp.max(jnp.abs(keys.v.astype(jnp.float32)), axis=(2, 3)), 1)
+    room = _EXPONENTS - jnp.log2(value) - math.log2(keys.k.shape[2])
+    return (largest <= room).astype(jnp.int32)  # not where anything is NaN
 
 
 def _forward_kernel(
-    *refs, size: int, steps: int, wide: bool, segmented: bool, biased: bool, precision
+    *refs,
+    size: int,
+    steps: int,
+    running: bool | None,
+    segmented: bool,
+    biased: bool,
+    precision,
 ):
     refs = iter(refs)
+    fits = next(refs)
     scalars = tuple(next(refs) for _ in range(6)) if segmented else ()
     q, k, v = next(refs), next(refs), next(refs)
     ids = (next(refs), next(refs)) if segmented else None
     bias = next(refs) if biased else None
     out, log_sum, peak, total, values = refs
-    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    b, h, i, j = (pl.program_id(axis) for axis in range(4))
 
     @pl.when(j == 0)
     def _():
-        peak[...] = jnp.full_like(peak, MASKED)
+        begins = MASKED if running else 0.0
+        if running is None:
+            begins = jnp.where(fits[b, h] == 1, 0.0, MASKED)
+        peak[...] = jnp.full_like(peak, begins)
         total[...] = jnp.zeros_like(total)
         values[...] = jnp.zeros_like(values)
 
+    def logits_of(part, masked: bool):
+        logits = tiling.dot(k[part], q[...], (1, 1), precision)
+        if biased:
+            logits += bias[part, :1]
+        if masked:
+            logits = jnp.where(ids[1][part, :1] == ids[0][:1], logits, MASKED)
+        return logits
+
+    def add(p, part):
+        total[...] += jnp.sum(p.reshape(-1, *total.shape), axis=0)
+        values[...] += tiling.dot(v[part].T, p.astype(v.dtype), (1, 0), precision)
+
     def visit(step, masked: bool):
         part = tiling.part_of(step, size, steps)
-        logits = tiling.dot(q[...], k[part], (1, 1), precision)
-        if biased:
-            logits += bias[:1, part]
-        if masked:
-            logits = jnp.where(ids[0][:, :1] == ids[1][:1, part], logits, MASKED)
-        new_peak = jnp.maximum(peak[...], jnp.max(logits, axis=1, keepdims=True))
-        below = logits - new_peak[:, :1]
-        p = jnp.exp2(below.astype(v.dtype) if wide else below)
-        shrink = jnp.exp2(peak[...] - new_peak)
-        if not wide:
-            total[...] = shrink * total[...] + jnp.sum(p, axis=1, keepdims=True)
-        product = tiling.dot(p.astype(v.dtype), v[part], (1, 0), precision)
-        values[...] = values[...] * shrink[:, :1] + product
-        peak[...] = new_peak
+
+        def plain():
+            add(jnp.exp2(logits_of(part, masked)), part)
+
+        def below_peak():
+            logits = logits_of(part, masked)
+            new = jnp.maximum(peak[...], jnp.max(logits, axis=0, keepdims=True))
+            shrink = jnp.exp2(peak[...] - new)
+            total[...] *= shrink
+            values[...] *= shrink
+            peak[...] = new
+            add(jnp.exp2(logits - new), part)
+
+        if running is None:
+            pl.when(fits[b, h] == 1)(plain)
+            pl.when(fits[b, h] == 0)(below_peak)
+        else:
+            (below_peak if running else plain)()
 
     tiling.visit_shared(visit, scalars, b, i, j, steps)
 
     @pl.when(j == pl.num_programs(3) - 1)
     def _():
-        e = out.shape[1]
-        sums = values[:, e:] if wide else total[...]
-        sums = jnp.where(sums == 0, 1.0, sums)
-        out[...] = (values[:, :e] / sums[:, :1]).astype(out.dtype)
-        logs = (peak[...] + jnp.log2(sums)) / tiling.LOG2_E
-        log_sum[...] = logs.T[: tiling.SUBLANES]
+        sums = jnp.sum(total[...], axis=0, keepdims=True)
+        none = sums == 0
+        sums = jnp.where(none, 1.0, sums)
+        out[...] = (values[...] / sums).astype(out.dtype)
+        logs = jnp.where(none, MASKED, (peak[...] + jnp.log2(sums)) / tiling.LOG2_E)
+        log_sum[...] = jnp.broadcast_to(logs, log_sum.shape)

@@ -24,55 +24,60 @@ class Words(NamedTuple):
     Args:
       tile: bundles of a tile.
       beside: bundles of a grid step beside its tiles.
-      products: that it does of a tile, each 2 x queries x keys x 128 operations.
     """
 
     tile: int
     beside: int
-    products: int
 
 
 class Tile(NamedTuple):
     """A tile of `queries` by `keys` at 128 channels a head.
 
     Args:
-      passes: products of which each keeps a matrix unit busy, whatever of its columns it uses.
+      deep: products over channels, which keep a matrix unit of 256 columns as busy with 128.
+      flat: products whose rows are channels, which take as long as they have.
       per_step: tiles that one grid step works through.
       words: by chip.
     """
 
     queries: int
     keys: int
-    passes: int
+    deep: int
+    flat: int
     per_step: int
     words: dict[str, Words]
 
+    @property
+    def products(self) -> int:
+        """Of a tile, each 2 x queries x keys x channels operations."""
+        return self.deep + self.flat
 
-# libtpu 0.0.42, 8,192 tokens. v5e has a core of v5p's. On v6e the forward kernel also sums on the
-# matrix unit, which is one product more. Rows of 75,776 tokens make two tiles a step.
+
+# libtpu 0.0.42, 8,192 tokens, logits that need no maximum (with one: 2,916 words on v7x). v5e has
+# a core of v5p's. Rows of 75,776 tokens make two tiles a step.
 TILES = {
     "flash_attention_forward": Tile(
-        *(1024, 1024, 2, 2),
+        *(1024, 1024, 1, 1, 2),
         {
-            "v5e": Words(4510, 91, 2),
-            "v5p": Words(4510, 91, 2),
-            "v6e": Words(3305, 36, 3),
-            "v7x": Words(3822, 144, 2),
+            "v5e": Words(3537, 90),
+            "v5p": Words(3537, 90),
+            "v6e": Words(1733, 44),
+            "v7x": Words(1517, 144),
         },
     ),
     "flash_attention_backward": Tile(
-        *(512, 1024, 5, 2),
+        *(512, 1024, 2, 3, 2),
         {
-            "v5e": Words(4301, 199, 5),
-            "v5p": Words(4301, 199, 5),
-            "v6e": Words(2698, 43, 5),
-            "v7x": Words(2677, 223, 5),
+            "v5e": Words(4488, 171),
+            "v5p": Words(4488, 171),
+            "v6e": Words(2216, 78),
+            "v7x": Words(1949, 241),
         },
     ),
     # jax's own, at its usual blocks; for the check against steps that others measured.
-    "splash_mha_fwd": Tile(*(512, 512, 2, 1), {"v5p": Words(1454, 0, 2), "v7x": Words(989, 0, 2)}),
-    "splash_mha_dq": Tile(*(512, 512, 3, 1), {"v5p": Words(1658, 0, 3), "v7x": Words(1062, 0, 3)}),
-    "splash_mha_dkv": Tile(*(512, 512, 4, 1), {"v5p": Words(2143, 0, 4), "v7x": Words(1453, 0, 4)}),
+    "splash_mha_fwd": Tile(*(512, 512, 2, 0, 1), {"v5p": Words(1454, 0), "v7x": Words(989, 0)}),
+    "splash_mha_dq": Tile(*(512, 512, 3, 0, 1), {"v5p": Words(1658, 0), "v7x": Words(1062, 0)}),
+    "splash_mha_dkv": Tile(*(512, 512, 4, 0, 1), {"v5p": Words(2143, 0), "v7x": Words(1453, 0)}),
 }
 _CHANNELS = 128
 
@@ -107,8 +112,9 @@ def share_of_peak(kernel: str, chip: Chip, *, head_dim: int, per_step: float = 0
         return UNKNOWN * min(1.0, head_dim / chip.matrix_unit)
     words, pairs = tile.words[chip.name], tile.queries * tile.keys
     per_cycle = chip.flops_per_cycle / _CORES.get(chip.name, 1)
-    # Heads of fewer channels fill up their lanes; of a wider unit they take their channels.
-    busy = 2 * tile.passes * pairs * max(_CHANNELS, chip.matrix_unit) / per_cycle
+    # Heads of fewer channels fill up their lanes.
+    channels = tile.deep * max(_CHANNELS, chip.matrix_unit) + tile.flat * _CHANNELS
+    busy = 2 * pairs * channels / per_cycle
     step = words.beside + GRID_STEP * chip.clock
     cycles = max(words.tile, busy) + step / (per_step or tile.per_step)
-    return 2 * words.products * pairs * min(head_dim, _CHANNELS) / per_cycle / cycles
+    return 2 * tile.products * pairs * min(head_dim, _CHANNELS) / per_cycle / cycles

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from sora_jax.chips import GIB, Chip
+from sora_jax.chips import GIB
 from sora_jax.dit.flops import flops as dit_flops
 from sora_jax.plan import collectives, kernels, planning, published, report, topology
 from sora_jax.progress import Progress
@@ -120,13 +120,10 @@ def judge(
     memory += token_bytes * (kept * work.depth + _WORKING_SET)
     linear = rows * work.linear * (3 + again) / shard
     seconds = linear / (published.MATMUL * chip.device_flops)
-    seconds += sum(
-        products * rows * work.attention / shard / (chip.device_flops * rate)
-        for products, rate in (
-            (1 + attention_again, _rate("forward", chip, work)),
-            (2.5, _rate("backward", chip, work)),
-        )
-    )
+    for way, times in (("forward", 1 + attention_again), ("backward", 2.5)):
+        name = f"flash_attention_{way}"
+        rate = chip.device_flops * kernels.share_of_peak(name, chip, head_dim=work.head_dim)
+        seconds += times * rows * work.attention / shard / rate
     seconds += published.ELEMENTWISE * token_bytes * work.depth * 0.75 / chip.device_hbm_bandwidth
     busy = seconds
     link = 2 * chip.ici_link * collectives.LINK_EFFICIENCY / chip.devices
@@ -148,14 +145,6 @@ def judge(
     seconds = max(seconds, to_host)
     batch = rows * mesh["data"] * mesh["fsdp"]
     return Candidate(mesh, remat, batch, memory, seconds, batch * work.tokens)
-
-
-def _rate(way: str, chip: Chip, work: Workload) -> float:
-    """Share of peak, of the operations that the model counts alone."""
-    name = f"flash_attention_{way}"
-    tile = kernels.TILES[name]
-    counted = tile.passes / tile.words[chip.name].products
-    return counted * kernels.share_of_peak(name, chip, head_dim=work.head_dim)
 
 
 def search(
