@@ -38,7 +38,8 @@ class MixtureSource:
                 f"mixture of {len(parts)} sources with weights {list(weights)}; give one weight "
                 "above 0 for each source."
             )
-        self.parts = list(parts)
+        self.parts, self.seed = list(parts), seed
+        self.weights = [float(weight) for weight in weights]
         shares = np.asarray(weights, np.float64) / sum(weights)
         if length is None:
             whole = max(len(part) / share for part, share in zip(parts, shares, strict=True))
@@ -57,6 +58,15 @@ class MixtureSource:
             mine = self._part == number
             rows[mine] = np.asarray(part.sizes)[self._within[mine] % len(part)]
         return rows
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What record i depends on besides i, as JSON, as far as the parts tell of themselves."""
+        told = {"kind": "mixture", "seed": self.seed, "weights": self.weights}
+        for number, part in enumerate(self.parts):
+            known = getattr(part, "origin", {})
+            told |= {f"part {number} {name}": value for name, value in known.items()}
+        return told
 
     def locate(self, index: int) -> tuple[Source, int]:
         """The part that record `index` comes from, and its number there."""

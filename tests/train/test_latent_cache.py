@@ -11,6 +11,7 @@ from flax import nnx
 from sora_jax.convert import folder
 from sora_jax.data import latents
 from sora_jax.data.loader import make_loader
+from sora_jax.data.mixture import MixtureSource
 from sora_jax.text.tokenizer import ByteTokenizer
 from sora_jax.train import latent_cache
 from sora_jax.train.dit_stage import DiTStage, Prepare
@@ -164,6 +165,18 @@ def test_cache_of_another_world_is_refused_by_what_differs(vae_folder, tmp_path)
         build(SourceOfWorld(small=0.6), vae_folder, tmp_path / "known")
     with pytest.raises(ValueError, match=r"seed 0 \(asked for: 1\), small 0.0 \(asked for: 0.6\)"):
         build(SourceOfWorld(seed=1, small=0.6), vae_folder, tmp_path / "known")
+
+
+def test_cache_of_a_mixture_tells_the_worlds_of_its_parts(vae_folder, tmp_path):
+    def mixed(small, weights=(1, 2)):
+        return MixtureSource([SourceOfWorld(), SourceOfWorld(small=small)], weights, length=CLIPS)
+
+    for _ in range(2):
+        build(mixed(0.2), vae_folder, tmp_path / "known")
+    with pytest.raises(ValueError, match=r"of clips with part 1 small 0.2 \(asked for: 0.6\); del"):
+        build(mixed(0.6), vae_folder, tmp_path / "known")
+    with pytest.raises(ValueError, match=r"weights \[1.0, 2.0\] \(asked for: \[1.0, 1.0\]\)"):
+        build(mixed(0.2, weights=(1, 1)), vae_folder, tmp_path / "known")
 
 
 def test_cache_that_does_not_tell_its_world_is_taken(vae_folder, tmp_path):
