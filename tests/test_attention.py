@@ -11,7 +11,6 @@ from sora_jax import flash, sharding
 from sora_jax.attention import MASKED, Exchange, attention, exchange, select
 from sora_jax.blocked_attention import Keys
 from sora_jax.flash import tiles
-from sora_jax.flash.backward import _parts
 from sora_jax.flash.forward import _within_range
 
 KERNELS = ["xla", "blocked", "flash"]
@@ -327,5 +326,5 @@ def test_queries_scaled_for_another_kernel_are_refused():
 def test_tiles_that_need_no_filling_are_preferred():
     assert tiles.block(75_776) == 1024 and tiles.block(18_944) == 512
     assert tiles.block(4_992) == 1024  # 39 x 128: only tiles of 384 would divide it
-    # The backward pass: 148 tiles of 512 in four parts, where three would hold them.
-    assert _parts(75_776) == 4 and _parts(75_600) == 3
+    # Steps of 15 make 75 tiles of 74; of 16 they would make 80.
+    assert [tiles.tiles_a_step(n) for n in (1, 16, 50, 74)] == [1, 16, 10, 15]

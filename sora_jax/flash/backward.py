@@ -36,11 +36,12 @@ def backward(
       d_out: gradient of the whole output (b, n, h, e).
     """
     shape, kv_length = q.shape, keys.k.shape[1]
-    parts = _parts(shape[1])
+    parts = -(-shape[1] // tiling.BACKWARD_QUERIES)
     part = -(-shape[1] // parts)
     tile = (tiling.block(part, tiling.BACKWARD_BLOCK), tiling.block(kv_length))
-    part = tiling.round_up(part, tile[0])
-    q, q_ids, keys = tiling.prepare(q, q_ids, keys, dtype, tile=tile, queries=parts * part)
+    steps = tiling.tiles_a_step(-(-part // tile[0]))
+    part = tiling.round_up(part, tile[0] * steps)
+    q, q_ids, keys = tiling.prepare(q, q_ids, keys, dtype, multiples=(parts * part, tile[1]))
     fill = q.shape[2] - shape[1]
     d_out = tiling.pad(d_out.astype(dtype).transpose(0, 2, 3, 1), 2, q.shape[3] - shape[3])
     queries = {
@@ -52,7 +53,13 @@ def backward(
         "pull": tiling.rows(tiling.pad(pull, 2, fill)),
     }
     call = functools.partial(
-        _backward_call, keys=keys, tile=tile, dtype=dtype, out_dtype=out_dtype, interpret=interpret
+        _backward_call,
+        keys=keys,
+        tile=tile,
+        steps=steps,
+        dtype=dtype,
+        out_dtype=out_dtype,
+        interpret=interpret,
     )
     if parts == 1:
         dq, dk, dv = call(queries, None)
@@ -74,25 +81,24 @@ def backward(
     return dq[:, : shape[1]], dk[:, :kv_length], dv[:, :kv_length]
 
 
-def _parts(length: int) -> int:
-    """Parts that the queries are cut into: a few more, where these need not be filled up."""
-    least = -(-length // tiling.BACKWARD_QUERIES)
-    whole = (n for n in range(least, 2 * least) if length % (n * tiling.BACKWARD_BLOCK) == 0)
-    return next(whole, least)
-
-
 def _backward_call(
-    queries: dict, sums, *, keys: Keys, tile: tuple[int, int], dtype, out_dtype, interpret: bool
+    queries: dict,
+    sums,
+    *,
+    keys: Keys,
+    tile: tuple[int, int],
+    steps: int,
+    dtype: str,
+    out_dtype: str,
+    interpret: bool,
 ):
     """(dq, dk, dv) of `queries`, each (b, h, e, n).
 
     Those of keys and values are added to `sums`, if there are any.
     """
     b, h, e, n = queries["q"].shape
-    tiles = n // tile[0]
-    steps = tiling.tiles_a_step(tiles)
-    count = (tiles // steps, keys.k.shape[2] // tile[1])
     queries_block = tile[0] * steps
+    count = (n // queries_block, keys.k.shape[2] // tile[1])
     segmented, biased = keys.ids is not None, keys.bias is not None
     scalars = tiling.segments_of(keys.ids, queries["q_ids"], tile[::-1], steps) if segmented else ()
 

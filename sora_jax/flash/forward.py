@@ -46,11 +46,11 @@ def forward(
         logits), or by default for heads whose logits may be too large without.
     """
     shape, tile = q.shape, (tiling.block(q.shape[1]), tiling.block(keys.k.shape[1]))
-    q, q_ids, keys = tiling.prepare(q, q_ids, keys, dtype, tile=tile, queries=tile[0])
+    steps = tiling.tiles_a_step(-(-keys.k.shape[1] // tile[1]))
+    keys_block = tile[1] * steps
+    q, q_ids, keys = tiling.prepare(q, q_ids, keys, dtype, multiples=(tile[0], keys_block))
     b, h, n, e = q.shape
-    tiles = keys.k.shape[2] // tile[1]
-    steps = tiling.tiles_a_step(tiles)
-    keys_block, count = tile[1] * steps, (n // tile[0], tiles // steps)
+    count = (n // tile[0], keys.k.shape[2] // keys_block)
     segmented, biased = keys.ids is not None, keys.bias is not None
     scalars = tiling.segments_of(q_ids, keys.ids, tile, steps) if segmented else ()
     scalars = (
@@ -58,30 +58,26 @@ def forward(
         *scalars,
     )
 
-    def of_keys(width, *, headed):
-        """Blocks of keys, after example and head where the array has them."""
-
-        def index(b, h, i, j, _, *s):
-            j = tiling.near(j, s, b, i)
-            return (b, h, j, 0) if headed else (b, j, 0)
-
-        return pl.BlockSpec((*(None,) * (1 + headed), keys_block, width), index)
-
-    inputs = [
-        (q, pl.BlockSpec((None, None, tile[0], e), lambda b, h, i, j, *s: (b, h, i, 0))),
-        (keys.k, of_keys(e, headed=True)),
-        (keys.v, of_keys(e, headed=True)),
-    ]
-    columns = of_keys(tiling.LANES, headed=False)
-    if segmented:
-        rows = pl.BlockSpec((None, tiling.SUBLANES, tile[0]), lambda b, h, i, j, *s: (b, 0, i))
-        inputs += [(tiling.rows(q_ids), rows), (tiling.columns(keys.ids), columns)]
-    if biased:
-        inputs.append((tiling.columns(keys.bias), columns))
-
     def of_queries(height):
         return pl.BlockSpec((None, None, height, tile[0]), lambda b, h, i, j, *s: (b, h, 0, i))
 
+    of_keys = pl.BlockSpec(
+        (None, None, keys_block, e), lambda b, h, i, j, _, *s: (b, h, tiling.near(j, s, b, i), 0)
+    )
+    inputs = [
+        (q, pl.BlockSpec((None, None, tile[0], e), lambda b, h, i, j, *s: (b, h, i, 0))),
+        (keys.k, of_keys),
+        (keys.v, of_keys),
+    ]
+    rows = pl.BlockSpec(
+        (None, tiling.SUBLANES, keys_block),
+        lambda b, h, i, j, _, *s: (b, 0, tiling.near(j, s, b, i)),
+    )
+    if segmented:
+        of_ids = pl.BlockSpec((None, tiling.SUBLANES, tile[0]), lambda b, h, i, j, *s: (b, 0, i))
+        inputs += [(tiling.rows(q_ids), of_ids), (tiling.rows(keys.ids), rows)]
+    if biased:
+        inputs.append((tiling.rows(keys.bias), rows))
     out, log_sum = pl.pallas_call(
         functools.partial(
             _forward_kernel,
@@ -163,9 +159,9 @@ def _forward_kernel(
     def logits_of(part, masked: bool):
         logits = tiling.dot(k[part], q[...], (1, 1), precision)
         if biased:
-            logits += bias[part, :1]
+            logits += bias[:, part].T[:, :1]
         if masked:
-            logits = jnp.where(ids[1][part, :1] == ids[0][:1], logits, MASKED)
+            logits = jnp.where(ids[1][:, part].T[:, :1] == ids[0][:1], logits, MASKED)
         return logits
 
     def add(p, part):

@@ -13,7 +13,8 @@ from sora_jax.blocked_attention import Keys
 LANES, SUBLANES = 128, 8
 BLOCK = 1024  # queries or keys of a tile, at most
 BACKWARD_BLOCK = 512  # queries of a tile of the backward pass
-TILES_A_STEP = (4, 3, 2, 1)  # as many as divide: a step of the grid costs as much as half a tile
+TILES_A_STEP = 16  # at most, so that their blocks fit in fast memory twice
+_STEP_COST = 0.5  # of a tile: what a step of the grid takes beside its own
 # Queries whose gradients are held at a time: 16 MiB of float32 at 128 channels a head.
 BACKWARD_QUERIES = 32_768
 VMEM_BYTES = 48 * 2**20  # of the 64 MiB that the smallest has
@@ -99,7 +100,12 @@ def segments_of(ids, other_ids, tile: tuple[int, int], steps: int) -> tuple[jax.
 
 
 def tiles_a_step(tiles: int) -> int:
-    return next(n for n in TILES_A_STEP if tiles % n == 0)
+    """Tiles of a step of the grid: few steps, and few tiles that only fill up the last one."""
+
+    def cost(steps: int) -> float:
+        return -(-tiles // steps) * (steps + _STEP_COST)
+
+    return min(range(1, min(tiles, TILES_A_STEP) + 1), key=cost)
 
 
 def near(index, scalars, b, outer):
@@ -109,14 +115,9 @@ def near(index, scalars, b, outer):
     return jnp.clip(index, scalars[4][b, outer], scalars[5][b, outer])
 
 
-def prepare(q, q_ids, keys: Keys, dtype: str, *, tile: tuple[int, int], queries: int):
-    """Heads first, filled up to whole tiles and lanes.
-
-    Args:
-      queries: a multiple of it is filled up to.
-    """
-    fill = -q.shape[1] % queries
-    kv_fill = -keys.k.shape[1] % tile[1]
+def prepare(q, q_ids, keys: Keys, dtype: str, *, multiples: tuple[int, int]):
+    """Heads first, filled up to whole lanes and `multiples` of queries and keys."""
+    fill, kv_fill = -q.shape[1] % multiples[0], -keys.k.shape[1] % multiples[1]
     if q_ids is None and (fill or kv_fill):
         q_ids = jnp.zeros(q.shape[:2], jnp.int32)
         keys = keys._replace(ids=jnp.zeros(keys.k.shape[:2], jnp.int32))

@@ -13,7 +13,20 @@ from jax.extend import core as jax_core
 
 
 class Counts(collections.Counter):
-    """FLOPs over all devices by what makes them: "matmul", "conv", and kernels by name."""
+    """FLOPs over all devices by what makes them: "matmul", "conv", and kernels by name.
+
+    Attributes:
+      steps: of the grids of kernels, by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: collections.Counter[str] = collections.Counter()
+
+    def add(self, other: "Counts") -> None:
+        """Adds another's, steps too."""
+        self.update(other)
+        self.steps.update(other.steps)
 
     @property
     def kernels(self) -> float:
@@ -46,7 +59,9 @@ def _walk(jaxpr: Any, times: float, total: Counts, kernel: str) -> None:
             branches.append(params["branches"])
         elif name == "pallas_call":
             grid = math.prod(params["grid_mapping"].grid)
-            _walk(params["jaxpr"], times * grid, total, kernel or _kernel_name(params))
+            name = kernel or _kernel_name(params)
+            total.steps[name] += times * grid
+            _walk(params["jaxpr"], times * grid, total, name)
         else:
             inside = times * (params["mesh"].size if name == "shard_map" else 1)
             for jaxpr_ in _inner(params):
@@ -74,7 +89,7 @@ def _add_largest(branches: Any, times: float, total: Counts, kernel: str) -> Non
         counts = Counts()
         _walk(branch.jaxpr, times, counts, kernel)
         counted.append(counts)
-    total.update(max(counted, key=lambda c: sum(c.values())))
+    total.add(max(counted, key=lambda c: sum(c.values())))
 
 
 def _kernel_name(params: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ class Tile(NamedTuple):
     Args:
       deep: products over channels, which keep a matrix unit of 256 columns as busy with 128.
       flat: products whose rows are channels, which take as long as they have.
-      per_step: tiles that one grid step works through.
+      per_step: tiles that one grid step works through, of long rows.
       words: by chip.
     """
 
@@ -53,25 +53,25 @@ class Tile(NamedTuple):
         return self.deep + self.flat
 
 
-# libtpu 0.0.42, 8,192 tokens, logits that need no maximum (with one: 2,916 words on v7x). v5e has
-# a core of v5p's. Rows of 75,776 tokens make two tiles a step.
+# libtpu 0.0.42, 15,360 tokens, logits that need no maximum (with one: 2,916 words on v7x). v5e has
+# a core of v5p's. Rows of 75,776 tokens make 15 and 10 tiles a step.
 TILES = {
     "flash_attention_forward": Tile(
-        *(1024, 1024, 1, 1, 2),
+        *(1024, 1024, 1, 1, 15),
         {
-            "v5e": Words(3537, 90),
-            "v5p": Words(3537, 90),
-            "v6e": Words(1733, 44),
-            "v7x": Words(1517, 144),
+            "v5e": Words(3539, 337),
+            "v5p": Words(3539, 337),
+            "v6e": Words(1733, 189),
+            "v7x": Words(1518, 301),
         },
     ),
     "flash_attention_backward": Tile(
-        *(512, 1024, 2, 3, 2),
+        *(512, 1024, 2, 3, 10),
         {
-            "v5e": Words(4488, 171),
-            "v5p": Words(4488, 171),
-            "v6e": Words(2216, 78),
-            "v7x": Words(1949, 241),
+            "v5e": Words(4484, 182),
+            "v5p": Words(4484, 182),
+            "v6e": Words(2167, 74),
+            "v7x": Words(1943, 269),
         },
     ),
     # jax's own, at its usual blocks; for the check against steps that others measured.
@@ -101,6 +101,21 @@ def pass_seconds(name: str, chip: Chip, *, values: int, moved: float | int) -> f
     return max(cycles / chip.clock, moved / chip.device_hbm_bandwidth)
 
 
+def seconds(name: str, chip: Chip, *, flops: float | int, steps: float | int) -> float:
+    """Seconds of one device for a kernel's work on it, as traced.
+
+    Args:
+      flops: of its products, on lanes that are filled up.
+      steps: of its grid.
+    """
+    tile = TILES.get(name)
+    if tile is None or chip.name not in tile.words:
+        return flops / (UNKNOWN * min(1.0, _CHANNELS / chip.matrix_unit) * chip.device_flops)
+    tiles = flops / (2 * tile.products * tile.queries * tile.keys * _CHANNELS)
+    cycles = tiles * _tile_cycles(tile, chip) + steps * _step_cycles(tile, chip)
+    return cycles / chip.clock / _CORES.get(chip.name, 1)
+
+
 def share_of_peak(kernel: str, chip: Chip, *, head_dim: int, per_step: float = 0.0) -> float:
     """Share of the chip's peak FLOP/s at which `kernel` does the operations that count.
 
@@ -110,11 +125,22 @@ def share_of_peak(kernel: str, chip: Chip, *, head_dim: int, per_step: float = 0
     tile = TILES.get(kernel)
     if tile is None or chip.name not in tile.words:
         return UNKNOWN * min(1.0, head_dim / chip.matrix_unit)
-    words, pairs = tile.words[chip.name], tile.queries * tile.keys
-    per_cycle = chip.flops_per_cycle / _CORES.get(chip.name, 1)
+    cycles = _tile_cycles(tile, chip) + _step_cycles(tile, chip) / (per_step or tile.per_step)
     # Heads of fewer channels fill up their lanes.
+    flops = 2 * tile.products * tile.queries * tile.keys * min(head_dim, _CHANNELS)
+    return flops / _flops_a_cycle(chip) / cycles
+
+
+def _flops_a_cycle(chip: Chip) -> float:
+    return chip.flops_per_cycle / _CORES.get(chip.name, 1)
+
+
+def _tile_cycles(tile: Tile, chip: Chip) -> float | int:
+    """Its words, or what its products keep the matrix units busy for."""
     channels = tile.deep * max(_CHANNELS, chip.matrix_unit) + tile.flat * _CHANNELS
-    busy = 2 * pairs * channels / per_cycle
-    step = words.beside + GRID_STEP * chip.clock
-    cycles = max(words.tile, busy) + step / (per_step or tile.per_step)
-    return 2 * tile.products * pairs * min(head_dim, _CHANNELS) / per_cycle / cycles
+    busy = 2 * tile.queries * tile.keys * channels / _flops_a_cycle(chip)
+    return max(tile.words[chip.name].tile, busy)
+
+
+def _step_cycles(tile: Tile, chip: Chip) -> float:
+    return tile.words[chip.name].beside + GRID_STEP * chip.clock

@@ -96,8 +96,7 @@ def _sample(config: Any, host: topology.Slice) -> dict[str, Any]:
 
 
 def _step(step: steps.Step, slice_: topology.Slice, config: Any) -> dict[str, Any]:
-    head_dim = config.dit.width // config.dit.num_heads
-    found = roofline.predict(step, slice_, head_dim=head_dim)
+    found = roofline.predict(step, slice_)
     limit = slice_.chip.device_hbm
     executed = sum(step.counts.values())
     model = sum(step.flops.values())

@@ -58,17 +58,16 @@ class Prediction(NamedTuple):
     largest_copies: float
 
 
-def predict(step: Any, slice_: Slice, *, head_dim: int) -> Prediction:
+def predict(step: Any, slice_: Slice) -> Prediction:
     """The predicted time of a compiled `steps.Step`."""
     chip, devices = slice_.chip, step.mesh.size
     program = hlo.parse(step.text)
     compute, copies = _compute_seconds(program, chip)
     attention = sum(
-        flops / kernels.share_of_peak(name, chip, head_dim=head_dim)
+        kernels.seconds(name, chip, flops=flops / devices, steps=step.counts.steps[name] / devices)
         for name, flops in step.counts.items()
         if name not in ("matmul", "conv")
     )
-    attention /= devices * chip.device_flops
     sums = _collective_sums(program, step, slice_)
     waiting = sum(s.seconds * (1 - s.overlapped) for s in sums)
     beside = sum(s.seconds * s.overlapped for s in sums)

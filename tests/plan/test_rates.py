@@ -103,9 +103,9 @@ def test_kernels_count_by_their_grid_and_one_of_a_tiles_ways():
 def test_a_kernel_is_bound_by_its_words_or_by_the_matrix_unit():
     v5p, v6e, v7x = chip("v5p"), chip("v6e"), chip("v7x")
     step = kernels.GRID_STEP * v5p.clock
-    # 3,537 words, but 2 products of 1024 x 1024 x 128 take 4,096 cycles of four units.
+    # 3,539 words, but 2 products of 1024 x 1024 x 128 take 4,096 cycles of four units.
     share = kernels.share_of_peak("flash_attention_forward", v5p, head_dim=128)
-    assert share == pytest.approx(4096 / (4096 + (90 + step) / 2))
+    assert share == pytest.approx(4096 / (4096 + (337 + step) / 15))
     # Heads of 64 channels cost what those of 128 do.
     half = kernels.share_of_peak("flash_attention_forward", v5p, head_dim=64)
     assert half == pytest.approx(share / 2)
@@ -113,10 +113,10 @@ def test_a_kernel_is_bound_by_its_words_or_by_the_matrix_unit():
     # the backward pass' five two: 1,536 cycles for 1,024, and 1,792 for 1,280; or more words.
     step = kernels.GRID_STEP * v7x.clock
     share = kernels.share_of_peak("flash_attention_forward", v7x, head_dim=128)
-    assert share == pytest.approx(1024 / (1536 + (144 + step) / 2))
+    assert share == pytest.approx(1024 / (1536 + (301 + step) / 15))
     step = kernels.GRID_STEP * v6e.clock
     share = kernels.share_of_peak("flash_attention_backward", v6e, head_dim=128)
-    assert share == pytest.approx(1280 / (2216 + (78 + step) / 2))
+    assert share == pytest.approx(1280 / (2167 + (74 + step) / 10))
 
 
 def test_the_table_knows_the_kernels_by_name_and_products():
@@ -133,11 +133,24 @@ def test_the_table_knows_the_kernels_by_name_and_products():
 
     one = 2 * 3 * 2048**2 * 128
     found = count.of_function(forward, x, x, x)
-    found |= count.of_function(backward, x, x, x, sums, sums, x)
+    found.add(count.of_function(backward, x, x, x, sums, sums, x))
     assert set(found) == {"flash_attention_forward", "flash_attention_backward"}
     for name, tile in kernels.TILES.items():
         if name in found:
             assert found[name] == tile.products * one
+    # Three heads; two tiles of queries with both of keys each, and two of keys with four.
+    assert found.steps == {"flash_attention_forward": 3 * 2, "flash_attention_backward": 3 * 2}
+
+
+def test_a_kernel_takes_the_time_of_its_tiles_and_of_its_steps():
+    """As `share_of_peak` has it for as many tiles a step."""
+    name = "flash_attention_forward"
+    for v in (chip("v5p"), chip("v7x")):
+        flops = 30 * 4 * 1024**2 * 128
+        share = kernels.share_of_peak(name, v, head_dim=128, per_step=10.0)
+        taken = kernels.seconds(name, v, flops=flops, steps=3)
+        assert taken == pytest.approx(flops / share / v.device_flops)
+        assert taken < kernels.seconds(name, v, flops=flops, steps=30)
 
 
 def test_search_knows_policies_of_the_model_alone():
