@@ -16,8 +16,6 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sora_jax import chips
-
 CONTEXT = "context"
 MESH_AXES = ("data", "fsdp", "tensor", CONTEXT)
 # Those that cut weights for memory's sake: layers gather them before they multiply.
@@ -312,13 +310,6 @@ def platform() -> str:
     """Of the devices that the code traced now will run on; those of a plan may not be here."""
     mesh = current_mesh()
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-
-
-def chip() -> chips.Chip | None:
-    """What is known of the devices of `platform`."""
-    mesh = current_mesh()
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return chips.of_kind(device.device_kind)
 
 
 def fitted(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:

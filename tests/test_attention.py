@@ -170,9 +170,9 @@ def of_logits(largest):
     return q.at[:, :, 0].multiply(largest / most), k, v
 
 
-@pytest.mark.parametrize("largest", [110, 1000])
+@pytest.mark.parametrize("largest", [98, 1000])
 def test_flash_is_exact_where_logits_are_large(largest, monkeypatch):
-    """110 is within the range of exponentials, 1000 is not: that head takes the maximum."""
+    """98 is within the range of exponentials, 1000 is not: that head takes the maximum."""
     monkeypatch.setattr(tiles, "BLOCK", 128)
     q, k, v = of_logits(largest)
     expected = attention(q, k, v, implementation="reference")
@@ -180,7 +180,7 @@ def test_flash_is_exact_where_logits_are_large(largest, monkeypatch):
     np.testing.assert_allclose(out, expected, atol=1e-4)  # of 1000, 24 bits
     # Had it been believed to be within range, some would have overflowed.
     blind, _ = flash_forward(q, k, v, running=False)
-    assert np.isfinite(blind[:, :, 0]).all() == (largest == 110)
+    assert np.isfinite(blind[:, :, 0]).all() == (largest == 98)
     logits = jnp.einsum("bnhe,bshe->bhns", q, k, precision="highest") / 4
     np.testing.assert_allclose(log_sum, jax.nn.logsumexp(logits, axis=-1), rtol=1e-5, atol=1e-5)
 
@@ -188,14 +188,49 @@ def test_flash_is_exact_where_logits_are_large(largest, monkeypatch):
 def test_flash_takes_the_maximum_for_heads_out_of_range_alone(monkeypatch):
     """Values and the number of keys count too: their sums must fit."""
     monkeypatch.setattr(tiles, "BLOCK", 128)
-    q, k, v = of_logits(110)
-    within = lambda q, k, v: _within_range(  # noqa: E731
-        q.swapaxes(1, 2) * flash.query_scale(16), Keys(k.swapaxes(1, 2), v.swapaxes(1, 2))
-    )[0].tolist()
+    q, k, v = of_logits(98)
+    v = v / jnp.abs(v).max()
+
+    def within(q, k, v, bias=None):
+        q = q.swapaxes(1, 2) * flash.query_scale(16)
+        return _within_range(q, Keys(k.swapaxes(1, 2), v.swapaxes(1, 2), None, bias))[0].tolist()
+
     assert within(q, k, v) == [1, 1]
-    assert within(*of_logits(130)) == [0, 1]
-    assert within(q, k, v.at[0, 3, 0, 2].set(2.0**12)) == [0, 1]
-    assert within(q, k, v.at[0, 3, 1, 2].set(2.0**120)) == [1, 0]
+    assert within(of_logits(102)[0], k, v) == [0, 1]
+    # 2^98 of 384 keys leaves 2^17 for values; and 2^-2 below.
+    assert within(q, k, v.at[0, 3, 0, 2].set(2.0**20)) == [0, 1]
+    assert within(q, k, v * 2.0**-4) == [0, 1]
+    assert within(q, k, v, bias=jnp.full((1, 384), 20.0)) == [0, 1]
+    assert within(q, k, v, bias=jnp.full((1, 384), -4.0)) == [0, 1]
+    assert within(q, k, v, bias=jnp.zeros((1, 384)).at[:, 7].set(MASKED)) == [1, 1]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_flash_is_exact_where_all_logits_are_near_the_bound(sign, monkeypatch):
+    """All of a query's logits are 99 or -99 powers of two, and its values small."""
+    monkeypatch.setattr(tiles, "BLOCK", 128)
+    *_, v, _ = inputs(batch=1, n=128, s=256, k=1, e=16)
+    unit = jnp.ones((1, 256, 1, 16)) / 4
+    q = sign * 99 / flash.query_scale(16) * unit[:, :128]
+    k = unit * jnp.linspace(0.99, 1, 256)[None, :, None, None]
+    v = v / jnp.abs(v).max()
+    logits = jnp.einsum("bnhe,bshe->bhns", q, k, precision="highest") / 4
+    expected = jnp.einsum("bhns,bshe->bnhe", jax.nn.softmax(logits), v, precision="highest")
+    out, log_sum = flash_forward(q, k, v, running=False)
+    np.testing.assert_allclose(out, expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(log_sum, jax.nn.logsumexp(logits, axis=-1), rtol=1e-5)
+
+
+def test_flash_backward_of_several_steps_and_tiles_of_keys(monkeypatch):
+    """Five tiles of queries in two parts of several steps, three tiles of keys."""
+    monkeypatch.setattr(tiles, "BLOCK", 128)
+    monkeypatch.setattr(tiles, "BACKWARD_BLOCK", 128)
+    monkeypatch.setattr(tiles, "BACKWARD_QUERIES", 384)
+    monkeypatch.setattr(tiles, "TILES_A_STEP", 4)  # 2 in float32
+    *qkv, cotangent = inputs(batch=1, n=640, s=384, k=2, e=16)
+    expected = value_and_grads(*qkv, cotangent, implementation="reference")
+    options = {"implementation": "flash", "interpret": True}
+    assert_close(value_and_grads(*qkv, cotangent, **options), expected, 2e-5)
 
 
 @pytest.mark.parametrize("running", [True, False])
@@ -326,5 +361,6 @@ def test_queries_scaled_for_another_kernel_are_refused():
 def test_tiles_that_need_no_filling_are_preferred():
     assert tiles.block(75_776) == 1024 and tiles.block(18_944) == 512
     assert tiles.block(4_992) == 1024  # 39 x 128: only tiles of 384 would divide it
-    # Steps of 15 make 75 tiles of 74; of 16 they would make 80.
+    # Steps of 15 make 75 tiles of 74; of 16 they would make 80, and be too large in float32.
     assert [tiles.tiles_a_step(n) for n in (1, 16, 50, 74)] == [1, 16, 10, 15]
+    assert [tiles.tiles_a_step(n, row_bytes=512) for n in (16, 50)] == [8, 5]

@@ -39,7 +39,9 @@ def backward(
     parts = -(-shape[1] // tiling.BACKWARD_QUERIES)
     part = -(-shape[1] // parts)
     tile = (tiling.block(part, tiling.BACKWARD_BLOCK), tiling.block(kv_length))
-    steps = tiling.tiles_a_step(-(-part // tile[0]))
+    # Gradients lie beside the operands.
+    row_bytes = max(tiling.row_bytes(shape[3], kind) for kind in (dtype, out_dtype))
+    steps = tiling.tiles_a_step(-(-part // tile[0]), row_bytes=row_bytes)
     part = tiling.round_up(part, tile[0] * steps)
     q, q_ids, keys = tiling.prepare(q, q_ids, keys, dtype, multiples=(parts * part, tile[1]))
     fill = q.shape[2] - shape[1]
@@ -168,7 +170,7 @@ def _backward_call(
             *2 * (jax.ShapeDtypeStruct(keys.k.swapaxes(2, 3).shape, keys_dtype),),
         ],
         input_output_aliases=aliases,
-        compiler_params=tiling.compiler_params(),
+        compiler_params=tiling.compiler_params(parallel=2),
         name="flash_attention_backward",
         interpret=interpret,
     )(*scalars, *(x for x, _ in inputs))

@@ -4,7 +4,7 @@ Exponentials of logits need a maximum below which they are taken only where they
 Cauchy and Schwarz no logit of a head exceeds the longest query times the longest key; where that,
 the number of keys and the largest value leave room in float32, the sums are of exponentials as
 they are, and nothing is scaled when a larger logit comes (as FlashDecoding++ does, Hong et al.
-2023, arXiv:2311.01282, section 3, with a maximum guessed beforehand). It is exact: float32, and
+2023, arXiv:2311.01282, section 3, with a maximum guessed beforehand). Nothing is lost: float32, and
 bfloat16 too, are as precise at 2^100 as at 1. Heads that do not fit take the running maximum.
 
 Logits, exponentials and outputs are transposed, keys by queries and channels by queries: a row's
@@ -23,7 +23,9 @@ from jax.experimental.pallas import tpu as pltpu
 from sora_jax.blocked_attention import MASKED, Keys
 from sora_jax.flash import tiles as tiling
 
-_EXPONENTS = 126  # of two that float32 has on either side of 1
+# Exponents of two that sums may reach, and logits from below, so that float32 has some to spare on
+# either side of 1: products of float32 operands are sums of parts 2^16 smaller.
+_ABOVE, _BELOW = 124, 100
 
 
 def forward(
@@ -46,7 +48,9 @@ def forward(
         logits), or by default for heads whose logits may be too large without.
     """
     shape, tile = q.shape, (tiling.block(q.shape[1]), tiling.block(keys.k.shape[1]))
-    steps = tiling.tiles_a_step(-(-keys.k.shape[1] // tile[1]))
+    steps = tiling.tiles_a_step(
+        -(-keys.k.shape[1] // tile[1]), row_bytes=tiling.row_bytes(shape[3], dtype)
+    )
     keys_block = tile[1] * steps
     q, q_ids, keys = tiling.prepare(q, q_ids, keys, dtype, multiples=(tile[0], keys_block))
     b, h, n, e = q.shape
@@ -103,7 +107,7 @@ def forward(
             jax.ShapeDtypeStruct((b, h, e, n), out_dtype),
             jax.ShapeDtypeStruct((b, h, tiling.SUBLANES, n), jnp.float32),
         ],
-        compiler_params=tiling.compiler_params(),
+        compiler_params=tiling.compiler_params(parallel=3),
         name="flash_attention_forward",
         interpret=interpret,
     )(*scalars, *(x for x, _ in inputs))
@@ -115,18 +119,24 @@ def _within_range(q, keys: Keys):
     """1 for heads (b, h) whose sums of exponentials float32 holds whatever the logits are.
 
     The largest sum has an exponent of two of at most the largest logit, and of the number of keys
-    times the largest value; the smallest term has one of minus the largest logit.
+    times the largest value; the smallest term that counts has one of minus the largest logit, and
+    of the largest value.
     """
 
     def longest(x):
         return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=3), axis=2))
 
-    largest = longest(q) * longest(keys.k)
+    logit = longest(q) * longest(keys.k)
+    above, below = logit, logit
     if keys.bias is not None:
-        largest += jnp.maximum(jnp.max(keys.bias, axis=1), 0)[:, None]
-    value = jnp.maximum(jnp.max(jnp.abs(keys.v.astype(jnp.float32)), axis=(2, 3)), 1)
-    room = _EXPONENTS - jnp.log2(value) - math.log2(keys.k.shape[2])
-    return (largest <= room).astype(jnp.int32)  # not where anything is NaN
+        bias = keys.bias[:, None]
+        above += jnp.maximum(jnp.max(bias, axis=2), 0)
+        masked = bias < MASKED / 2
+        below += jnp.maximum(-jnp.min(jnp.where(masked, 0, bias), axis=2), 0)
+    value = jnp.log2(jnp.max(jnp.abs(keys.v.astype(jnp.float32)), axis=(2, 3)))
+    fits = above <= _ABOVE - jnp.maximum(value, 0) - math.log2(keys.k.shape[2])
+    fits &= below <= _BELOW + jnp.minimum(value, 0)
+    return fits.astype(jnp.int32)  # not where anything is NaN
 
 
 def _forward_kernel(
@@ -197,5 +207,5 @@ def _forward_kernel(
         none = sums == 0
         sums = jnp.where(none, 1.0, sums)
         out[...] = (values[...] / sums).astype(out.dtype)
-        logs = jnp.where(none, MASKED, (peak[...] + jnp.log2(sums)) / tiling.LOG2_E)
+        logs = jnp.where(none, MASKED, peak[...] + jnp.log2(sums)) / tiling.LOG2_E
         log_sum[...] = jnp.broadcast_to(logs, log_sum.shape)

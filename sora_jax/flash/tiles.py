@@ -13,7 +13,8 @@ from sora_jax.blocked_attention import Keys
 LANES, SUBLANES = 128, 8
 BLOCK = 1024  # queries or keys of a tile, at most
 BACKWARD_BLOCK = 512  # queries of a tile of the backward pass
-TILES_A_STEP = 16  # at most, so that their blocks fit in fast memory twice
+# At most, of 128 channels in 16 bits: their blocks have to fit in fast memory twice.
+TILES_A_STEP = 16
 _STEP_COST = 0.5  # of a tile: what a step of the grid takes beside its own
 # Queries whose gradients are held at a time: 16 MiB of float32 at 128 channels a head.
 BACKWARD_QUERIES = 32_768
@@ -21,7 +22,6 @@ VMEM_BYTES = 48 * 2**20  # of the 64 MiB that the smallest has
 LOG2_E = math.log2(math.e)  # powers of two are what the hardware computes
 # Segment of the tokens that fill a tile; no caller's id, not even -1 for padding.
 _FILL = np.iinfo(np.int32).min
-_GRID = ("parallel", "parallel", "arbitrary", "arbitrary")
 
 
 def block(length: int, largest: int | None = None) -> int:
@@ -99,13 +99,19 @@ def segments_of(ids, other_ids, tile: tuple[int, int], steps: int) -> tuple[jax.
     return tuple(x.astype(jnp.int32) for x in found)
 
 
-def tiles_a_step(tiles: int) -> int:
-    """Tiles of a step of the grid: few steps, and few tiles that only fill up the last one."""
+def tiles_a_step(tiles: int, *, row_bytes: int = 2 * LANES) -> int:
+    """Tiles of a step of the grid: few steps, and few tiles that only fill up the last one.
 
-    def cost(steps: int) -> float:
-        return -(-tiles // steps) * (steps + _STEP_COST)
+    Args:
+      row_bytes: of a token's channels in a block.
+    """
+    most = max(1, min(tiles, TILES_A_STEP * 2 * LANES // row_bytes))
+    return min(range(1, most + 1), key=lambda steps: -(-tiles // steps) * (steps + _STEP_COST))
 
-    return min(range(1, min(tiles, TILES_A_STEP) + 1), key=cost)
+
+def row_bytes(channels: int, dtype: str) -> int:
+    """Of a token's channels, filled up to whole lanes."""
+    return round_up(channels, LANES) * jnp.dtype(dtype).itemsize
 
 
 def near(index, scalars, b, outer):
@@ -144,8 +150,10 @@ def precision(dtype: str):
     return jax.lax.Precision.HIGHEST if dtype == "float32" else None
 
 
-def compiler_params():
-    return pltpu.CompilerParams(dimension_semantics=_GRID, vmem_limit_bytes=VMEM_BYTES)
+def compiler_params(parallel: int):
+    """Of a grid of four axes, of which the first `parallel` may be shared out to cores."""
+    kinds = ("parallel",) * parallel + ("arbitrary",) * (4 - parallel)
+    return pltpu.CompilerParams(dimension_semantics=kinds, vmem_limit_bytes=VMEM_BYTES)
 
 
 def columns(x):

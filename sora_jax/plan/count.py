@@ -17,16 +17,20 @@ class Counts(collections.Counter):
 
     Attributes:
       steps: of the grids of kernels, by name.
+      parallel: pieces of a grid that cores may share out, by name; of several calls the fewest.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *flops: Any) -> None:
+        super().__init__(*flops)
         self.steps: collections.Counter[str] = collections.Counter()
+        self.parallel: dict[str, int] = {}
 
     def add(self, other: "Counts") -> None:
         """Adds another's, steps too."""
         self.update(other)
         self.steps.update(other.steps)
+        for name, pieces in other.parallel.items():
+            self.parallel[name] = min(pieces, self.parallel.get(name, pieces))
 
     @property
     def kernels(self) -> float:
@@ -58,10 +62,15 @@ def _walk(jaxpr: Any, times: float, total: Counts, kernel: str) -> None:
         elif name == "cond":
             branches.append(params["branches"])
         elif name == "pallas_call":
-            grid = math.prod(params["grid_mapping"].grid)
-            name = kernel or _kernel_name(params)
-            total.steps[name] += times * grid
-            _walk(params["jaxpr"], times * grid, total, name)
+            grid = params["grid_mapping"].grid
+            inside = Counts()
+            name, runs = kernel or _kernel_name(params), times * math.prod(grid)
+            inside.steps[name] = runs
+            kinds = getattr(params.get("compiler_params"), "dimension_semantics", None) or ()
+            shared = zip(grid, kinds, strict=False)
+            inside.parallel[name] = math.prod(n for n, kind in shared if kind == "parallel")
+            total.add(inside)
+            _walk(params["jaxpr"], runs, total, name)
         else:
             inside = times * (params["mesh"].size if name == "shard_map" else 1)
             for jaxpr_ in _inner(params):

@@ -101,19 +101,25 @@ def pass_seconds(name: str, chip: Chip, *, values: int, moved: float | int) -> f
     return max(cycles / chip.clock, moved / chip.device_hbm_bandwidth)
 
 
-def seconds(name: str, chip: Chip, *, flops: float | int, steps: float | int) -> float:
+def seconds(
+    name: str, chip: Chip, *, flops: float | int, steps: float | int, parallel: int = 0
+) -> float:
     """Seconds of one device for a kernel's work on it, as traced.
 
     Args:
       flops: of its products, on lanes that are filled up.
       steps: of its grid.
+      parallel: pieces that the cores of a device share out, whole; 0: as many as divide.
     """
     tile = TILES.get(name)
     if tile is None or chip.name not in tile.words:
         return flops / (UNKNOWN * min(1.0, _CHANNELS / chip.matrix_unit) * chip.device_flops)
     tiles = flops / (2 * tile.products * tile.queries * tile.keys * _CHANNELS)
     cycles = tiles * _tile_cycles(tile, chip) + steps * _step_cycles(tile, chip)
-    return cycles / chip.clock / _CORES.get(chip.name, 1)
+    cores = _CORES.get(chip.name, 1)
+    # Of five heads one core has three.
+    share = -(-parallel // cores) / parallel if parallel else 1 / cores
+    return cycles / chip.clock * share
 
 
 def share_of_peak(kernel: str, chip: Chip, *, head_dim: int, per_step: float = 0.0) -> float:

@@ -3,7 +3,8 @@
 - Matrix products and everything else that XLA compiles: the compiler's own estimated cycles, times
   the runs of the loops they stand in, over the clock. Where it gives none: bytes moved over HBM
   bandwidth.
-- Attention kernels, of which it gives none: their FLOPs as traced, at the rates of kernels.py.
+- Attention kernels, of which it gives none: their FLOPs as traced, and steps of their grids, at
+  the rates of kernels.py.
   Kernels that make its queries and keys: by their bytes, or their instruction words, as there.
 - Collectives: bytes over links. Those with work between start and end are hidden by it, up to the
   time of all work; the others stand still for.

@@ -140,6 +140,8 @@ def test_the_table_knows_the_kernels_by_name_and_products():
             assert found[name] == tile.products * one
     # Three heads; two tiles of queries with both of keys each, and two of keys with four.
     assert found.steps == {"flash_attention_forward": 3 * 2, "flash_attention_backward": 3 * 2}
+    # The forward pass of every tile of queries is apart, the backward pass of every head.
+    assert found.parallel == {"flash_attention_forward": 3 * 2, "flash_attention_backward": 3}
 
 
 def test_a_kernel_takes_the_time_of_its_tiles_and_of_its_steps():
@@ -151,6 +153,12 @@ def test_a_kernel_takes_the_time_of_its_tiles_and_of_its_steps():
         taken = kernels.seconds(name, v, flops=flops, steps=3)
         assert taken == pytest.approx(flops / share / v.device_flops)
         assert taken < kernels.seconds(name, v, flops=flops, steps=30)
+    # Of five heads one of two cores has three.
+    whole, uneven = (
+        kernels.seconds(name, chip("v5p"), flops=flops, steps=3, parallel=p) for p in (0, 5)
+    )
+    assert uneven == pytest.approx(1.2 * whole)
+    assert kernels.seconds(name, chip("v7x"), flops=flops, steps=3, parallel=5) == taken
 
 
 def test_search_knows_policies_of_the_model_alone():
