@@ -21,10 +21,11 @@ from sora_jax.plan import topology
 BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s.*?:")
 BRANCH = re.compile(r"sbr\.rel \((!?)%\w+\) target = \$region(\d+)")
 REGION = re.compile(r"region (\d+)")
-# Operations over pairs of tokens: forward 4 T^2 e a head, and the backward passes.
+RUNNING = {"never": False, "always": True, "auto": None}  # see flash.forward
 PASSES = ("heads_forward", "heads_backward")  # of memory, without a product
 HEADS = 40  # in those; their loops over heads are unrolled four times
 MATRIX = ("vmatmul", "vmatpush", "vdot")
+# Operations over pairs of tokens: forward 4 T^2 e a head, and the backward passes.
 PRODUCTS = {
     "flash_attention_forward": 2,
     "flash_attention_backward": 5,
@@ -119,7 +120,7 @@ def compile_kernels(args, folder: str) -> None:
         def forward(q, k, v):
             keys = Keys(k, v, None, None)
             how = {"dtype": "bfloat16", "out_dtype": "bfloat16"}
-            return flash.forward(q, None, keys, running=args.running, **how)
+            return flash.forward(q, None, keys, running=RUNNING[args.running], **how)
 
         def backward(q, k, v, log_sum, pull, d_out):
             keys = Keys(k, v, None, None)
@@ -166,7 +167,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--blocks", type=int, nargs=2, default=(512, 512), metavar=("Q", "KV"))
-    parser.add_argument("--running", action="store_true", help="a maximum; see flash.forward")
+    parser.add_argument(
+        "--running",
+        choices=RUNNING,
+        default="never",
+        help="maximum; 'auto' counts both ways' words",
+    )
     parser.add_argument("--keep", metavar="DIR", help="folder for the dumped bundles")
     parser.add_argument("--out", metavar="FILE.json")
     args = parser.parse_args()

@@ -191,9 +191,10 @@ The shape whose step others published at 36.0 s. Weights and moments in bfloat16
   over the clock at which the matrix units reach the data sheet's FLOP/s.
 - Attention kernels, for which XLA estimates nothing: the instruction words that libtpu schedules
   for a tile, or what its products keep the matrix units busy for if that is longer, and .35 us a
-  grid step (`tools/kernel_cycles.py`, `sora_jax/plan/kernels.py`). That is for logits which need no
-  running maximum (`sora_jax/flash/forward.py`: no query times key above about 2^105, by the lengths
-  of the longest); a head beyond takes twice the words in the forward pass. The kernels that make
+  grid step (`tools/kernel_cycles.py`, `sora_jax/plan/kernels.py`). That is for heads that need no
+  running maximum (`sora_jax/flash/forward.py`: the longest query times the longest key, which no
+  logit exceeds, is at most 69); the forward pass of others takes up to twice the words. On v5p a
+  device's two cores share out whole heads in the backward pass. The kernels that make
   queries and keys: their instruction words, or their bytes at the full bandwidth if that is
   longer.
 - Collectives: bytes over links at 90 % of their bandwidth (`sora_jax/plan/collectives.py`). Those

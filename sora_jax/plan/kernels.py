@@ -53,8 +53,8 @@ class Tile(NamedTuple):
         return self.deep + self.flat
 
 
-# libtpu 0.0.42, 15,360 tokens, logits that need no maximum (with one: 2,916 words on v7x). v5e has
-# a core of v5p's. Rows of 75,776 tokens make 15 and 10 tiles a step.
+# libtpu 0.0.42, 15,360 tokens, logits that need no maximum (with one: 2,916 words on v7x; 13 more
+# for the choice). v5e has a core of v5p's. Rows of 75,776 tokens make 15 and 10 tiles a step.
 TILES = {
     "flash_attention_forward": Tile(
         *(1024, 1024, 1, 1, 15),

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from sora_jax.chips import Chip
 from sora_jax.plan import collectives, hlo, kernels
+from sora_jax.plan.count import Counts
 from sora_jax.plan.topology import Slice
 
 _STRUCTURE = (
@@ -64,11 +65,7 @@ def predict(step: Any, slice_: Slice) -> Prediction:
     chip, devices = slice_.chip, step.mesh.size
     program = hlo.parse(step.text)
     compute, copies = _compute_seconds(program, chip)
-    attention = sum(
-        kernels.seconds(name, chip, flops=flops / devices, steps=step.counts.steps[name] / devices)
-        for name, flops in step.counts.items()
-        if name not in ("matmul", "conv")
-    )
+    attention = _kernel_seconds(step.counts, chip, devices)
     sums = _collective_sums(program, step, slice_)
     waiting = sum(s.seconds * (1 - s.overlapped) for s in sums)
     beside = sum(s.seconds * s.overlapped for s in sums)
@@ -107,6 +104,21 @@ def _compute_seconds(program: hlo.Program, chip: Chip) -> tuple[float, float]:
         total += seconds
         copies += seconds if instruction.opcode in ("copy", "transpose", "reshape") else 0.0
     return total, copies
+
+
+def _kernel_seconds(counts: Counts, chip: Chip, devices: int) -> float:
+    """Seconds of the kernels with products, of which counts are over all devices."""
+    return sum(
+        kernels.seconds(
+            name,
+            chip,
+            flops=flops / devices,
+            steps=counts.steps[name] / devices,
+            parallel=counts.parallel[name],
+        )
+        for name, flops in counts.items()
+        if name not in ("matmul", "conv")
+    )
 
 
 def _pass_seconds(name: str, call: hlo.Instruction, chip: Chip) -> float:

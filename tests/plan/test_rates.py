@@ -9,7 +9,17 @@ from sora_jax import chips, config_file, flash
 from sora_jax.blocked_attention import Keys
 from sora_jax.dit.config import REMAT, DiTConfig
 from sora_jax.dit.model import DiT
-from sora_jax.plan import count, kernels, planning, published, report, search, steps, topology
+from sora_jax.plan import (
+    count,
+    kernels,
+    planning,
+    published,
+    report,
+    roofline,
+    search,
+    steps,
+    topology,
+)
 from sora_jax.train import program
 
 
@@ -142,6 +152,13 @@ def test_the_table_knows_the_kernels_by_name_and_products():
     assert found.steps == {"flash_attention_forward": 3 * 2, "flash_attention_backward": 3 * 2}
     # The forward pass of every tile of queries is apart, the backward pass of every head.
     assert found.parallel == {"flash_attention_forward": 3 * 2, "flash_attention_backward": 3}
+    taken = roofline._kernel_seconds(found, chip("v5p"), 1)
+    found.parallel["flash_attention_backward"] = 4
+    even = roofline._kernel_seconds(found, chip("v5p"), 1)
+    name = "flash_attention_backward"
+    backward = kernels.seconds(name, chip("v5p"), flops=found[name], steps=6)
+    assert taken - even == pytest.approx(backward / 3)  # of three heads one core has two
+    assert roofline._kernel_seconds(found, chip("v5p"), 2) == pytest.approx(even / 2)
 
 
 def test_a_kernel_takes_the_time_of_its_tiles_and_of_its_steps():
