@@ -108,17 +108,12 @@ def _compute_seconds(program: hlo.Program, chip: Chip) -> tuple[float, float]:
 
 def _kernel_seconds(counts: Counts, chip: Chip, devices: int) -> float:
     """Seconds of the kernels with products, of which counts are over all devices."""
-    return sum(
-        kernels.seconds(
-            name,
-            chip,
-            flops=flops / devices,
-            steps=counts.steps[name] / devices,
-            parallel=counts.parallel[name],
-        )
-        for name, flops in counts.items()
-        if name not in ("matmul", "conv")
-    )
+    seconds = 0.0
+    for name, flops in counts.items():
+        if name not in ("matmul", "conv"):
+            work = {"flops": flops / devices, "steps": counts.steps[name] / devices}
+            seconds += kernels.seconds(name, chip, **work, parallel=counts.parallel[name])
+    return seconds
 
 
 def _pass_seconds(name: str, call: hlo.Instruction, chip: Chip) -> float:

@@ -159,6 +159,7 @@ def test_the_table_knows_the_kernels_by_name_and_products():
     backward = kernels.seconds(name, chip("v5p"), flops=found[name], steps=6)
     assert taken - even == pytest.approx(backward / 3)  # of three heads one core has two
     assert roofline._kernel_seconds(found, chip("v5p"), 2) == pytest.approx(even / 2)
+    assert roofline._kernel_seconds(count.Counts({"matmul": 8.0}), chip("v5p"), 1) == 0
 
 
 def test_a_kernel_takes_the_time_of_its_tiles_and_of_its_steps():
