@@ -129,12 +129,13 @@ def memory(results: Path) -> list[str]:
 
 
 def arithmetic(results: Path) -> list[str]:
-    """Seconds by part of the published shape on four chips, and what they come from."""
+    """Seconds by part of rows of 75,600 tokens through the 14B, and what they come from."""
     lines = [
-        "| policy | XLA (copies among it) | attention | waiting | step | MFU |",
+        "| slice, policy | XLA (copies among it) | attention | waiting | step | MFU |",
         "|-|-|-|-|-|-|",
     ]
-    for name in ("wan_14b_row_out", "wan_14b_row", "wan_14b_row_offload"):
+    rows = ("wan_14b_row_out", "wan_14b_row", "wan_14b_row_offload", "t2v_14b", "t2v_14b_v7x")
+    for name in rows:
         file = results / f"{name}.json"
         if not file.exists():
             continue
@@ -145,7 +146,7 @@ def arithmetic(results: Path) -> list[str]:
         model = sum(part["flops"].values())
         peak = next(c.bf16 for c in chips.CHIPS if c.name == plan["chip"]) * plan["chips"]
         lines.append(
-            f"| {part['remat']}{moments(part)} "
+            f"| {plan['topology']}, {part['remat']}{moments(part)} "
             f"| {part['compute_s']:.2f} s ({part['copies_s']:.2f}) "
             f"| {part['attention_s']:.2f} s | {part['waiting_s']:.2f} s | {part['step_s']:.2f} s "
             f"| {model / 1e12:,.0f} TFLOP / ({part['step_s']:.2f} s x {peak / 1e12:,.0f} TFLOP/s) "
@@ -179,9 +180,10 @@ is what XLA reserves: arguments, temporaries and the program.
 
 {memory}
 
-## One row of 75,600 tokens through the 14B on four v5p chips
+## Rows of 75,600 tokens through the 14B, part by part
 
-The shape whose step others published at 36.0 s. Weights and moments in bfloat16, no average.
+On four chips one row, the shape whose step others published at 36.0 s: weights and moments in
+bfloat16, no average. On the larger slices 64 rows.
 
 {arithmetic}
 
