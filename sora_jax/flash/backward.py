@@ -1,8 +1,8 @@
 """The backward pass: five products of every tile, in one visit.
 
 All is transposed, as in the forward pass: logits are keys by queries, queries and gradients are
-channels by tokens. So no operand is turned for a product, and the three products that end in
-channels have them as rows, where they fill a matrix unit of 256 columns.
+channels by tokens. So only keys are turned, once for all queries, and the three products that end
+in channels have them as rows, where they fill a matrix unit of 256 columns.
 """
 
 import functools
