@@ -358,9 +358,16 @@ def test_queries_scaled_for_another_kernel_are_refused():
         attention(q, k, v, implementation="xla", scaled=True)
 
 
-def test_tiles_that_need_no_filling_are_preferred():
-    assert tiles.block(75_776) == 1024 and tiles.block(18_944) == 512
-    assert tiles.block(4_992) == 1024  # 39 x 128: only tiles of 384 would divide it
+def test_tiles_are_large_and_little_of_them_is_filled_up():
+    assert tiles.block(75_776) == 1024 and tiles.block(13_440) == 896
+    assert tiles.block(18_944) == 1024  # 37 of 512 would divide it, and take longer
+    assert tiles.block(2_304) == 768 and tiles.block(1_100) == 640
+    for length in range(1, 40_000, 77):
+        size = tiles.block(length)
+        filled = tiles.round_up(length, size)
+        assert size % tiles.LANES == 0 and size <= tiles.BLOCK
+        # Less than a lane for each of the fewest tiles: equal ones would fill up no less.
+        assert filled - length < tiles.LANES * -(-length // tiles.BLOCK) * 2
     # Steps of 15 make 75 tiles of 74; of 16 they would make 80, and be too large in float32.
     assert [tiles.tiles_a_step(n) for n in (1, 16, 50, 74)] == [1, 16, 10, 15]
     assert [tiles.tiles_a_step(n, row_bytes=512) for n in (16, 50)] == [8, 5]
