@@ -5,9 +5,10 @@ sora-jax train --config configs/paperworld.py --workdir runs/paperworld \
 
 Variants: full, clips of one size; packed, images and such clips in shared rows; tasks, these
 with every mask, more cuts and collisions, clips that begin late, and parts of larger pictures;
-turning, these with more of what is small or turns; fine, the same with tokens of 8x8 pixels, 576
-a clip where the others have 144, from what tools/halve_patches.py made of their weights; mixed,
-other durations and shapes too; smoke, seconds.
+turning, these with more of what is small or turns; fine, which is shipped, the same with tokens of
+8x8 pixels, 576 a clip where the others have 144, and MLPs half as wide again, from what
+tools/halve_patches.py and tools/widen.py made of their weights; mixed, other durations and shapes
+too; smoke, seconds.
 """
 
 from ml_collections import ConfigDict
@@ -101,13 +102,12 @@ def get_config(arg: str = "full"):
             c.tasks.given_noise, c.tasks.frame_noise = 0.1, 0.1
         if arg == "fine":
             c.init_from = "runs/halved"
-            c.dit.patch_size = (1, 1, 1)
+            c.dit.patch_size, c.dit.ffn_dim = (1, 1, 1), 1536
             c.batch_size, c.num_steps = 4, 4300
             c.data.pack.update(tokens=576, max_segments=9)
             c.tasks.weights.none = 0.5
             # Outlines are drawn wrong between t = .75 and .3; what a prompt decides is known.
             c.diffusion.shift.update(shift_lo=3.0, shift_hi=3.0)
-            c.optim.freeze = ("text",)
             c.optim.update(warmup_steps=100, ema_decay=0.998)
     elif arg == "smoke":
         c.num_steps, c.batch_size = 4, 8

@@ -1,0 +1,76 @@
+"""Rows that the tool puts together are those of `sora_jax.data.packing`."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sora_jax
+from sora_jax.convert import folder
+from sora_jax.data import packing
+from sora_jax.data.packing import PackSettings
+from sora_jax.train.batches import Segmenter
+
+TOOL = Path(__file__).parents[2] / "tools" / "train_by_clock.py"
+NAMES = ("positions", "segment_ids", "text_of_tokens", "ids", "text_segment_ids", "text_positions")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("train_by_clock", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_are_packed_as_the_loader_packs_them(tool):
+    tokenizer = folder.open_tokenizer(sora_jax.weights_folder("paperworld"))
+    sorts = [tool.Records(tool.CLIPS, 17, count=24, workers=2)]
+    sorts += [tool.Records(tool.IMAGES, 1, count=60, workers=2)]
+    for sort in sorts:
+        for worker in range(2):
+            for _ in sort.draw(worker, tokenizer):
+                pass
+        assert len(sort.available()) == len(sort.video)
+        assert sort.video.std(axis=(1, 2, 3, 4)).min() > 1
+    rows = tool.Rows(*sorts, 48)
+    made = rows(np.random.default_rng(0))
+    segment = Segmenter(tokenizer, tool.WORDS, (1, 1, 1), 2)
+    settings = PackSettings(tokens=576, text_tokens=tool.TEXT, max_segments=tool.IN_ROW)
+    timed = 0
+    for row in range(48):
+        sort = int(made["sort"][row])
+        picked = made["images"][row] if sort else made["clip"][row : row + 1]
+        latents = np.zeros((1 if sort else tool.LATENTS, tool.SIDE, tool.SIDE, 16), np.float32)
+        segments, texts = [], 0
+        for at in rows.at[sort][picked]:
+            said = [
+                segment({"latents": latents, "caption": caption, "fps": 8.0})
+                for caption in captions_of(tool, sorts[sort], int(at))
+            ]
+            place = made["text_segment_ids"][row]
+            one = next(s for s in said if same(s.texts, made["ids"][row], place - texts))
+            segments.append(one)
+            texts += len(one.texts)
+        timed += len(segments[0].texts) > 1
+        packed = packing.pack(segments, settings)
+        for name in NAMES:
+            np.testing.assert_array_equal(made[name][row], packed[name], err_msg=name)
+    assert timed  # captions with time stamps are among them
+
+
+def captions_of(tool, sort, at: int) -> list[str]:
+    worker = at // sort.each
+    shares = np.array([share for share, _ in sort.kinds], float)
+    order = np.random.default_rng([tool.SEED, worker, len(shares)]).choice(
+        len(shares), sort.each, p=shares / shares.sum()
+    )
+    kind = int(order[at % sort.each])
+    source = tool.PaperworldSource(tool.SEED + kind, sort.kinds[kind][1])
+    assert np.array_equal(source[at]["video"], sort.video[at])
+    return source.captions(at, 8)
+
+
+def same(texts, ids, place) -> bool:
+    return all(np.array_equal(ids[place == i], text) for i, text in enumerate(texts))
