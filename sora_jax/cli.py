@@ -378,6 +378,16 @@ def _end_at_once(kind, error, trace) -> None:
     os._exit(1)
 
 
+def _less_memory(command: str) -> str:
+    """What to change where a program did not fit."""
+    if command == "train":
+        return (
+            "Lower config.batch_size, set config.dit.remat to 'full', or cut state over more "
+            "devices (config.mesh.fsdp); `sora-jax plan` tells what fits."
+        )
+    return "Ask for fewer frames, a smaller size or batch, or use --dtype bfloat16."
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; a mistake of the caller is one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -405,6 +415,12 @@ def main(argv: list[str] | None = None) -> int:
             _leave_job(text)
         else:
             print(f"sora-jax: {text}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # as XLA's are
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = " ".join(str(error).split()).partition("RESOURCE_EXHAUSTED:")[2].strip()
+        print(f"sora-jax: no memory: {found[:200]} {_less_memory(args.command)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         if not getattr(interrupt, "quiet", False):

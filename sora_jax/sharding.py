@@ -151,6 +151,13 @@ def tiles_of(pspec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(SPACE, *pspec)
 
 
+def near_divisors(number: int, parts: int) -> str:
+    """Of `number`, the two nearest to `parts`: "4 or 8"."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    near = sorted(divisors, key=lambda n: abs(n - parts))[:2]
+    return " or ".join(map(str, sorted(near)))
+
+
 def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:
     """The mesh that one batch of videos is sampled on.
 
@@ -162,8 +169,8 @@ def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:
         over what is left.
 
     Raises:
-      ValueError: for axes that do not exist, more devices than there are, or, of a job of several
-        processes, fewer: each takes part in all that a mesh does.
+      ValueError: for axes that do not exist, heads that do not divide, more devices than there
+        are, or, of a job of several processes, fewer: each takes part in all that a mesh does.
     """
     devices = jax.devices()
     if wanted == "auto":
@@ -185,6 +192,11 @@ def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:
                     "as tensor=4,context=2."
                 )
             sizes[name] = int(size)
+    if heads % sizes.get("tensor", 1):
+        raise ValueError(
+            f"mesh {wanted!r}: the transformer's {heads} heads do not divide over tensor="
+            f"{sizes['tensor']}; use {near_divisors(heads, sizes['tensor'])}."
+        )
     count = math.prod(sizes.values())
     if count > len(devices):
         raise ValueError(

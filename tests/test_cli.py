@@ -1,11 +1,14 @@
 """The command line: what it writes, and one line with exit status 2 for every mistake."""
 
+import argparse
 import json
 import shutil
 import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -237,3 +240,24 @@ def test_a_run_that_was_ended_says_by_its_status_whether_to_start_it_again(
         "",
         "sora-jax: stopped at step 9; the checkpoint is saved.\n",
     )
+
+
+@pytest.mark.parametrize(
+    "command, advice",
+    [("train", "Lower config.batch_size"), ("sample", "Ask for fewer frames")],
+)
+def test_too_little_memory_is_one_line_that_says_what_to_change(
+    monkeypatch, capsys, command, advice
+):
+    def run(args):
+        jax.jit(lambda: jnp.zeros(1 << 48))().block_until_ready()
+
+    class Parser:
+        def parse_args(self, arguments):
+            return argparse.Namespace(command=command, run=run)
+
+    monkeypatch.setattr(cli, "parser", Parser)
+    assert cli.main([]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("sora-jax: no memory: Out of memory") and line.count("\n") == 1
+    assert advice in line

@@ -51,6 +51,7 @@ def test_sampling_mesh(monkeypatch, wanted, backend, shape):
         ("heads=2", "write auto, none, or sizes"),
         ("fsdp=2,fsdp=2", "write auto, none, or sizes"),
         ("fsdp=4,context=4", "takes 16 devices, there are 8"),
+        ("tensor=8", "12 heads do not divide over tensor=8; use 4 or 6"),
     ],
 )
 def test_meshes_that_cannot_be(wanted, words):

@@ -74,7 +74,6 @@ def train(config: Any, slice_: Slice) -> Step:
       ValueError: a config that cannot run.
     """
     mesh = mesh_of(config, slice_)
-    check_heads(config, mesh)
     begun = time.perf_counter()
     built = program.build(config, mesh, abstract=True)
     batch = program.abstract_batch(config, built.stage)
@@ -256,20 +255,6 @@ def _dit_flops(stage: Any, tokens: int, text_tokens: int) -> dict[str, float]:
     counted = flops(stage.dit_config, tokens=tokens, text_tokens=text_tokens)
     names = {"attention": "self-attention", "mlp": "MLP", "cross": "cross-attention"}
     return {names.get(name, name): value for name, value in counted._asdict().items()}
-
-
-def check_heads(config: Any, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError for heads that do not divide over `tensor`."""
-    if config.stage != "dit":
-        return
-    heads, parts = config.dit.num_heads, mesh.shape["tensor"]
-    if heads % parts:
-        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-        near = sorted(divisors, key=lambda n: abs(n - parts))[:2]
-        raise ValueError(
-            f"dit.num_heads {heads} is not divisible by mesh.tensor {parts}; change "
-            f"config.mesh.tensor to {' or '.join(map(str, sorted(near)))}."
-        )
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -41,6 +41,7 @@ def build(config, mesh: Mesh, *, abstract: bool = False) -> Program:
     """
     check(config)
     check_batch(config, mesh)
+    check_heads(config, mesh)
     optim = OptimConfig(**config.optim)
     stage = STAGES[config.stage](config, abstract=abstract)
     optimizer = storage.stored(make_optimizer(optim, config.num_steps), optim.moment_dtype)
@@ -145,4 +146,16 @@ def check_batch(config, mesh: Mesh) -> None:
         raise ValueError(
             f"batch_size {config.batch_size} is not divisible by accumulate * data * fsdp = "
             f"{parts}; change config.batch_size to {near}, or config.mesh."
+        )
+
+
+def check_heads(config, mesh: Mesh) -> None:
+    """Raises ValueError for heads that do not divide over `tensor`: every device had them all."""
+    if config.stage != "dit":
+        return
+    heads, parts = config.dit.num_heads, mesh.shape["tensor"]
+    if heads % parts:
+        raise ValueError(
+            f"dit.num_heads {heads} is not divisible by mesh.tensor {parts}; change "
+            f"config.mesh.tensor to {sharding.near_divisors(heads, parts)}."
         )
