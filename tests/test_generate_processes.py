@@ -40,7 +40,9 @@ def test_two_processes_sample_as_one_with_as_many_devices(pipeline_folder, tmp_p
     lines = ["|".join([*line, "--distributed"]) for line in lines]
     done = launch(2, sys.executable, "-c", PROGRAM, *lines, **simulated(2))
     assert done.returncode == 0, done.stderr
-    told = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+    # Gloo's own lines, of both processes, may tear each other.
+    gloo = ("[Gloo]", "peer ranks")
+    told = [line for line in done.stdout.splitlines() if not any(word in line for word in gloo)]
     assert told == [str(tmp_path / "two.png"), str(tmp_path / "film.webp")]
     assert done.stderr.count("denoise ") == 1, "told by the first process alone"
     alone = ("--save-latents", tmp_path / "one.npy")
