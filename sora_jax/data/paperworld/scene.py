@@ -315,6 +315,8 @@ def _train_shots(rng: np.random.Generator, settings: PaperworldSettings) -> tupl
     # No draw where a share is 0: scenes stay what they were.
     if settings.turning and rng.random() < settings.turning:
         verbs = _TURNING_VERBS
+    elif settings.falling and rng.random() < settings.falling:
+        verbs = ("falls",)
     cast = _train_cast(rng, verbs)
     small = settings.small and rng.random() < settings.small
     size = "small" if small else _choice(rng, vocab.SIZES)

@@ -12,10 +12,10 @@ class PaperworldSettings:
     `moving_camera` applies to those verbs whose motion a pan or a zoom cannot be mistaken for,
     and `late` to verbs that go on: such a clip begins in the middle of them, as the continuation
     of a long film does. A `near` clip shows a quarter of the picture at twice the size, as a tile
-    of a larger picture does. `turning` and `small` add to the single subjects that roll or spin and
-    to those that are small, which are the hardest to draw: that share of them is made so, and the
-    rest drawn as ever. `time_stamps` is the share of the wordings of several shots that say when
-    each is seen ("[0s-1s] ... [1s-2.125s] ...").
+    of a larger picture does. `turning`, `falling` and `small` add to the single subjects that roll
+    or spin, fall, or are small, which are the hardest to make: that share of them is made so
+    (`falling`, of those not made to turn), and the rest drawn as ever. `time_stamps` is the share
+    of the wordings of several shots that say when each is seen ("[0s-1s] ... [1s-2.125s] ...").
 
     Raises:
       ValueError: a size that is not a multiple of 8, a frame count, rate or share out of range.
@@ -33,6 +33,7 @@ class PaperworldSettings:
     late: float | int = 0.0
     near: float | int = 0.0
     turning: float | int = 0.0
+    falling: float | int = 0.0
     small: float | int = 0.0
     time_stamps: float | int = 0.0
 
@@ -54,7 +55,7 @@ class PaperworldSettings:
                 "make the sides more equal."
             )
         shares = ("multi_shot", "collisions", "companions", "occlusion", "moving_camera")
-        shares += ("late", "near", "turning", "small", "time_stamps")
+        shares += ("late", "near", "turning", "falling", "small", "time_stamps")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"paperworld {name} {getattr(self, name)} is not in [0, 1].")

@@ -300,13 +300,15 @@ def test_a_near_clip_is_a_part_of_the_picture_at_twice_the_size_and_says_so():
         assert describe(scene) == "close view: " + describe(sample_scene(2, i, settings=far))
 
 
-def test_shares_of_turning_and_small_subjects_are_as_asked():
+def test_shares_of_turning_falling_and_small_subjects_are_as_asked():
     several = {"multi_shot": 0.0, "collisions": 0.0, "companions": 0.0}
-    settings = PaperworldSettings(turning=0.6, small=0.7, **several)
+    settings = PaperworldSettings(turning=0.6, falling=0.5, small=0.7, **several)
     subjects = [sample_scene(2, i, settings=settings).subject for i in range(2000)]
     chance = (1 - settings.occlusion) * 2 / 7
     turning = np.mean([actor.verb in ("rolls", "spins") for actor in subjects])
-    assert abs(turning - (0.6 + 0.4 * chance)) < 0.04
+    assert abs(turning - (0.6 + 0.4 * 0.5 * chance)) < 0.04
+    falling = np.mean([actor.verb == "falls" for actor in subjects])
+    assert abs(falling - (0.4 * 0.5 + 0.4 * 0.5 * chance / 2)) < 0.04
     assert abs(np.mean([actor.size == "small" for actor in subjects]) - (0.7 + 0.3 / 3)) < 0.04
     assert not any(vocab.is_held_out(a.colour, a.shape, verb=a.verb) for a in subjects)
 
