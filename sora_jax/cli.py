@@ -201,6 +201,10 @@ def _add_eval(commands) -> None:
     evaluate.add_argument("--steps", type=int, metavar="N")
     evaluate.add_argument("--guidance", type=float, metavar="SCALE")
     evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument(
+        "--batch", type=int, metavar="N", help="videos made at a time (default: 16)"
+    )
+    evaluate.add_argument("--dtype", default="float32", choices=DTYPES, help="of matrix products")
     _checkpoint(evaluate)
 
 
@@ -302,9 +306,11 @@ def _evaluate(args) -> None:
     video_io.check_output_path(args.out, allowed=(".json",))
     options = {"prompts": args.prompts, "seed": args.seed}
     options |= {k: v for k in ("steps", "guidance") if (v := getattr(args, k)) is not None}
+    if args.batch is not None:
+        options["batch_size"] = args.batch
     if args.tasks is not None:
         options["tasks"] = evaluate.chosen_tasks(args.suite, args.tasks)
-    pipeline = sora_jax.load(args.checkpoint)
+    pipeline = sora_jax.load(args.checkpoint, dtype=args.dtype)
     with StagedProgress(unit="videos") as progress:
         options["on_progress"] = progress.on_progress
         result = evaluate.run_suite(args.suite, pipeline, args.out, **options)

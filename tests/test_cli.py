@@ -188,15 +188,19 @@ def test_an_unknown_suite_is_refused_before_anything_is_loaded(capsys, tmp_path)
 
 
 def test_a_suite_shows_how_far_it_is(pipeline_folder, monkeypatch, capsys, tmp_path):
+    asked = {}
+
     def suite(name, pipeline, out, *, on_progress, **options):
+        asked.update(options, dtype=pipeline.dit.config.dtype)
         on_progress("animate", 3, 3)
         on_progress("loop", 2, 2)
 
     monkeypatch.setattr(evaluate, "run_suite", suite)
     monkeypatch.setattr(report, "print_table", lambda result: None)
     args = ("eval", "--checkpoint", pipeline_folder, "--out", tmp_path / "a.json")
-    status, _, err = run(*args, capsys=capsys)
+    status, _, err = run(*args, "--batch", 5, "--dtype", "bfloat16", capsys=capsys)
     assert status == 0
+    assert asked == {"prompts": 256, "seed": 0, "batch_size": 5, "dtype": "bfloat16"}
     assert "animate 3/3 videos" in err and "loop 2/2 videos" in err
 
 

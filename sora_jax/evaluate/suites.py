@@ -29,9 +29,14 @@ def _tasks(pipeline, out: Path, **options) -> dict[str, Any]:
     from sora_jax.evaluate.tasks import evaluate
 
     gallery = TaskGallery()
-    result = evaluate(pipeline, on_video=gallery.add, **options)
-    gallery.save(out)
-    report.save_json(result, out)
+
+    def save(result: dict[str, Any]) -> None:
+        """After every task: a suite takes hours, and what is known is worth keeping."""
+        gallery.save(out)
+        report.save_json(result, out)
+
+    result = evaluate(pipeline, on_video=gallery.add, on_result=save, **options)
+    save(result)
     return result
 
 

@@ -134,6 +134,7 @@ def evaluate(
     ceilings: int = CEILINGS,
     on_progress: OnProgress | None = None,
     on_video: OnVideo | None = None,
+    on_result: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Scores every task that the checkpoint was trained for.
 
@@ -143,6 +144,7 @@ def evaluate(
       seed: of the scenes; the noise of case i is `seed + i`.
       steps, guidance: instead of the checkpoint's defaults.
       ceilings: how many of the cases of each task are judged as they are in truth.
+      on_result: called with what there is after every task, as it is returned after the last.
 
     Returns:
       A JSON-serialisable dictionary. "tasks" holds of each its "measures" by name, each with
@@ -180,6 +182,12 @@ def evaluate(
             on_progress=functools.partial(report, name),
             on_video=functools.partial(on_video, name) if on_video else None,
         )
+        if on_result is not None:
+            on_result(_with_verdict(result))
+    return _with_verdict(result)
+
+
+def _with_verdict(result: dict[str, Any]) -> dict[str, Any]:
     asked = {name: TASKS[name].judge.measures for name in result["tasks"]}
     return result | measures.verdict(result["tasks"], asked)
 

@@ -368,3 +368,17 @@ def test_every_task_asks_for_a_mask_that_training_knows():
     assert {task.mask for task in TASKS.values()} <= set(MASKS)
     scenes = [list(itertools.islice(t.scenes(DEFAULT_SETTINGS, 0), 3)) for t in TASKS.values()]
     assert all(scene.frames == 17 for some in scenes for scene in some)
+
+
+def test_what_is_known_is_kept_when_a_suite_is_cut_off(fake_task_pipeline, tmp_path):
+    def stop(name, done, total):
+        if name == "loop":
+            raise KeyboardInterrupt
+
+    groups, out = ["animate", "loop"], tmp_path / "scores.json"
+    pipeline = fake_task_pipeline(cases=1, of=groups)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite("tasks", pipeline, out, prompts=1, ceilings=1, tasks=groups, on_progress=stop)
+    kept = json.loads(out.read_text())
+    assert list(kept["tasks"]) == ["animate"] and "animate/motion" in kept["targets"]
+    assert (tmp_path / "scores_animate.png").exists()
