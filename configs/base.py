@@ -103,9 +103,12 @@ def get_config() -> ConfigDict:
     c.dit.dtype = "float32"  # operands of matrix products; "bfloat16" on accelerators
     c.dit.quantization = "none"  # "int8" or "float8" products in the blocks' linear layers
     # What blocks keep for the backward pass: "none" recomputes nothing, "full" all; or "dots",
-    # "dots_no_batch", "attention_out"; "offload", "attention_out_offload_input" and
-    # "attention_out_offload" send the input, or both, to the hosts' memory.
+    # "dots_no_batch", "attention_out", "dots_no_batch_attention_out"; "offload",
+    # "attention_out_offload_input" and "attention_out_offload" send the input, or both, to the
+    # hosts' memory.
     c.dit.remat = "none"
+    # Blocks one after the other in place of a loop: faster steps of small models, a longer compile.
+    c.dit.unroll = False
     c.dit.context = "auto"  # tokens over mesh.context: "ulysses", "ring", or both as heads divide
 
     c.diffusion = ConfigDict()

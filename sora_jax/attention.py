@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from sora_jax import layers, ring_attention, sharding
+from sora_jax import cudnn_attention, layers, ring_attention, sharding
 from sora_jax.blocked_attention import MASKED, Keys
 from sora_jax.ring_attention import RESIDUALS, Kernel, Ring
 
@@ -26,7 +26,6 @@ CONTEXTS = ("auto", "ulysses", "ring")
 
 # From this many queries on, whole logits cost more than tiles, on a TPU or GPU.
 _TILES_MIN_TOKENS = 1024
-_FILL_SEGMENT = -(2**31)  # of the tokens added for cuDNN; no caller's id, not even -1 for padding
 
 
 def select(
@@ -88,6 +87,7 @@ def attention(
     context: str = "auto",
     dtype: str = "float32",
     scaled: bool = False,
+    runs: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "b n k e"]:
     """Scaled dot-product attention (Vaswani et al. 2017, Eq. 1); float32 result.
@@ -101,6 +101,8 @@ def attention(
       context: how tokens on several devices meet, one of CONTEXTS; see `Exchange`.
       dtype: of the operands of both matrix products; logits and softmax are float32.
       scaled: queries are times `query_scale` already, which those of "flash" alone may be.
+      runs: queries and keys of each id in [0, runs) lie side by side, in the order of the ids;
+        other ids are padding. Kernels that can use it are faster.
       interpret: runs "flash" in Pallas' interpreter, for tests off TPU.
 
     Raises:
@@ -134,7 +136,7 @@ def attention(
         out = checkpoint_name(out, RESIDUALS)
     else:
         keys = Keys(k.astype(dtype), v.astype(dtype), kv_segment_ids, kv_bias)
-        part = Kernel(kernel, dtype, platform, interpret)
+        part = Kernel(kernel, dtype, platform, interpret, runs=runs)
         if kernel == "cudnn":
             q = q.astype(dtype)
         elif not scaled:  # before they are rounded
@@ -232,7 +234,8 @@ def _on_mesh(kernel: Kernel, q, q_ids, keys: Keys, *, kv_axis: str, context: str
 
 def _local(kernel: Kernel, q, q_ids, keys: Keys, ring: Ring = ring_attention.ALONE):
     if kernel.name == "cudnn":
-        return checkpoint_name(_cudnn(q, keys.k, keys.v, q_ids, keys.ids), RESIDUALS)
+        out = cudnn_attention.attend(q, keys.k, keys.v, q_ids, keys.ids, runs=kernel.runs)
+        return checkpoint_name(out, RESIDUALS)
     return ring_attention.attend(q, q_ids, keys, kernel, ring)
 
 
@@ -264,25 +267,3 @@ def _xla(q, k, v, mask, kv_bias, *, dtype):
     logits = layers.contract("bkne,bkse->bkns", q, k, dtype) * q.shape[-1] ** -0.5
     out = layers.contract("bkns,bkse->bkne", _probabilities(logits, mask, kv_bias), v, dtype)
     return out.swapaxes(1, 2)
-
-
-def _cudnn(q, k, v, q_segment_ids, kv_segment_ids):
-    length = q.shape[1]
-    if q_segment_ids is not None:
-        # With a mask, cuDNN's backward pass wants even lengths.
-        q, q_segment_ids = _fill(q, q_segment_ids, multiple=2)
-        k, _ = _fill(k, kv_segment_ids, multiple=2)
-        v, kv_segment_ids = _fill(v, kv_segment_ids, multiple=2)
-    mask = _mask(q_segment_ids, kv_segment_ids)
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    return out[:, :length]
-
-
-def _fill(x, segment_ids, *, multiple):
-    """Appends tokens of a segment of their own, up to a multiple of `multiple`."""
-    fill = -x.shape[1] % multiple
-    x = jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0)))
-    if segment_ids is None:
-        return x, None
-    ids = segment_ids.astype(jnp.int32)
-    return x, jnp.pad(ids, ((0, 0), (0, fill)), constant_values=_FILL_SEGMENT)

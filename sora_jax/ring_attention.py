@@ -31,12 +31,14 @@ class Kernel:
       dtype: of the operands of its products, and of its result.
       platform: that the kernel runs on.
       interpret: runs "flash" in Pallas' interpreter, for tests off TPU.
+      runs: as `attention` takes it; for cuDNN, which this file does not run.
     """
 
     name: str
     dtype: str
     platform: str
     interpret: bool = False
+    runs: int | None = None
 
     def query_scale(self, head_dim: int) -> float:
         """What queries are to be multiplied with beforehand."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax import flash, sharding
+from sora_jax import cudnn_attention, flash, sharding
 from sora_jax.attention import MASKED, Exchange, attention, exchange, select
 from sora_jax.blocked_attention import Keys
 from sora_jax.flash import tiles
@@ -76,6 +76,28 @@ def test_kernel_equals_reference(kernel, dtype, tolerance, segmented, lengths):
         *qkv, cotangent, implementation=kernel, dtype=dtype, interpret=True, **ids
     )
     assert_close(got, expected, tolerance)
+
+
+def test_runs_are_told_by_their_lengths_and_first_tokens():
+    ids = jnp.array([[0, 0, 0, 1, 2, 2, -1, -1], [0, 0, 0, 0, 0, 0, 0, 0]])
+    lengths, first = cudnn_attention.extents(ids, 4)
+    np.testing.assert_array_equal(lengths, [[3, 1, 2, -1], [8, -1, -1, -1]])
+    np.testing.assert_array_equal(first, [[0, 3, 4, -1, -1], [0, -1, -1, -1, -1]])
+
+
+@pytest.mark.skipif("cudnn" not in KERNELS, reason="needs a GPU")
+@pytest.mark.parametrize("count", [1, 5])
+def test_cudnn_in_runs_equals_the_reference(count):
+    *qkv, cotangent = inputs(n=1100, s=1100)
+    ids = segments(2, 1100, count)
+    cotangent = cotangent * (ids >= 0)[:, :, None, None]
+    ids = {"q_segment_ids": ids, "kv_segment_ids": ids}
+    expected = value_and_grads(*qkv, cotangent, implementation="reference", **ids)
+    got = value_and_grads(
+        *qkv, cotangent, implementation="cudnn", dtype="bfloat16", runs=count + 2, **ids
+    )
+    there = (ids["q_segment_ids"] >= 0)[:, :, None, None]
+    assert_close([x * there for x in got], [x * there for x in expected], 2e-2)
 
 
 @pytest.mark.parametrize("segmented", [False, True])

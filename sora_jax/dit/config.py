@@ -33,6 +33,11 @@ REMAT: dict[str, Any] = {
     "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,  # of the linear layers
     # The input and what attention gave, with what its own backward pass needs of it.
     "attention_out": _policies.save_only_these_names(attention.RESIDUALS),
+    # Results of linear layers, and of attention: nothing large is multiplied again.
+    "dots_no_batch_attention_out": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(attention.RESIDUALS),
+    ),
     # "full", and the input waits in the host's memory.
     "offload": _offload(send=(BLOCK_INPUT,)),
     # "attention_out" with the input in the host's memory, and with both there.
@@ -77,6 +82,8 @@ class DiTConfig:
       dtype: of the operands of matrix products; parameters, residual stream, norms and
         modulation are float32.
       remat: a name in REMAT.
+      unroll: blocks follow each other in the program in place of a loop over stacked ones: steps
+        of small models are faster, and compile longer.
       quantization: "none", or 8-bit products in the blocks' linear layers: "int8" or "float8"; see
         `quantized`.
       attention: a name in `attention.IMPLEMENTATIONS`.
@@ -104,6 +111,7 @@ class DiTConfig:
     image_positions: int | None = None
     dtype: str = "float32"
     remat: str = "none"
+    unroll: bool = False
     quantization: str = "none"
     attention: str = "auto"
     context: str = "auto"

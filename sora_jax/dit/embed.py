@@ -110,6 +110,14 @@ def append_zero_rows(
     return jnp.pad(text_emb, ((0, 0), (0, num_rows), (0, 0)))
 
 
+def whole_text(
+    text_emb: Float[Array, "b l d_text"], text_mask: Bool[Array, "b l"], text_len: int
+) -> Float[Array, "b text_len d_text"]:
+    """`text_emb` with zeros as padding up to `text_len`, all of which is attended to, as by Wan."""
+    text_emb = jnp.where(text_mask[..., None], text_emb, 0)
+    return append_zero_rows(text_emb, text_len - text_emb.shape[1])
+
+
 def padding_bias(
     text_mask: Bool[Array, "b l"],
     text_segment_ids: Int[Array, "b l"] | None,

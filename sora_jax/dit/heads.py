@@ -55,6 +55,22 @@ def is_fused(config: DiTConfig, count: int, *, biased: bool = False) -> bool:
     return platform == "tpu" and kernel == "flash"
 
 
+def takes_whole_text(config: DiTConfig, count: int, length: int) -> bool:
+    """Whether `count` queries attend to padding as such, and not to one key that stands for it.
+
+    cuDNN takes no weights of keys, and is worth up to twice the keys of a text of `length`.
+    """
+    kernel = attention.select(
+        config.attention,
+        config.dtype,
+        platform=sharding.platform(),
+        head_dim=config.head_dim,
+        q_len=count,
+        kv_bias=False,
+    )
+    return kernel == "cudnn" and config.text_len <= 2 * length
+
+
 def spare_tokens(config: DiTConfig, count: int) -> int:
     """Tokens to add to `count`, so that attention's tiles are full on every device.
 

@@ -10,7 +10,8 @@ head are zero: all gates are closed, every block is the identity and the velocit
 
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,7 @@ class Attention(nnx.Module):
         q_segment_ids: Int[Array, "b n"] | None = None,
         kv_segment_ids: Int[Array, "b s"] | None = None,
         kv_bias: Float[Array, "b s"] | None = None,
+        runs: int | None = None,
         image: Float[Array, "b i d"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Queries from `x`, keys and values from `source`; `rotation` is rope's cos and sin."""
@@ -88,6 +90,7 @@ class Attention(nnx.Module):
             context=config.context,
             dtype=config.dtype,
             scaled=fused_queries is not None,
+            runs=runs,
         )
         if self.k_image is not None and image is not None:
             shape = (*image.shape[:2], *k.shape[2:])
@@ -161,26 +164,32 @@ class DiTBlock(nnx.Module):
         x: Float[Array, "b n d"],
         text: Float[Array, "b s d"],
         *,
-        modulation: Float[Array, "b times 6 d"],
+        modulation: Sequence[Float[Array, "b times d"]],
         rotation: tuple[jax.Array, jax.Array],
-        text_bias: Float[Array, "b s"],
+        text_bias: Float[Array, "b s"] | None,
         segment_ids: Int[Array, "b n"] | None = None,
         text_segment_ids: Int[Array, "b s"] | None = None,
         text_of_tokens: Int[Array, "b n"] | None = None,
         image: Float[Array, "b i d"] | None = None,
         membership: Float[Array, "b n times"] | None = None,
+        num_segments: int = 1,
     ) -> Float[Array, "b n d"]:
-        """`modulation` is that of the row, of its tokens, or with `membership` of its segments."""
+        """The six of `modulation` are those of the row, its tokens, or with `membership` segments.
+
+        They come apart, for of tokens they are as large as what a block keeps: six in one array
+        would be written and read once more for every gradient.
+        """
         x = checkpoint_name(x, BLOCK_INPUT)
-        modulation = modulation + self.modulation[...][None, None]
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
-            _to_tokens(modulation[:, :, i], membership) for i in range(6)
+            _to_tokens(part + own[None, None], membership)
+            for part, own in zip(modulation, self.modulation[...], strict=True)
         )
         y = self.self_attention(
             *2 * (self.norm_self(x) * (1 + scale) + shift,),
             rotation=rotation,
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
+            runs=num_segments,
         )
         x = sharding.constrain(x + y * gate, "batch", "tokens", "act_embed")
         y = self.cross_attention(
@@ -312,8 +321,8 @@ class DiT(nnx.Module):
           t: time of every token, or one for a whole row, or with `t_of_segments` one for each
             segment: a token's own takes six vectors of the model's width beside it.
           positions: (time, row, column) of every token within its own video.
-          segment_ids: which example a token belongs to, in [0, num_segments); other ids are
-            padding, whose output has no meaning.
+          segment_ids: which example a token belongs to, in [0, num_segments), one after the
+            other; other ids are padding, whose output has no meaning.
           text_segment_ids: the same for text; needed with more than one segment.
           text_of_tokens: the segment of text that a token attends to, where it is not its own.
           num_segments: static bound on the number of segments in a row.
@@ -358,10 +367,14 @@ class DiT(nnx.Module):
             raise ValueError("image features were given to a model whose dit.image_dim is None.")
         if text_mask is None:
             text_mask = jnp.ones(text_emb.shape[:2], bool)
-        padding_rows = 1 if text_segment_ids is None else num_segments
-        text_bias = embed.padding_bias(
-            text_mask, text_segment_ids, text_len=config.text_len, num_segments=padding_rows
-        )
+        if text_segment_ids is None and heads.takes_whole_text(config, count, length):
+            text_emb, text_bias = embed.whole_text(text_emb, text_mask, config.text_len), None
+        else:
+            padding_rows = 1 if text_segment_ids is None else num_segments
+            text_bias = embed.padding_bias(
+                text_mask, text_segment_ids, text_len=config.text_len, num_segments=padding_rows
+            )
+            text_emb = embed.append_zero_rows(text_emb, padding_rows)
         if text_segment_ids is not None:
             ids = jnp.broadcast_to(jnp.arange(num_segments)[None], (x.shape[0], num_segments))
             text_segment_ids = jnp.concatenate(
@@ -372,11 +385,11 @@ class DiT(nnx.Module):
             numbers = jnp.arange(num_segments)[None, None]
             membership = (segment_ids[:, :, None] == numbers).astype(jnp.float32)
         time = self.time_embed(t)
-        modulation = self.time_proj(jax.nn.silu(time)).reshape(*t.shape, 6, config.width)
+        modulation = jnp.split(self.time_proj(jax.nn.silu(time)), 6, axis=-1)
         x = sharding.constrain(self.patch_embed(x), "batch", "tokens", "act_embed")
         blocks = functools.partial(
             self._run_blocks,
-            text=self.text_embed(embed.append_zero_rows(text_emb, padding_rows)),
+            text=self.text_embed(text_emb),
             modulation=modulation,
             rotation=rope.rotation(positions, config.head_dim),
             text_bias=text_bias,
@@ -385,6 +398,7 @@ class DiT(nnx.Module):
             text_of_tokens=text_of_tokens,
             image=None if image_emb is None else self.image_embed(image_emb),
             membership=membership,
+            num_segments=num_segments,
         )
         x = blocks(x) if around is None else around(x, blocks)
         modulation_out = time[:, :, None] + self.modulation_out[...][None, None]
@@ -392,7 +406,7 @@ class DiT(nnx.Module):
         return self.proj_out(self.norm_out(x) * (1 + scale) + shift)
 
     def _run_blocks(self, x: jax.Array, text: jax.Array, **kwargs) -> jax.Array:
-        """Scans the stacked blocks, each rematerialised by `config.remat`."""
+        """Scans the stacked blocks, or unrolls them, each rematerialised by `config.remat`."""
         graph, params = nnx.split(self.blocks, nnx.Param)
         config = self.config
 
@@ -402,5 +416,10 @@ class DiT(nnx.Module):
 
         if config.remat != "none":
             # Inside scan, nothing outside a block can be merged with its recomputation.
-            block = jax.checkpoint(block, policy=REMAT[config.remat], prevent_cse=False)
+            policy = REMAT[config.remat]
+            block = jax.checkpoint(block, policy=policy, prevent_cse=config.unroll)
+        if config.unroll:
+            for i in range(config.depth):
+                x, _ = block(x, jax.tree.map(operator.itemgetter(i), params))
+            return x
         return jax.lax.scan(block, x, params)[0]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sora_jax.dit import patchify, rope
+from sora_jax import sharding
+from sora_jax.dit import embed, heads, patchify, rope
 from sora_jax.dit.config import REMAT, DiTConfig
 from sora_jax.dit.model import DiT
 
@@ -57,7 +58,7 @@ def apply(model, *args, **kwargs):
 
 def block_inputs():
     kwargs = {
-        "modulation": normal(2, 1, 6, 48, seed=2),
+        "modulation": [normal(2, 1, 48, seed=20 + i) for i in range(6)],
         "rotation": rope.rotation(patchify.positions(1, 2, 3)[None], TINY.head_dim),
         "text_bias": jnp.zeros((2, 6)),
     }
@@ -75,7 +76,7 @@ def test_block_is_identity_at_init():
         first = nnx.merge(graph, jax.tree.map(lambda p: p[0], params))
         return first(x, text, **{**kwargs, "modulation": modulation})
 
-    np.testing.assert_array_equal(block(x, jnp.zeros_like(kwargs["modulation"])), x)
+    np.testing.assert_array_equal(block(x, jax.tree.map(jnp.zeros_like, kwargs["modulation"])), x)
     assert np.abs(block(x, kwargs["modulation"]) - x).max() > 0.1
 
 
@@ -92,6 +93,14 @@ def test_scan_equals_a_loop_over_blocks():
     for i in range(TINY.depth):
         x = block(jax.tree.map(lambda p, i=i: p[i], params), x)
     np.testing.assert_allclose(scanned, x, atol=1e-5)
+
+
+def test_unrolled_blocks_equal_scanned_ones():
+    expected = loss_and_grads()
+    for remat in ("none", "full"):
+        assert_trees_close(loss_and_grads(unroll=True, remat=remat), expected, 1e-5)
+    model = random_model(dataclasses.replace(TINY, unroll=True))
+    assert "scan" not in str(jax.make_jaxpr(lambda: apply(model, *inputs()))())
 
 
 def loss_and_grads(**changes):
@@ -116,7 +125,8 @@ def assert_trees_close(got, expected, tolerance):
 
 def test_remat_equals_none():
     expected = loss_and_grads()
-    for policy in ("full", "dots_no_batch", "attention_out", "attention_out_offload"):
+    names = ("full", "dots_no_batch", "attention_out", "attention_out_offload")
+    for policy in (*names, "dots_no_batch_attention_out"):
         assert_trees_close(loss_and_grads(remat=policy), expected, 1e-5)
 
 
@@ -133,6 +143,8 @@ def test_remat_policies_save_what_they_name():
         )
         saved[policy] = sum(leaf.size for leaf in jax.tree.leaves(backward))
     assert saved["none"] > saved["dots"] > saved["dots_no_batch"] > saved["attention_out"]
+    both = saved["dots_no_batch"] + saved["attention_out"] - saved["full"]
+    assert saved["dots_no_batch_attention_out"] == both
     # What both attentions gave, and the log of each softmax's denominator.
     tokens = 2 * 12 * TINY.depth
     assert saved["attention_out"] - saved["full"] == 2 * tokens * (TINY.width + TINY.num_heads)
@@ -157,6 +169,27 @@ def test_bfloat16_operands_stay_near_float32():
     assert got.dtype == jnp.float32
     error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
     assert 1e-4 < error < 3e-2
+
+
+def test_text_with_its_padding_equals_one_key_for_all_of_it(monkeypatch):
+    model, (latents, t, text_emb) = random_model(), inputs()
+    mask = jnp.array([[True] * 5, [True] * 2 + [False] * 3])
+    expected = apply(model, latents, t, text_emb, text_mask=mask)
+    monkeypatch.setattr(heads, "takes_whole_text", lambda config, count, length: True)
+    monkeypatch.setattr(embed, "padding_bias", None)
+    got = apply(model, latents, t, text_emb, text_mask=mask)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert np.abs(apply(model, latents, t, text_emb) - got)[1].max() > 1e-4
+
+
+def test_only_cudnn_takes_text_with_its_padding(monkeypatch):
+    config = DiTConfig(dtype="bfloat16")
+    assert not heads.takes_whole_text(config, 4096, 512)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    assert heads.takes_whole_text(config, 4096, 512)
+    assert heads.takes_whole_text(config, 4096, 256)
+    assert not heads.takes_whole_text(config, 4096, 48)
+    assert not heads.takes_whole_text(dataclasses.replace(config, dtype="float32"), 4096, 512)
 
 
 @pytest.mark.parametrize("shape", [(2, 12), (2, 3, 2, 2)])
