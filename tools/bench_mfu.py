@@ -1,7 +1,7 @@
 """Measures the MFU of a config's real training step on one device, in bfloat16.
 
 python tools/bench_mfu.py [--config configs/t2v_1_3b.py] [--config.optim.ema_decay=0.0]
-    [--tokens 8192 32768] [--rows 1] [--remat full attention_out] [--steps 2] [--out FILE.json]
+    [--tokens 8192 32768] [--rows N] [--remat full attention_out] [--steps 2] [--out FILE.json]
 python tools/bench_mfu.py --check-attention [cudnn]
 
 Weights, tokens and embeddings of captions are random; a row is one clip that fills it. FLOPs are
@@ -34,6 +34,7 @@ import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from sora_jax import attention, config_file, sharding  # noqa: E402
+from sora_jax.dit import heads  # noqa: E402
 from sora_jax.dit.config import REMAT  # noqa: E402
 from sora_jax.train import metrics, program  # noqa: E402
 
@@ -47,11 +48,11 @@ LIMIT = 2e-2  # relative error of attention
 LENGTHS = ((256, 256), (255, 255), (256, 77), (255, 512))  # queries, keys
 
 
-def settings(args, tokens: int, remat: str):
-    """The config with one clip of `tokens` tokens a row."""
-    config = config_file.load(args.config, args.overrides).unlock()
-    config.batch_size = args.rows
-    config.dit.update(dtype="bfloat16", remat=remat, attention=args.attention)
+def settings(args, row: dict):
+    """The config with one clip that fills each row."""
+    config, tokens = config_file.load(args.config, args.overrides).unlock(), row["tokens"]
+    config.batch_size = row["rows"]
+    config.dit.update(dtype="bfloat16", remat=row["remat"], attention=args.attention)
     config.data.update(kind="latents", batching=args.batching, text_embeddings=True)
     config.data.pack.update(tokens=tokens, max_segments=1, text_tokens=config.text_tokens)
     if args.batching == "fixed":
@@ -139,12 +140,10 @@ def matmul_tflops(size: int) -> float:
     return 2 * size**3 / statistics.median(group(PRODUCTS) for _ in range(GROUPS)) / 1e12
 
 
-def measure(config, tokens: int, *, mesh, steps: int, makers: list, row: dict) -> None:
-    """Puts what is known of the step into `row`, as it becomes known.
-
-    Args:
-      makers: what `compiled_init` gave, once it did: of all rows of a config alike.
-    """
+def prepare(args, mesh, row: dict):
+    """(program, shapes of its batch, the traced step) of `row`, into which goes what is known."""
+    tokens = row["tokens"]
+    config = settings(args, row)
     built = program.build(config, mesh, abstract=True)
     stage = built.stage
     shapes = batch_shapes(config, stage, tokens)
@@ -154,24 +153,35 @@ def measure(config, tokens: int, *, mesh, steps: int, makers: list, row: dict) -
         attention.select, dit.attention, dit.dtype, platform=jax.default_backend(), q_len=tokens
     )
     row["attention"] = kernel(head_dim=dit.head_dim, kv_bias=False)
-    row["cross_attention"] = kernel(head_dim=dit.head_dim, kv_bias=True)
+    with sharding.use_mesh(mesh):
+        whole = "text_emb" in shapes and heads.takes_whole_text(
+            dit, tokens, shapes["text_emb"].shape[1]
+        )
+    biased = args.batching == "pack" or not whole
+    row["cross_attention"] = kernel(head_dim=dit.head_dim, kv_bias=biased)
     begun = time.perf_counter()
     with sharding.use_mesh(mesh):
         lowered = built.step.lower(*program.abstract_arguments(built, shapes))
     row["trace_seconds"] = time.perf_counter() - begun
+    return built, shapes, lowered
+
+
+def compiled(lowered, row: dict):
+    """The step; with others at the same time, so that its seconds are not those it takes alone."""
     begun = time.perf_counter()
-    # Before there is a state: the compiler times kernels on the device, and takes memory there.
     step = lowered.compile()
     row["compile_seconds"] = time.perf_counter() - begun
     if stats := step.memory_analysis():
         parts = (stats.argument_size_in_bytes, stats.output_size_in_bytes)
         needed = sum(parts) - stats.alias_size_in_bytes + stats.temp_size_in_bytes
         row["program_gib"] = needed / GIB
-    if not makers:
-        begun = time.perf_counter()
-        makers.append(compiled_init(built))
-        row["init_compile_seconds"] = time.perf_counter() - begun
-    state, frozen = makers[0](random_key(0))
+    return step
+
+
+def measure(built, shapes, step, init, *, steps: int, row: dict) -> None:
+    """Puts what is measured of `step` into `row`."""
+    mesh = built.mesh
+    state, frozen = init(random_key(0))
     batch = batch_of(shapes, mesh)
     key = jax.device_put(jax.random.key(1), sharding.named(mesh))
 
@@ -206,8 +216,8 @@ def describe(row: dict) -> str:
         f"{row['tflops']:.4g} TFLOP/s: {row['mfu']:.1%} of the data sheet, "
         f"{row['share_of_matmul']:.1%} of a product's {row['matmul_tflops']:.4g}; "
         f"attention {row['attention']}, cross {row['cross_attention']}; {program_memory}{peak}; "
-        f"trace {row['trace_seconds']:.1f} s, compile {row['compile_seconds']:.1f} s, "
-        f"init {row.get('init_compile_seconds', 0):.1f} s; loss {row['loss']:.3g}{skipped}"
+        f"trace {row['trace_seconds']:.1f} s, compile {row['compile_seconds']:.1f} s; "
+        f"loss {row['loss']:.3g}{skipped}"
     )
 
 
@@ -226,38 +236,46 @@ def mfu(args) -> int:
     sheet = metrics.peak_flops(device)
     peak = args.peak or (PEAK if sheet is None else sheet / 1e12)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    before = matmul_tflops(args.matmul)
     report = {"device": device.device_kind, "versions": versions, "peak_tflops": peak}
     report |= {"config": args.config, "overrides": args.overrides, "batching": args.batching}
-    report |= {"steps": args.steps, "matmul": args.matmul, "matmul_tflops": [before], "rows": []}
+    report |= {"steps": args.steps, "matmul": args.matmul, "matmul_tflops": [], "rows": []}
+    rows = [
+        {"tokens": tokens, "rows": args.rows or max(args.tokens) // tokens, "remat": remat}
+        for tokens in args.tokens
+        for remat in args.remat
+    ]
+    # All before there is a state: the compiler times kernels on the device, and takes memory there.
+    prepared = [prepare(args, mesh, row) for row in rows]
+    with ThreadPoolExecutor(len(rows) + 1) as compilers:
+        init = compilers.submit(compiled_init, prepared[0][0])
+        made = [
+            compilers.submit(compiled, one[2], row) for one, row in zip(prepared, rows, strict=True)
+        ]
+    before = matmul_tflops(args.matmul)
     print(
         f"{device.device_kind}, jax {versions['jax']}; {args.config} {' '.join(args.overrides)}\n"
         f"data sheet {peak:.4g} TFLOP/s, a product of {args.matmul}^3 {before:.4g}",
         flush=True,
     )
-    makers = []
-    for tokens in args.tokens:
-        for remat in args.remat:
-            row = {"tokens": tokens, "rows": args.rows, "remat": remat}
-            config = settings(args, tokens, remat)
-            try:
-                measure(config, tokens, mesh=mesh, steps=args.steps, makers=makers, row=row)
-            except (RuntimeError, ValueError) as error:  # XLA's, or of what kernels do not take
-                row["error"] = failure(error)
-            gc.collect()  # the error's traceback held the state
-            after = matmul_tflops(args.matmul)
-            if "error" not in row:
-                row["tflops"] = row["flops"] / row["step_seconds"] / 1e12
-                row["tokens_per_second"] = row["tokens_per_step"] / row["step_seconds"]
-                row["mfu"] = row["tflops"] / peak
-                row["matmul_tflops"] = max(before, after)
-                row["share_of_matmul"] = row["tflops"] / row["matmul_tflops"]
-            before = after
-            report["matmul_tflops"].append(after)
-            report["rows"].append(row)
-            print(describe(row), flush=True)
-            if args.out:  # what is known, should the next be cut off
-                Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+    for (built, shapes, _), step, row in zip(prepared, made, rows, strict=True):
+        try:
+            measure(built, shapes, step.result(), init.result(), steps=args.steps, row=row)
+        except (RuntimeError, ValueError) as error:  # XLA's, or of what kernels do not take
+            row["error"] = failure(error)
+        gc.collect()  # the error's traceback held the state
+        after = matmul_tflops(args.matmul)
+        if "error" not in row:
+            row["tflops"] = row["flops"] / row["step_seconds"] / 1e12
+            row["tokens_per_second"] = row["tokens_per_step"] / row["step_seconds"]
+            row["mfu"] = row["tflops"] / peak
+            row["matmul_tflops"] = max(before, after)
+            row["share_of_matmul"] = row["tflops"] / row["matmul_tflops"]
+        report["matmul_tflops"] += [before, after]
+        report["rows"].append(row)
+        print(describe(row), flush=True)
+        before = after
+        if args.out:  # what is known, should the next be cut off
+            Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
     print(f"a product afterwards: {before:.4g} TFLOP/s")
     return sum(row.get("error", "").startswith("failed") for row in report["rows"])
 
@@ -344,7 +362,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--override", nargs="+", default=[], metavar="KEY=VALUE", help="or --config.KEY=VALUE"
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="of a row")
-    parser.add_argument("--rows", type=int, default=1, help="of a step")
+    parser.add_argument(
+        "--rows", type=int, help="of a step (default: as many as have the tokens of the longest)"
+    )
     parser.add_argument("--remat", nargs="+", choices=REMAT, default=["full"], metavar="POLICY")
     parser.add_argument("--attention", choices=attention.IMPLEMENTATIONS, default="auto")
     parser.add_argument(

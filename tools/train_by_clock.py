@@ -3,24 +3,24 @@
 python tools/halve_patches.py --checkpoint A --out B; python tools/widen.py --checkpoint B \
     --out C --vae --mlp 1536
 python tools/train_by_clock.py --init C --vae 130 --dit 240 --out DIR
+python tools/train_by_clock.py --init paperworld --vae 0 --dit 300 --out DIR
 
 Processes draw clips and images without end while first the VAE is trained on what is there; then
-all of it is encoded once, and transformer and text encoder are trained on the latents. Losses,
-optimizer and step are those of `sora-jax train` with configs/paperworld_vae.py and
-configs/paperworld.py:fine, but that the rate follows the clock and not the number of the step, and
-that rows are put together here: a clip, or nine images. DIR gets an inference folder and log.json.
+all of it is encoded, and transformer and text encoder are trained on the latents, to which later
+ones are added. Losses, optimizer and step are those of `sora-jax train` with
+configs/paperworld_vae.py and configs/paperworld.py:fine, but that the rate follows the clock and
+not the number of the step, and that rows are put together here: a step has rows of one clip, or
+rows of nine images. Several ways to run the blocks are compiled side by side and the fastest is
+taken. DIR gets an inference folder and log.json. XLA_FLAGS=--xla_gpu_enable_triton_gemm=false
+compiles on a GPU in a quarter of the time and runs as fast.
 """
 
 import argparse
-import ctypes
 import dataclasses
+import functools
 import json
-import mmap
-import multiprocessing
 import os
-import queue
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,44 +29,46 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `configs`, which is not installed
 
-from sora_jax.data.paperworld.settings import PaperworldSettings as World
-from sora_jax.data.paperworld.source import PaperworldSource
-
-ONE = {"multi_shot": 0.0, "collisions": 0.0, "companions": 0.0}
-HARD = {"turning": 0.6, "small": 0.6, **ONE}
-SHOTS = {**ONE, "multi_shot": 1.0, "time_stamps": 0.5}
-# Share of the clips, or of the images, and their world.
-CLIPS = (
-    *((1.2, World()), (0.9, World(**HARD)), (0.7, World(**SHOTS))),
-    *((0.35, World(late=1.0, collisions=0.0)), (0.12, World(near=1.0))),
-    (0.4, World(**ONE | {"collisions": 1.0})),
+from sora_jax import checkpoint_path
+from tools.drawn_rows import (
+    CLIPS,
+    FRAMES,
+    IMAGE_TEXT,
+    IMAGES,
+    IN_ROW,
+    WORDS,
+    Records,
+    Rows,
+    ahead,
+    start_drawing,
 )
-IMAGES = ((7, World(frames=1)), (6, World(frames=1, **HARD)))
-SEED = 40  # of the first kind's world; the next kinds have the next ones
-IMAGE_ROWS = 0.3  # share of the rows that hold images
-# Captions kept of a record's eight: plain and worded ones, each of both once with time stamps.
-KEPT = (0, 1, 4, 5)
-WORDINGS, SPANS, WORDS = len(KEPT), 3, 48  # and time stamps and tokens of one
-FRAMES, SIDE, LATENTS = 17, 8, 9  # of a clip; rows and columns, and frames, of its latents
-IN_ROW = 9  # images
-TEXT = 256  # tokens of all captions of a row
+
+IMAGE_STEPS = 0.12  # share of the steps that are made on images
 VIRTUAL = 10_000  # steps that schedules think there are
+MORE = 1.6  # times what is encoded have to be drawn before more is encoded
+# Ways to run the blocks, of which the fastest is taken: `dit.remat` and `dit.unroll`.
+WAYS = (("none", True), ("full", False), ("none", False))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--init", required=True, metavar="DIR", help="weights to start from")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--vae", type=float, default=130, metavar="SECONDS")
+    parser.add_argument(
+        "--vae", type=float, default=130, metavar="SECONDS", help="0 keeps the VAE of --init"
+    )
     parser.add_argument("--dit", type=float, default=240, metavar="SECONDS")
     parser.add_argument("--vae-batch", type=int, default=32, metavar="CLIPS")
     parser.add_argument("--rows", type=int, default=64, help="of 576 tokens a step")
     parser.add_argument("--clips", type=int, default=160_000, help="drawn at most")
-    parser.add_argument("--images", type=int, default=160_000)
+    parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--vae-rate", type=float, default=2e-3)
     parser.add_argument("--rate", type=float, default=3e-3)
-    return parser.parse_args()
+    parser.add_argument("--shift", type=float, default=4.0, help="of times towards noise")
+    args = parser.parse_args()
+    args.init = str(checkpoint_path(args.init))
+    return args
 
 
 BEGUN = time.time()
@@ -76,163 +78,11 @@ def say(*what) -> None:
     print(f"[{time.time() - BEGUN:6.1f} s]", *what, flush=True)
 
 
-def shared(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """Memory that forked processes write and this one reads."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
-
-
-class Records:
-    """Pixels and tokenized captions of one sort, drawn by processes, each in its own stretch."""
-
-    def __init__(self, kinds, frames: int, *, count: int, workers: int) -> None:
-        self.kinds, self.each, self.workers = kinds, count // workers, workers
-        n = self.each * workers
-        self.video = shared((n, frames, 64, 64, 3), np.uint8)
-        self.ids = shared((n, WORDINGS, SPANS, WORDS), np.int16)
-        self.lengths = shared((n, WORDINGS, SPANS), np.int16)
-        self.texts = shared((n, WORDINGS, LATENTS), np.int8)  # the span that a latent frame follows
-        self.done = multiprocessing.Array(ctypes.c_int64, workers, lock=False)
-
-    def available(self) -> np.ndarray:
-        starts = self.each * np.arange(self.workers)
-        return np.concatenate(
-            [np.arange(s, s + d) for s, d in zip(starts, self.done, strict=True)]
-        ).astype(int)
-
-    def drawn(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """The pixels of `count` records out of those there are."""
-        worker = rng.integers(self.workers, size=count)
-        there = np.maximum(np.array(self.done[:])[worker], 1)
-        return self.video[worker * self.each + (rng.random(count) * there).astype(int)]
-
-    def draw(self, worker: int, tokenizer):
-        """Draws the next of `worker`'s records whenever it is asked."""
-        shares = np.array([share for share, _ in self.kinds], float)
-        order = np.random.default_rng([SEED, worker, len(self.kinds)]).choice(
-            len(shares), self.each, p=shares / shares.sum()
-        )
-        sources = [PaperworldSource(SEED + i, world) for i, (_, world) in enumerate(self.kinds)]
-        for n, kind in enumerate(order):
-            at = worker * self.each + n
-            self._write(at, sources[kind], tokenizer)
-            self.done[worker] = n + 1
-            yield
-
-    def _write(self, at: int, source, tokenizer) -> None:
-        from sora_jax.prompts import timed
-
-        record = source[at]
-        self.video[at] = record["video"]
-        frames = len(record["video"])
-        captions = source.captions(at, 8)
-        for v, caption in enumerate(captions[i] for i in KEPT):
-            words, follow = [timed.as_one(caption)], np.zeros(1 + (frames - 1) // 2, int)
-            if timed.is_timed(caption):
-                spans = timed.latent_texts(caption, frames=frames, fps=record["fps"], temporal=2)
-                if len(spans[0]) <= SPANS:
-                    words, follow = spans
-            ids, mask = tokenizer.batch(list(words), length=WORDS, max_length=WORDS)
-            self.ids[at, v, : len(words)] = ids
-            self.lengths[at, v, : len(words)] = np.asarray(mask).sum(axis=1)
-            self.texts[at, v, : len(follow)] = follow
-
-
-def start_drawing(sorts: tuple[Records, ...], init: str):
-    """Processes that draw until all is full or the value that is returned is set."""
-    stop = multiprocessing.Value(ctypes.c_int, 0, lock=False)
-
-    def work(worker: int) -> None:
-        import cv2
-
-        from sora_jax.convert import folder
-
-        os.nice(5)
-        cv2.setNumThreads(1)
-        tokenizer = folder.open_tokenizer(init)
-        running = [sort.draw(worker, tokenizer) for sort in sorts]
-        while running and not stop.value:
-            running = [one for one in running if next(one, "full") != "full"]
-
-    for worker in range(sorts[0].workers):
-        context = multiprocessing.get_context("fork")  # before JAX has threads
-        context.Process(target=work, args=(worker,), daemon=True).start()
-    return stop
-
-
-def ahead(make, *, depth: int, threads: int):
-    """What make(rng) gives, without end, made in threads meanwhile."""
-    ready: queue.Queue = queue.Queue(depth)
-
-    def go(seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        while True:
-            ready.put(make(rng))
-
-    for seed in range(threads):
-        threading.Thread(target=go, args=(seed,), daemon=True).start()
-    while True:
-        yield ready.get()
-
-
-class Rows:
-    """Packed rows as sora_jax/data/packing.py has them, without their tokens."""
-
-    def __init__(self, clips: Records, images: Records, rows: int) -> None:
-        self.sorts, self.rows = (clips, images), rows
-        self.at = tuple(sort.available() for sort in self.sorts)
-        grids = [np.indices((f, SIDE, SIDE), np.int32).reshape(3, -1).T for f in (LATENTS, 1)]
-        self.positions = grids[0], np.tile(grids[1], (IN_ROW, 1))
-        self.segments = np.zeros(LATENTS * SIDE**2, np.int32), np.repeat(np.arange(IN_ROW), SIDE**2)
-
-    def __call__(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        b = self.rows
-        sort = (rng.random(b) < IMAGE_ROWS).astype(int)  # 0: a clip
-        clip = rng.integers(len(self.at[0]), size=b)
-        images = rng.integers(len(self.at[1]), size=(b, IN_ROW))
-        texts = [
-            self._texts(self.at[1][images[i]] if sort[i] else self.at[0][clip[i : i + 1]], s, rng)
-            for i, s in enumerate(sort.tolist())
-        ]
-        return {
-            "sort": sort,
-            "clip": clip,
-            "images": images,
-            "positions": np.stack([self.positions[s] for s in sort]).astype(np.int32),
-            "segment_ids": np.stack([self.segments[s] for s in sort]).astype(np.int32),
-            **{name: np.stack([text[name] for text in texts]) for name in texts[0]},
-        }
-
-    def _texts(self, records, sort: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        source, v = self.sorts[sort], rng.integers(WORDINGS, size=len(records))
-        if sort:
-            if source.lengths[records, v, 0].sum() > TEXT:
-                v = source.lengths[records, :, 0].argmin(axis=1)
-            ids, lengths = source.ids[records, v, 0], source.lengths[records, v, 0]
-            lengths, follow = np.minimum(lengths, TEXT // IN_ROW), self.segments[1]
-        else:
-            ids, lengths = source.ids[records[0], v[0]], source.lengths[records[0], v[0]]
-            spans = max(1, int((lengths > 0).sum()))
-            ids, lengths = ids[:spans], lengths[:spans]
-            follow = np.repeat(source.texts[records[0], v[0]], SIDE**2)
-        real = np.arange(WORDS) < lengths[:, None]
-        n = int(real.sum())
-        out = {name: np.zeros(TEXT, np.int32) for name in ("ids", "text_positions")}
-        out |= {"text_segment_ids": np.full(TEXT, -1, np.int32)}
-        out["ids"][:n] = ids[real]
-        out["text_segment_ids"][:n] = np.repeat(np.arange(len(lengths)), lengths)
-        out["text_positions"][:n] = np.broadcast_to(np.arange(WORDS), real.shape)[real]
-        return out | {"text_of_tokens": follow.astype(np.int32)}
-
-
-def begin(config, mesh):
-    """The program of `config`, its first state, and its step with the count that rates follow."""
+def of_count(built):
+    """The step of `built`, with the count that its rates follow as its last argument."""
     import jax
     import optax
 
-    from sora_jax.train import program, start
-
-    built = program.build(config, mesh)
     of_rate = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
     whole = built.step.__wrapped__
 
@@ -242,20 +92,38 @@ def begin(config, mesh):
         )
         return whole(state._replace(opt_state=told), frozen, batch, key)
 
-    return built, start.first_state(config, built), jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0)
 
 
-def train(name: str, begun, batches, *, seconds: float, log: list, every: int = 50):
-    """The state after `seconds`, which count from the end of the first step, and its steps."""
+def lowered(config, built):
     import jax
     import jax.numpy as jnp
 
-    (built, state, step), key = begun, jax.random.key(7)
+    from sora_jax import sharding
+    from sora_jax.train import program
+
+    batch = program.abstract_batch(config, built.stage)
+    with sharding.use_mesh(built.mesh):
+        args = program.abstract_arguments(built, batch)
+        return of_count(built).lower(*args, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def train(name: str, state, frozen, steps, batches, *, seconds: float, log: list, every: int = 50):
+    """The state after `seconds`, which count from the end of the first step, and its steps.
+
+    Args:
+      steps: of each kind of batch, the compiled step.
+      batches: (kind, batch) without end.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    key = jax.random.key(7)
     first, before, done, last = None, None, 0, time.time()
     while first is None or time.time() - first < seconds:
         share = 0.0 if first is None else (time.time() - first) / seconds
-        count = jnp.int32(share * VIRTUAL)
-        state, metrics = step(state, built.stage.frozen, next(batches), key, count)
+        kind, batch = next(batches)
+        state, metrics = steps[kind](state, frozen, batch, key, jnp.int32(share * VIRTUAL))
         jax.block_until_ready(before)  # at most a step ahead of the clock
         before, done = metrics["train/loss"], done + 1
         if first is None:
@@ -263,13 +131,42 @@ def train(name: str, begun, batches, *, seconds: float, log: list, every: int = 
             first = time.time()
         if done % every == 0:
             values = {k: float(v) for k, v in metrics.items() if not k.startswith("param")}
-            log.append({"stage": name, "step": done, "seconds": time.time() - first, **values})
+            log.append(
+                {
+                    "stage": name,
+                    "kind": kind,
+                    "step": done,
+                    "seconds": time.time() - first,
+                    **values,
+                }
+            )
             speed, last = every / (time.time() - last), time.time()
             shown = {k[6:]: v for k, v in values.items() if k in ("train/loss", "train/psnr")}
-            say(name, done, f"{speed:.1f}/s", *(f"{k} {v:.4f}" for k, v in shown.items()))
+            say(name, done, f"{speed:.1f}/s", kind, *(f"{k} {v:.4f}" for k, v in shown.items()))
     jax.block_until_ready(state)
     say(name, "has made", done, "steps")
     return state, done
+
+
+def fastest(ways: dict, state, frozen, batch) -> tuple[str, object, object]:
+    """Name and step of the fastest of compiled steps, and the state after trying them.
+
+    The count is 0, at which the rate is 0.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    key, took = jax.random.key(8), {}
+    for name, step in ways.items():
+        for count in (3, 10):
+            begun = time.time()
+            for _ in range(count):
+                state, _ = step(state, frozen, batch, key, jnp.int32(0))
+            jax.block_until_ready(state)
+            took[name] = (time.time() - begun) / count
+    say("seconds a step:", *(f"{name} {x:.4f}" for name, x in took.items()))
+    best = min(took, key=took.get)
+    return best, ways[best], state
 
 
 def train_vae(args, clips: Records, mesh, log: list):
@@ -279,15 +176,21 @@ def train_vae(args, clips: Records, mesh, log: list):
     from flax import nnx
 
     from configs import paperworld_vae
+    from sora_jax.train import program, start
     from sora_jax.train.vae_stage import to_float
 
     config = paperworld_vae.get_config("wide").unlock()
     config.init_from, config.batch_size, config.num_steps = args.init, args.vae_batch, VIRTUAL
     config.optim.peak_lr = args.vae_rate
-    begun = begin(config, mesh)
-    batches = ahead(lambda rng: {"video": clips.drawn(rng, args.vae_batch)}, depth=4, threads=3)
-    state, steps = train("vae", begun, batches, seconds=args.vae, log=log)
-    stage, params = begun[0].stage, state.ema["vae"]
+    built = program.build(config, mesh)
+    steps = {"clips": lowered(config, built).compile()}
+    batches = (
+        ("clips", batch)
+        for batch in ahead(lambda rng: {"video": clips.drawn(rng, args.vae_batch)}, depth=4)
+    )
+    state, stage = start.first_state(config, built), built.stage
+    state, count = train("vae", state, stage.frozen, steps, batches, seconds=args.vae, log=log)
+    params = state.ema["vae"]
 
     @jax.jit
     def moments(params, video):
@@ -304,11 +207,11 @@ def train_vae(args, clips: Records, mesh, log: list):
         latents_mean=mean.tolist(),
         latents_std=np.sqrt(square - mean**2).tolist(),
     )
-    return settings, params, steps
+    return settings, params, count
 
 
-def encode(records: Records, at: np.ndarray, settings, params, *, size: int):
-    """Normalised latents (n, tokens, channels) of the records `at`, `size` at a time."""
+def encoder(settings, params):
+    """pixels (n, F, H, W, 3) -> normalised latents (n, tokens, channels), for `encode`."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -316,6 +219,7 @@ def encode(records: Records, at: np.ndarray, settings, params, *, size: int):
     from sora_jax.train.vae_stage import to_float
     from sora_jax.vae.model import VideoVAE
 
+    settings = dataclasses.replace(settings, dtype="bfloat16")  # as latents are kept
     graph = nnx.split(nnx.eval_shape(lambda: VideoVAE(settings, rngs=nnx.Rngs(0))), nnx.Param)[0]
 
     @jax.jit
@@ -323,47 +227,128 @@ def encode(records: Records, at: np.ndarray, settings, params, *, size: int):
         found = nnx.merge(graph, params).encode(to_float(video)).astype(jnp.bfloat16)
         return found.reshape(len(video), -1, settings.z_dim)
 
-    size = min(size, len(at))
+    return functools.partial(latents, params)
+
+
+def encode(encoder, records: Records, at: np.ndarray, *, size: int):
+    """Latents of the records `at`, `size` at a time."""
+    import jax.numpy as jnp
+
     filled = np.concatenate([at, np.repeat(at[:1], -len(at) % size)])
     parts = np.split(filled, len(filled) // size)
     with ThreadPoolExecutor(6) as readers:
         waiting = [readers.submit(records.video.__getitem__, part) for part in parts[:8]]
         found = []
         for i in range(len(parts)):
-            found.append(latents(params, waiting[i].result()))
+            found.append(encoder(waiting[i].result()))
             waiting[i] = None
             if i + 8 < len(parts):
                 waiting.append(readers.submit(records.video.__getitem__, parts[i + 8]))
     return jnp.concatenate(found)[: len(at)]
 
 
-def train_dit(args, rows: Rows, latents, mesh, log: list):
-    """(program, state, steps) of transformer and text encoder."""
-    import jax
-    import jax.numpy as jnp
+class Latents:
+    """Rows of both kinds whose tokens are looked up on the device, and more from time to time."""
 
+    def __init__(self, rows: dict[str, Rows], encoder, mesh) -> None:
+        import jax
+
+        from sora_jax import sharding
+
+        self.rows, self.encoder = rows, encoder
+        self.where = sharding.named(mesh, "batch")
+        self.found = dict.fromkeys(rows)
+        self._look_up = jax.jit(
+            lambda latents, chosen: (
+                latents[chosen].reshape(len(chosen), -1, latents.shape[-1]).astype("float32")
+            ),
+            out_shardings=self.where,
+        )
+
+    def renew(self) -> None:
+        """Encodes what was drawn since, where that is much."""
+        import jax.numpy as jnp
+
+        for kind, rows in self.rows.items():
+            old, there = self.found[kind], rows.records.available()
+            if len(there) < min(MORE * len(rows.encoded), len(rows.records.video)):
+                continue
+            new = np.setdiff1d(there, rows.encoded)
+            if len(new):
+                latents = encode(
+                    self.encoder, rows.records, new, size=64 if rows.in_row == 1 else 256
+                )
+                self.found[kind] = latents if old is None else jnp.concatenate([old, latents])
+                # Threads may be choosing: places must never be more than latents.
+                rows.encoded = np.concatenate([rows.encoded, new])
+                say("encoded", kind, len(rows.encoded))
+
+    def batch(self, kind: str, row: dict[str, np.ndarray]) -> dict:
+        import jax
+
+        tokens = self._look_up(self.found[kind], row.pop("chosen"))
+        return jax.device_put(row, self.where) | {"tokens": tokens}
+
+    def batches(self, *, every: float = 10.0):
+        """(kind, batch) without end."""
+        ready = {kind: ahead(rows, depth=8, threads=3) for kind, rows in self.rows.items()}
+        rng, looked = np.random.default_rng(1), time.time()
+        while True:
+            if time.time() - looked > every:
+                self.renew()
+                looked = time.time()
+            kind = "images" if rng.random() < IMAGE_STEPS else "clips"
+            yield kind, self.batch(kind, next(ready[kind]))
+
+
+def dit_config(args, rows: Rows, *, remat: str, unroll: bool):
     from configs import paperworld
 
     config = paperworld.get_config("fine").unlock()
-    config.init_from, config.vae_checkpoint = args.init, str(args.out)
+    config.init_from = config.vae_checkpoint = args.init
     config.batch_size, config.num_steps = args.rows, VIRTUAL
     config.data.parts = type(config.data.parts)()
-    config.dit.remat, config.text.remat = "none", False
+    config.data.pack.update(max_segments=rows.max_segments, text_tokens=rows.text)
+    config.dit.remat, config.dit.unroll, config.text.remat = remat, unroll, False
+    config.diffusion.shift.update(shift_lo=args.shift, shift_hi=args.shift)
     config.optim.update(peak_lr=args.rate, warmup_steps=200, final_lr=0.0, ema_decay=0.999)
-    begun = begin(config, mesh)
+    return config.lock()
 
-    @jax.jit
-    def tokens(clips, images, sort, clip, chosen):
-        several = images[chosen].reshape(len(clip), -1, images.shape[-1])
-        return jnp.where(sort[:, None, None] == 1, several, clips[clip]).astype(jnp.float32)
 
-    def batches():
-        for row in ahead(rows, depth=8, threads=4):
-            which = [row.pop(name) for name in ("sort", "clip", "images")]
-            yield row | {"tokens": tokens(*latents, *which)}
+def begin_dit(args, rows: dict[str, Rows], mesh):
+    """(program, first state, {kind: {way: step}}), all compiled side by side."""
+    from sora_jax.train import program, start
 
-    state, steps = train("dit", begun, batches(), seconds=args.dit, log=log, every=100)
-    return begun[0], state, steps
+    jobs, main = {}, None
+    for kind, ways in (("clips", WAYS), ("images", WAYS[1:2])):
+        for remat, unroll in ways:
+            config = dit_config(args, rows[kind], remat=remat, unroll=unroll)
+            built = program.build(config, mesh)
+            main = main or (config, built)
+            name = f"remat {remat}" + (", unrolled" if unroll else "")
+            jobs[kind, name] = lowered(config, built)
+    with ThreadPoolExecutor(len(jobs) + 1) as compilers:
+        first = compilers.submit(start.first_state, *main)
+        steps = {job: compilers.submit(low.compile) for job, low in jobs.items()}
+    kinds = {kind: {} for kind in rows}
+    for (kind, name), step in steps.items():
+        kinds[kind][name] = step.result()
+    return main[1], first.result(), kinds
+
+
+def train_dit(args, latents: Latents, begun, log: list):
+    """(program, state, steps) of transformer and text encoder."""
+    built, state, kinds = begun
+    frozen, steps, batches = built.stage.frozen, {}, latents.batches()
+    for kind, ways in kinds.items():
+        if len(ways) > 1:
+            batch = next(batch for k, batch in batches if k == kind)
+            way, steps[kind], state = fastest(ways, state, frozen, batch)
+            log.append({"stage": "dit", "kind": kind, "way": way})
+        else:
+            steps[kind] = next(iter(ways.values()))
+    state, count = train("dit", state, frozen, steps, batches, seconds=args.dit, log=log, every=100)
+    return built, state, count
 
 
 def main() -> None:
@@ -375,31 +360,36 @@ def main() -> None:
     import jax
 
     from sora_jax import sharding
-    from sora_jax.convert import rewrite
+    from sora_jax.convert import folder, rewrite
 
-    mesh, log = sharding.make_mesh(devices=jax.devices()[:1]), []
+    mesh, log, vae_steps = sharding.make_mesh(devices=jax.devices()[:1]), [], 0
     while len(clips.available()) < 4 * args.vae_batch:
         time.sleep(0.1)
     say("on", jax.devices()[0].device_kind)
-    settings, params, vae_steps = train_vae(args, clips, mesh, log)
+    if args.vae:
+        settings, params, vae_steps = train_vae(args, clips, mesh, log)
+    else:
+        settings, _, params = folder.load_component(args.init, "vae", mesh=mesh)
+    rows = {
+        "clips": Rows(clips, args.rows, in_row=1, text=WORDS),
+        "images": Rows(images, args.rows, in_row=IN_ROW, text=IMAGE_TEXT),
+    }
+    begun = begin_dit(args, rows, mesh)
+    say("compiled")
+    latents = Latents(rows, encoder(settings, params), mesh)
+    latents.renew()
+    built, state, dit_steps = train_dit(args, latents, begun, log)
+    stop.value = 1
     args.out.mkdir(parents=True, exist_ok=True)
     rewrite.copy_companions(Path(args.init), args.out)
-    part = rewrite.from_params("vae", settings, params)
-    rewrite.write_diffusers(args.out, {"vae": part}, dtype="bfloat16")
-    rows = Rows(clips, images, args.rows)
-    latents = [
-        encode(sort, at, settings, params, size=size)
-        for sort, at, size in zip((clips, images), rows.at, (64, 256), strict=True)
-    ]
-    say("encoded", *(len(x) for x in latents))
-    built, state, dit_steps = train_dit(args, rows, latents, mesh, log)
-    stop.value = 1
     parts = {
+        "vae": rewrite.from_params("vae", settings, params),
         "dit": rewrite.from_params("dit", built.stage.dit_config, state.ema["dit"]),
         "text": rewrite.from_params("text", built.stage.text.config, state.ema["text"]),
     }
     rewrite.write_diffusers(args.out, parts, dtype="bfloat16")
-    log.append({"vae_steps": vae_steps, "dit_steps": dit_steps, "drawn": [len(a) for a in rows.at]})
+    drawn = [len(rows.encoded) for rows in latents.rows.values()]
+    log.append({"vae_steps": vae_steps, "dit_steps": dit_steps, "encoded": drawn})
     (args.out / "log.json").write_text(json.dumps(log) + "\n")
     say("wrote", args.out)
 

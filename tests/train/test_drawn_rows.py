@@ -12,42 +12,44 @@ from sora_jax.data import packing
 from sora_jax.data.packing import PackSettings
 from sora_jax.train.batches import Segmenter
 
-TOOL = Path(__file__).parents[2] / "tools" / "train_by_clock.py"
+TOOL = Path(__file__).parents[2] / "tools" / "drawn_rows.py"
 NAMES = ("positions", "segment_ids", "text_of_tokens", "ids", "text_segment_ids", "text_positions")
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("train_by_clock", TOOL)
+    spec = importlib.util.spec_from_file_location("drawn_rows", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_rows_are_packed_as_the_loader_packs_them(tool):
+@pytest.mark.parametrize("of_clips", [True, False])
+def test_rows_are_packed_as_the_loader_packs_them(tool, of_clips):
     tokenizer = folder.open_tokenizer(sora_jax.weights_folder("paperworld"))
-    sorts = [tool.Records(tool.CLIPS, 17, count=24, workers=2)]
-    sorts += [tool.Records(tool.IMAGES, 1, count=60, workers=2)]
-    for sort in sorts:
-        for worker in range(2):
-            for _ in sort.draw(worker, tokenizer):
-                pass
-        assert len(sort.available()) == len(sort.video)
-        assert sort.video.std(axis=(1, 2, 3, 4)).min() > 1
-    rows = tool.Rows(*sorts, 48)
+    if of_clips:
+        records = tool.Records(tool.CLIPS, 17, count=40, workers=2)
+        rows = tool.Rows(records, 64, in_row=1, text=tool.WORDS)
+    else:
+        records = tool.Records(tool.IMAGES, 1, count=60, workers=2)
+        rows = tool.Rows(records, 24, in_row=tool.IN_ROW, text=tool.IMAGE_TEXT)
+    for worker in range(2):
+        for _ in records.draw(worker, tokenizer):
+            pass
+    assert len(records.available()) == len(records.video)
+    assert records.video.std(axis=(1, 2, 3, 4)).min() > 1
+    rows.encoded = np.random.default_rng(1).permutation(records.available())[7:]
     made = rows(np.random.default_rng(0))
     segment = Segmenter(tokenizer, tool.WORDS, (1, 1, 1), 2)
-    settings = PackSettings(tokens=576, text_tokens=tool.TEXT, max_segments=tool.IN_ROW)
+    settings = PackSettings(tokens=576, text_tokens=rows.text, max_segments=rows.max_segments)
     timed = 0
-    for row in range(48):
-        sort = int(made["sort"][row])
-        picked = made["images"][row] if sort else made["clip"][row : row + 1]
-        latents = np.zeros((1 if sort else tool.LATENTS, tool.SIDE, tool.SIDE, 16), np.float32)
+    for row in range(rows.rows):
+        latents = np.zeros((tool.LATENTS if of_clips else 1, tool.SIDE, tool.SIDE, 16), np.float32)
         segments, texts = [], 0
-        for at in rows.at[sort][picked]:
+        for at in rows.encoded[made["chosen"][row]]:
             said = [
                 segment({"latents": latents, "caption": caption, "fps": 8.0})
-                for caption in captions_of(tool, sorts[sort], int(at))
+                for caption in captions_of(tool, records, int(at))
             ]
             place = made["text_segment_ids"][row]
             one = next(s for s in said if same(s.texts, made["ids"][row], place - texts))
@@ -57,7 +59,7 @@ def test_rows_are_packed_as_the_loader_packs_them(tool):
         packed = packing.pack(segments, settings)
         for name in NAMES:
             np.testing.assert_array_equal(made[name][row], packed[name], err_msg=name)
-    assert timed  # captions with time stamps are among them
+    assert bool(timed) == of_clips, "captions with time stamps are among those of clips"
 
 
 def captions_of(tool, sort, at: int) -> list[str]:
