@@ -9,6 +9,7 @@ gradients over the truth's, and PSNR.
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -69,14 +70,16 @@ def main() -> None:
         clip = render(scene)
         size = {"width": SCALE * scene.width, "height": SCALE * scene.height}
         truth = render(dataclasses.replace(scene, **size))
-        ways = {"cubic": enlarged(clip, scale=SCALE, multiple=pipe.cell[1:])}
+        large = functools.partial(enlarged, clip, scale=SCALE, multiple=pipe.cell[1:])
+        ways = {"cubic": large(sharpen=False), "cubic, sharpened": large()}
         for strength in args.strengths:
             video = refine(pipe, text, clip, scale=SCALE, strength=strength, seed=i)
             ways[f"refined, {strength:g}"] = video.frames
-        through, before = (pipe.decode(pipe.encode(v[None]))[0] for v in (truth, ways["cubic"]))
+        draft = ways["cubic, sharpened"]
+        through, before = (pipe.decode(pipe.encode(v[None]))[0] for v in (truth, draft))
         ways["truth through the VAE"] = to_bytes(through)
         # The most that refining can do: it changes the enlargement by what the VAE can tell.
-        ways["its change of cubic"] = to_bytes(ways["cubic"] / 127.5 - 1 + through - before)
+        ways["its change of the sharpened"] = to_bytes(draft / 127.5 - 1 + through - before)
         for name, frames in ways.items():
             found.setdefault(name, []).append(compare(frames, truth))
         row = [*ways.values(), truth]

@@ -1,6 +1,7 @@
 """Each task: what was given is kept, the rest has the right length, bad input is one line."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -123,6 +124,19 @@ def test_a_film_is_made_part_by_part_and_saved(pipe, tmp_path):
         "rolling": False,
     }
     assert (tmp_path / "film.json").is_file()
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_an_enlarged_edge_is_sharp_and_has_no_halo(scale):
+    clip = np.full((1, 16, 16, 3), 40, np.uint8)
+    clip[:, :, 8:] = 200
+    large = functools.partial(refine.enlarged, clip, scale=scale, multiple=(1, 1))
+    sharp, cubic = (large(sharpen=sharpen)[0, 20, :, 0].astype(int) for sharpen in (True, False))
+    assert sharp.min() == 40 and sharp.max() == 200  # cubic interpolation overshoots
+    assert cubic.min() < 40 and cubic.max() > 200
+    assert np.abs(np.diff(sharp)).max() > 1.3 * np.abs(np.diff(cubic)).max()
+    away = np.r_[0 : 6 * scale, 10 * scale : 16 * scale]
+    np.testing.assert_array_equal(sharp[away], np.where(away < 8 * scale, 40, 200))
 
 
 def test_refining_enlarges_and_works_by_tiles(pipe, clip):
