@@ -48,10 +48,13 @@ def run(args: Namespace) -> list[Path]:
             video_io.check_output_path(path, allowed=(".npy",))
     noise = None if args.noise is None else _read_noise(Path(args.noise))
     pictures = [_read_picture(getattr(args, name)) for name in _PICTURES]
+    padded = args.fit == "pad" and task is None
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: use 1 or more.")
     again = _read_metadata(Path(args.again)) if args.again else {}
     if again:
+        if padded:
+            pictures = _padded(pictures, (again["width"], again["height"]))
         _check_again(args, again, noise, pictures)
     prompts = [again["prompt"]] if again else _prompts(args)
     console = Console(stderr=True, highlight=False, quiet=not _writes())
@@ -93,6 +96,9 @@ def run(args: Namespace) -> list[Path]:
             f"{args.again} was made with another feature_cache in sampling.json; set it back."
         )
     settings = {name: getattr(args, name) for name in _NAMES} | {"size": parse_size(args.size)}
+    if padded and not again:
+        size = settings["size"] or (pipe.sampling.width, pipe.sampling.height)
+        pictures = _padded(pictures, size)
     if again:
         settings = {name: again.get(name) for name in _NAMES}
         settings["size"] = (again["width"], again["height"])
@@ -156,12 +162,13 @@ def run(args: Namespace) -> list[Path]:
 
 def _run_task(pipe, task, args, prompt, settings, console, begun, given) -> Path:
     """Makes and writes the video of a task; `given` is what its prompt was made of, if anything."""
+    make = task_command.prepare(pipe, task, args, prompt, settings)
     pipe.load_weights()
     _line(console, "load", time.perf_counter() - begun)
     clock = time.perf_counter()
     with LearnedProgress("denoising") as progress:
         on_step = watched(pipe, args.preview, progress.on_step, fps=args.fps)
-        made = task_command.make(pipe, task, args, prompt, settings, on_step)
+        made = make(on_step=on_step)
         _note(made, given)
         path = Path(args.out)
         if _writes():
@@ -245,6 +252,11 @@ def _read_picture(path: str | None) -> np.ndarray | None:
     if path is None:
         return None
     return video_io.read_video(path, num_frames=1).frames[0]
+
+
+def _padded(pictures: list[np.ndarray | None], size: tuple[int, int]) -> list[np.ndarray | None]:
+    """The pictures whole within `size` (width, height)."""
+    return [None if p is None else video_io.pad(p, size[::-1]) for p in pictures]
 
 
 def _denoise(

@@ -18,6 +18,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "seconds": ("window", "joint", "rolling", "image"),
 }
 _NEEDS_VIDEO = ("extend", "outpaint", "interpolate", "refine")
+_OWN_SIZE = ("outpaint", "refine")
 _EXTRAS = ("video", "seconds", "window", "joint", "rolling", "mask", "strength")
 
 
@@ -68,7 +69,8 @@ def asked(args: Namespace) -> str | None:
     Raises:
       ValueError: several that exclude each other, or an argument that goes with none of them.
     """
-    chosen = [name for name in GIVEN if getattr(args, name) not in (None, False)]
+    given = {name: getattr(args, name) for name in GIVEN}
+    chosen = [name for name, value in given.items() if value is not None and value is not False]
     if len(chosen) > 1 and "seconds" in chosen:
         chosen.remove("seconds")
     if len(chosen) > 1:
@@ -80,6 +82,10 @@ def asked(args: Namespace) -> str | None:
             wanted = [flag(other) for other, extras in GIVEN.items() if name in extras]
             goes = f"it goes with {', '.join(wanted)}." if wanted else "leave one of them out."
             raise ValueError(f"{flag(name)} does not go with {flag(task or 'prompt')}; {goes}")
+    if task in _OWN_SIZE and args.fit is not None:
+        raise ValueError(
+            f"--fit {args.fit}: {flag(task)} takes the video at its own size; leave it out."
+        )
     if task in _NEEDS_VIDEO and args.video is None:
         raise ValueError(f"{flag(task)} needs --video FILE.")
     if task in ("extend",) and args.seconds is None:

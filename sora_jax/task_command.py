@@ -1,5 +1,6 @@
 """What `sora-jax sample` does beside text to video: one task of its arguments, one video."""
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,11 @@ import numpy as np
 
 from sora_jax import video_io
 from sora_jax.generate import lengths, tasks, trained
-from sora_jax.generate.denoise import OnStep
 from sora_jax.generate.refine import refine
 from sora_jax.generate.video import Film, Video
 from sora_jax.task_arguments import asked, flag
 
-__all__ = ["asked", "check", "make", "parse_size", "read_mask", "save"]
+__all__ = ["asked", "check", "parse_size", "prepare", "read_mask", "save"]
 
 
 def check(pipe, task: str) -> None:
@@ -24,10 +24,13 @@ def check(pipe, task: str) -> None:
         trained.check(pipe, mask)
 
 
-def make(
-    pipe, task: str, args: Namespace, prompt: str, settings: dict[str, Any], on_step: OnStep
-) -> Video | Film:
-    """The task's video, or a film whose frames are made while it is saved.
+def prepare(
+    pipe, task: str, args: Namespace, prompt: str, settings: dict[str, Any]
+) -> Callable[..., Video | Film]:
+    """Reads what the task is given; returns what makes its video, called with `on_step`.
+
+    It needs no weights yet, so that a file that cannot be read is told before they are loaded. Of
+    a film the frames are made while it is saved.
 
     Args:
       settings: of any video, as `Pipeline.request` takes them.
@@ -36,46 +39,44 @@ def make(
       ValueError: one line: what was given, what is allowed, what to change.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    given |= {"seed": args.seed or 0, "on_step": on_step}
-    clip = _Reader(pipe, args, given)
+    given["seed"] = args.seed or 0
+    read = _Reader(pipe, args, given)
     if args.window is not None:
         given["window"] = args.window
     if args.strength is not None:
         given["strength"] = args.strength
     seconds = {} if args.seconds is None else {"seconds": args.seconds}
+
+    def of(function: Callable[..., Video | Film], *inputs: Any, **more: Any):
+        return functools.partial(function, pipe, prompt, *inputs, **(given | more))
+
     if task == "keyframe":
-        return tasks.keyframes(pipe, prompt, _keyframes(args.keyframe), **given)
+        return of(tasks.keyframes, _keyframes(args.keyframe, read))
     if task == "extend":
-        direction = args.extend
-        return tasks.extend(pipe, prompt, clip(args.video), direction=direction, **seconds, **given)
+        return of(tasks.extend, read(args.video), direction=args.extend, **seconds)
     if task == "loop":
-        shown = None if args.video is None else clip(args.video)
-        return tasks.loop(pipe, prompt, shown, **seconds, **given)
+        return of(tasks.loop, None if args.video is None else read(args.video), **seconds)
     if task == "join":
-        return tasks.join(pipe, prompt, *map(clip, args.join), **seconds, **given)
+        return of(tasks.join, *map(read, args.join), **seconds)
     if task == "edit":
-        return tasks.edit(pipe, prompt, clip(args.edit), **given)
+        return of(tasks.edit, read(args.edit))
     if task == "inpaint":
-        shown = clip(args.inpaint)
-        hole = read_mask(args.mask, shown, clip)
-        return tasks.inpaint(pipe, prompt, shown, hole, **given)
+        return of(tasks.inpaint, read(args.inpaint), read_mask(args.mask, args.inpaint, read))
     if task == "outpaint":
         size = parse_size(args.outpaint, name="outpaint")
-        given.pop("size", None)
-        return tasks.outpaint(pipe, prompt, clip(args.video, own_size=True), size=size, **given)
+        return of(tasks.outpaint, read.as_it_is(args.video), size=size)
     if task == "interpolate":
-        shown = clip(args.video)
-        return tasks.interpolate(pipe, prompt, shown, times=args.interpolate, **given)
+        # At the file's own rate: what is asked for are frames between its frames.
+        fps = args.fps or video_io.probe(args.video).fps or read.fps
+        return of(tasks.interpolate, read(args.video, fps=fps), times=args.interpolate, fps=fps)
     if task == "refine":
-        shown = clip(args.video, own_size=True)
-        return refine(pipe, prompt, shown, scale=args.refine, **given)
-    frames = given.pop("frames", None)
-    if frames is not None:
+        return of(refine, read.as_it_is(args.video), scale=args.refine)
+    if (frames := given.pop("frames", None)) is not None:
         raise ValueError(f"--frames {frames} and --seconds {args.seconds:g}: give one of them.")
-    image = None if args.image is None else clip(args.image)[0]
+    image = None if args.image is None else read(args.image)[0]
     total = lengths.seconds_to_frames(pipe, args.seconds, given.get("fps"))
     how = {"joint": bool(args.joint), "rolling": bool(args.rolling)}
-    return tasks.long(pipe, prompt, frames=total, image=image, **how, **given)
+    return of(tasks.long, frames=total, image=image, **how)
 
 
 def save(made: Video | Film, out: Path, *, sheet: bool) -> Path:
@@ -96,16 +97,20 @@ class _Reader:
     def __init__(self, pipe, args: Namespace, given: dict[str, Any]):
         self.fps = given.get("fps") or pipe.sampling.fps
         self.size = given.get("size") or (pipe.sampling.width, pipe.sampling.height)
-        self.fit = video_io.pad if args.fit == "pad" else video_io.fit
+        self._fit = video_io.pad if args.fit == "pad" else video_io.fit
 
-    def __call__(self, path: str, *, own_size: bool = False) -> np.ndarray:
-        frames = video_io.read_video(path, fps=self.fps).frames
-        if own_size:
-            return frames
-        return np.stack([self.fit(frame, self.size[::-1]) for frame in frames])
+    def __call__(self, path: str, *, fps: float | None = None) -> np.ndarray:
+        return np.stack([self.fit(frame) for frame in self.as_it_is(path, fps=fps)])
+
+    def fit(self, frame: np.ndarray) -> np.ndarray:
+        return self._fit(frame, self.size[::-1])
+
+    def as_it_is(self, path: str, *, fps: float | None = None) -> np.ndarray:
+        """At its own size."""
+        return video_io.read_video(path, fps=fps or self.fps).frames
 
 
-def _keyframes(texts: list[str]) -> dict[int, np.ndarray]:
+def _keyframes(texts: list[str], read: _Reader) -> dict[int, np.ndarray]:
     """{frame: picture} of "FRAME:FILE" each.
 
     Raises:
@@ -119,17 +124,20 @@ def _keyframes(texts: list[str]) -> dict[int, np.ndarray]:
             raise ValueError(f"--keyframe {text}: write FRAME:FILE, such as 8:a.png or last:b.png.")
         if int(frame) in pictures:
             raise ValueError(f"--keyframe {frame} is given twice; give each frame once.")
-        pictures[int(frame)] = video_io.read_video(path, num_frames=1).frames[0]
+        pictures[int(frame)] = read.fit(video_io.read_video(path, num_frames=1).frames[0])
     return pictures
 
 
-def read_mask(text: str, clip: np.ndarray, reader: Callable) -> np.ndarray:
+def read_mask(text: str, video: str, read: _Reader) -> np.ndarray:
     """What is to be made anew (H, W) or (F, H, W): white in a file, or a box "x,y,w,h" in pixels.
 
+    A box lies in the video that is made. A file has the size of that, or of the file `video`, with
+    which it is then cut or padded.
+
     Raises:
-      ValueError: a box outside the video, or a file of another size or length.
+      ValueError: a box outside the video, or a file of another size.
     """
-    height, width = clip.shape[1:3]
+    width, height = read.size
     numbers = text.split(",")
     if len(numbers) == 4 and all(n.strip().isdigit() for n in numbers):
         x, y, w, h = map(int, numbers)
@@ -140,8 +148,14 @@ def read_mask(text: str, clip: np.ndarray, reader: Callable) -> np.ndarray:
         hole = np.zeros((height, width), bool)
         hole[y : y + h, x : x + w] = True
         return hole
-    frames = reader(text, own_size=True)
-    hole = frames.mean(axis=-1) > 127
+    frames, own = read.as_it_is(text), video_io.probe(video)
+    size = frames.shape[2], frames.shape[1]
+    if size not in (read.size, (own.width, own.height)):
+        raise ValueError(
+            f"--mask {text} is {size[0]}x{size[1]}; give one of {own.width}x{own.height}, as "
+            f"{video} is, or of {width}x{height}, as it is made."
+        )
+    hole = np.stack([read.fit(frame) for frame in frames]).mean(axis=-1) > 127
     return hole[0] if len(hole) == 1 else hole
 
 

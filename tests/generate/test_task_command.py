@@ -1,0 +1,106 @@
+"""Tasks from the command line: how files are read, and what is refused before weights are."""
+
+import numpy as np
+import pytest
+
+from sora_jax import cli, video_io
+from sora_jax.generate import Pipeline, Video
+
+
+@pytest.fixture
+def sample(tasks_folder, tmp_path, capsys):
+    def call(*args, out="made.png"):
+        base = ["sample", "--checkpoint", tasks_folder, "--prompt", "a ball", "--steps", 1]
+        status = cli.main([str(a) for a in (*base, *args, "--out", tmp_path / out)])
+        return status, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """Five frames of 32x16 at 24 a second: red, green at its left and right ends."""
+    frames = np.full((5, 16, 32, 3), (200, 0, 0), np.uint8)
+    frames[:, :, :8] = frames[:, :, 24:] = (0, 200, 0)
+    path = tmp_path / "wide.png"
+    Video(frames=frames, fps=24.0, metadata={}).save(path)
+    assert video_io.probe(path).fps == 24.0
+    return path
+
+
+def frames_of(path):
+    return video_io.read_video(path).frames.astype(int)
+
+
+def test_interpolating_raises_the_files_own_rate(sample, wide, tmp_path):
+    assert sample("--video", wide, "--interpolate", 2)[0] == 0
+    made = video_io.probe(tmp_path / "made.png")
+    assert (made.fps, made.num_frames) == (48.0, 9)
+    assert sample("--video", wide, "--interpolate", 2, "--fps", 8)[0] == 0
+    assert video_io.probe(tmp_path / "made.png").fps == 16.0
+
+
+@pytest.mark.parametrize("fit, bars", [("crop", False), ("pad", True)])
+def test_pictures_are_fitted_as_asked(sample, wide, tmp_path, fit, bars):
+    ways = [("--keyframe", f"0:{wide}"), ("--image", wide), ("--image", wide, "--seconds", 2)]
+    for task in (*ways, ("--video", wide, "--extend", "forward", "--seconds", 0.5)):
+        assert sample(*task, "--fit", fit)[0] == 0
+        first = frames_of(tmp_path / "made.png")[0]
+        assert (first[:3].max() == 0) == bars, task  # black above the picture
+        assert (first[8, 0, 1] > 100) == bars, task  # its green ends are there
+
+
+def test_a_mask_file_is_cut_as_its_video_is(sample, wide, tmp_path):
+    marked = np.zeros((1, 16, 32, 3), np.uint8)
+    marked[:, :, 16:] = 255  # the right half of the video, and so of the part that is cut out
+    Video(frames=marked, fps=8.0, metadata={}).save(tmp_path / "mask.png")
+    assert sample("--inpaint", wide, "--mask", tmp_path / "mask.png")[0] == 0
+    made = frames_of(tmp_path / "made.png")
+    assert made.shape[1:3] == (16, 16)
+    np.testing.assert_array_equal(
+        made[:, :, :8], np.broadcast_to((200, 0, 0), (len(made), 16, 8, 3))
+    )
+    assert np.abs(made[:, :, 8:] - (200, 0, 0)).max() > 20
+    Video(frames=marked[:, :, :20], fps=8.0, metadata={}).save(tmp_path / "mask.png")
+    status, err = sample("--inpaint", wide, "--mask", tmp_path / "mask.png")
+    assert status == 2 and "is 20x16; give one of 32x16" in err and "or of 16x16" in err
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--seconds", 0), "seconds 0 is not above 0"),
+        (("--video", "VIDEO", "--interpolate", 0), "interpolate 0 is out of range"),
+        (("--video", "VIDEO", "--outpaint", "64x64", "--fit", "pad"), "--outpaint takes the video"),
+        (
+            ("--video", "VIDEO", "--refine", 2, "--fit", "crop"),
+            "--refine takes the video",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_line(sample, wide, tmp_path, args, message):
+    status, err = sample(*(wide if a == "VIDEO" else a for a in args))
+    assert status == 2 and message in err
+    assert not (tmp_path / "made.png").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--video", "MISSING", "--extend", "forward", "--seconds", 1),
+        ("--edit", "MISSING"),
+        ("--keyframe", "0:MISSING"),
+        ("--inpaint", "WIDE", "--mask", "MISSING"),
+        ("--join", "WIDE", "MISSING"),
+    ],
+)
+def test_files_are_read_before_weights(sample, wide, tmp_path, monkeypatch, args):
+    monkeypatch.setattr(Pipeline, "load_weights", None)
+    names = {"WIDE": str(wide), "MISSING": str(tmp_path / "missing.mp4")}
+    status, err = sample(*("".join(names.get(p, p) for p in split(str(a))) for a in args))
+    assert status == 2 and "missing.mp4" in err
+
+
+def split(text: str) -> list[str]:
+    head, colon, tail = text.partition(":")
+    return [head, colon, tail]
