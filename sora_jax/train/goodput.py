@@ -3,8 +3,9 @@
 Every moment belongs to one category, so the categories add up to the wall time:
 
 step: the devices work on steps; compile: the first call of a step with new shapes; init: mesh,
-weights, restoring; data: no device works, for want of a batch; save: starting checkpoints and
-waiting for them; preview; lost: steps that were done again after a restart; other: the rest.
+first weights; restore: checkpoints found, checked and read; data: no device works, for want of a
+batch; save: starting checkpoints and waiting for them; preview; lost: steps that were done again
+after a restart; other: the rest.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-CATEGORIES = ("step", "compile", "init", "data", "save", "preview", "lost", "other")
+CATEGORIES = ("step", "compile", "init", "restore", "data", "save", "preview", "lost", "other")
 _SAVES_KEPT = 100
 
 

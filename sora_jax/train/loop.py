@@ -23,7 +23,7 @@ from sora_jax.train.local_checkpoint import LocalCheckpointer
 from sora_jax.train.metrics import MetricWriter, Rates, plot_losses
 from sora_jax.train.program import Program, build
 from sora_jax.train.skips import SkipConfig, Skips
-from sora_jax.train.start import first_state, resume
+from sora_jax.train.start import Start, first_state, resume
 from sora_jax.train.trace import Tracer
 from sora_jax.train.watchdog import PATIENCE, Watchdog
 from sora_jax.train.window import Window
@@ -71,7 +71,9 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
                 opened.enter_context(local)
             frozen = stage.place_frozen(mesh)
             seed_key = jax.jit(jax.random.key, out_shardings=sharding.named(mesh))(config.seed + 1)
-            state, position, counted = resume(config, program, checkpointer, local, workdir=workdir)
+            with clock.phase("restore"):
+                found = resume(config, program, checkpointer, local, workdir=workdir)
+            state, position, counted = found or Start(first_state(config, program), {}, None)
             if position:
                 loader.set_state(position)
             if counted:

@@ -29,7 +29,7 @@ def resume(
     local: LocalCheckpointer | None,
     *,
     workdir: Path,
-) -> Start:
+) -> Start | None:
     """The newest of: the local copies, where all processes have them; the checkpoints; nothing.
 
     Raises:
@@ -50,7 +50,7 @@ def resume(
     elif shared is not None:
         meta = checkpointer.read_meta(shared)
     else:
-        return Start(first_state(config, program), {}, None)
+        return None
     changes = startup.check_same_run(config, meta["config"], workdir=workdir)
     if changes:
         startup.tell(f"going on with another config: {', '.join(changes)}.")
