@@ -91,6 +91,11 @@ def end(scene: Scene, truth: Clip, step: int) -> Bool[np.ndarray, "F 1 1"]:
     return _spread(np.arange(len(truth)) >= len(truth) - len(truth) // 2 // step * step)
 
 
+def before_cut(scene: Scene, truth: Clip, step: int) -> Bool[np.ndarray, "F 1 1"]:
+    """The first shot but for what shares a latent frame with the second."""
+    return _spread(np.arange(len(truth)) < _whole(scene.shots[0].frames - 1, step))
+
+
 def ends(scene: Scene, truth: Clip, step: int) -> Bool[np.ndarray, "F 1 1"]:
     """All but a gap of half the frames, of 17 frames 5 and 4."""
     before, gap = _gap(len(truth), step)

@@ -62,6 +62,13 @@ def _hides(scene: Scene) -> bool:
 
 
 _HIDING = scenes("seen", "heldout", keep=_hides)
+_SHOTS = scenes(
+    "train",
+    keep=lambda scene: len(scene.shots) == 2,
+    multi_shot=1.0,
+    collisions=0.0,
+    companions=0.0,
+)
 _OPEN = scenes("heldout", keep=lambda scene: not _hides(scene))  # a wall would fill the box
 
 # By name, of which `--tasks` knows the first word.
@@ -84,18 +91,9 @@ TASKS = {
     "outpaint": Task("border", _OPEN, task_judges.PAINT, task_cases.middle),
     "permanence": Task("none", _HIDING, task_judges.PERMANENCE),
     "permanence extended": Task("prefix", _HIDING, task_judges.PERMANENCE, task_cases.beginning),
-    "shots": Task(
-        "none",
-        scenes(
-            "train",
-            keep=lambda scene: len(scene.shots) == 2,
-            multi_shot=1.0,
-            collisions=0.0,
-            companions=0.0,
-        ),
-        task_judges.SHOTS,
-        prompt=stamped,  # no other says at which frame to cut
-    ),
+    "shots": Task("none", _SHOTS, task_judges.SHOTS, prompt=stamped),  # at which frame to cut
+    # As storyboards carry a character over a cut: the words alone say that there is one.
+    "shots carried": Task("prefix", _SHOTS, task_judges.SHOTS, task_cases.before_cut),
     "physics bounce": Task(
         "none", scenes("seen", "heldout", keep=of_verbs("bounces")), task_judges.BOUNCE
     ),

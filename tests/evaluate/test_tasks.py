@@ -382,3 +382,12 @@ def test_what_is_known_is_kept_when_a_suite_is_cut_off(fake_task_pipeline, tmp_p
     kept = json.loads(out.read_text())
     assert list(kept["tasks"]) == ["animate"] and "animate/motion" in kept["targets"]
     assert (tmp_path / "scores_animate.png").exists()
+
+
+def test_what_is_carried_over_a_cut_ends_before_it():
+    case = case_of("shots carried")
+    cut = case.scene.shots[0].frames
+    given = case.canvas.known.all(axis=(1, 2))
+    # Frames 1 and 2 share a latent frame, and so on: frame 7 does with the cut's, 8.
+    assert cut == 8 and given.tolist() == [True] * 7 + [False] * 10
+    assert ". Cut to: " in case.prompt
