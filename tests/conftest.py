@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import jax
@@ -76,3 +77,17 @@ def random_like(abstract, *, seed: int):
     return jax.tree.map(
         lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32), abstract
     )
+
+
+@pytest.fixture(scope="session")
+def load_tool():
+    """The module of a file in tools/, by its name: they are run, not imported."""
+
+    def load(name: str):
+        path = Path(__file__).parents[1] / "tools" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -1,8 +1,5 @@
 """Patches are halved as the tool says: four alike are embedded, and answered, as one was."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -11,18 +8,14 @@ from flax import nnx
 from sora_jax.convert import rewrite
 from sora_jax.dit.model import DiT, DiTConfig
 
-TOOL = Path(__file__).parents[2] / "tools" / "halve_patches.py"
 CONFIG = DiTConfig(
     depth=2, width=48, num_heads=2, ffn_dim=32, in_channels=3, out_channels=3, text_dim=8
 )
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("halve_patches", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool):
+    return load_tool("halve_patches")
 
 
 @pytest.fixture(scope="module")

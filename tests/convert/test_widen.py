@@ -1,6 +1,5 @@
 """Widened parts compute what the narrow ones did, and load in their new sizes."""
 
-import importlib.util
 from pathlib import Path
 
 import jax
@@ -13,7 +12,6 @@ from sora_jax.convert import folder, rewrite
 from sora_jax.dit.model import DiT, DiTConfig
 from sora_jax.vae.model import VAEConfig, VideoVAE
 
-TOOL = Path(__file__).parents[2] / "tools" / "widen.py"
 DIT = DiTConfig(
     depth=2, width=48, num_heads=2, ffn_dim=32, in_channels=3, out_channels=3, text_dim=8
 )
@@ -28,11 +26,8 @@ VAE = VAEConfig(
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("widen", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool):
+    return load_tool("widen")
 
 
 def drawn(model):

@@ -1,8 +1,5 @@
 """Rows that the tool puts together are those of `sora_jax.data.packing`."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,16 +9,12 @@ from sora_jax.data import packing
 from sora_jax.data.packing import PackSettings
 from sora_jax.train.batches import Segmenter
 
-TOOL = Path(__file__).parents[2] / "tools" / "drawn_rows.py"
 NAMES = ("positions", "segment_ids", "text_of_tokens", "ids", "text_segment_ids", "text_positions")
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("drawn_rows", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool):
+    return load_tool("drawn_rows")
 
 
 @pytest.mark.parametrize("of_clips", [True, False])
