@@ -1,26 +1,44 @@
 #!/usr/bin/env bash
 # Runs a command as N processes on this machine, which together are one JAX job:
 #
-#   launch/local.sh [--restarts K] N sora-jax train --distributed --config FILE --workdir DIR
+#   launch/local.sh [--dry-run] [--restarts K] N sora-jax train --distributed --config FILE --workdir DIR
 #
 # Ctrl-C and SIGTERM reach all of them, once; if one fails, the others are stopped with its status.
 # All are started again, at most K times in a row (default 0), after status 75 and after crashes.
+# --dry-run prints every process's command, and runs none.
 set -euo pipefail
 
-usage="usage: launch/local.sh [--restarts K] N COMMAND [ARGUMENT ...]   N processes, 1 or more"
+usage="usage: launch/local.sh [--dry-run] [--restarts K] N COMMAND [ARGUMENT ...]   N processes, 1 or more"
 
 if [[ ${1-} == -h || ${1-} == --help ]]; then
   echo "$usage"
   exit 0
 fi
 restarts=0
-if [[ ${1-} == --restarts ]]; then
-  restarts=${2-}
-  shift $(($# < 2 ? $# : 2))
-fi
+dry=''
+while [[ ${1-} == --* ]]; do
+  if [[ $1 == --dry-run ]]; then
+    dry=1
+    shift
+  elif [[ $1 == --restarts ]]; then
+    restarts=${2-}
+    shift $(($# < 2 ? $# : 2))
+  else
+    break # N is missing
+  fi
+done
 if (($# < 2)) || ! [[ $1 =~ ^[1-9][0-9]*$ && $restarts =~ ^[0-9]+$ ]]; then
   echo "$usage" >&2
   exit 2
+fi
+if [[ -n $dry ]]; then
+  count=$1
+  shift
+  for ((i = 0; i < count; i++)); do
+    echo "JAX_COORDINATOR_ADDRESS=localhost:PORT JAX_NUM_PROCESSES=$count JAX_PROCESS_ID=$i ${*@Q} &"
+  done
+  ((restarts == 0)) || echo "# all again after status 75 and after crashes, $restarts times at most"
+  exit 0
 fi
 if ((restarts > 0)); then
   exec "$(dirname "$0")/restart.sh" --restarts "$restarts" -- "$0" "$@"

@@ -93,9 +93,24 @@ def test_every_process_is_told_its_number_and_the_same_coordinator():
 
 
 def test_a_missing_number_of_processes_is_explained():
-    for args in ((), ("0", "true"), ("two", "true"), ("2",)):
+    missing = ((), ("0", "true"), ("two", "true"), ("2",), ("--dry-run", "true"), ("--x", "2", "y"))
+    for args in missing:
         done = launch(*args)
-        assert done.returncode == 2 and "usage: launch/local.sh [--restarts K] N" in done.stderr
+        assert done.returncode == 2 and "usage: launch/local.sh [--dry-run] [--restarts K] N" in (
+            done.stderr
+        )
+
+
+def test_a_dry_run_prints_the_command_of_every_process_and_runs_none(tmp_path):
+    target = tmp_path / "a b"
+    done = launch("--dry-run", "--restarts", 3, 2, "touch", target)
+    assert done.returncode == 0 and not target.exists()
+    *lines, restarts = done.stdout.splitlines()
+    assert [line.split()[1:3] for line in lines] == [
+        ["JAX_NUM_PROCESSES=2", f"JAX_PROCESS_ID={i}"] for i in range(2)
+    ]
+    assert all(line.endswith(f"'touch' '{target}' &") for line in lines)
+    assert "3 times at most" in restarts
 
 
 def counted(path: Path, *statuses: int) -> list[str]:
