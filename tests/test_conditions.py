@@ -17,7 +17,7 @@ from sora_jax.convert.recognize import recognize
 from sora_jax.convert.sampling import read_sampling
 from sora_jax.convert.weights import open_weights
 from sora_jax.dit.config import DiTConfig
-from sora_jax.generate import canvas, conditions
+from sora_jax.generate import canvas, conditions, tasks
 from sora_jax.generate.experts import Experts, Part
 from sora_jax.image.clip import CLIPVisionConfig
 
@@ -264,3 +264,62 @@ def test_bfloat16_is_close_to_float32_and_recorded(pipeline_folder):
     assert videos[1].metadata["dtype"] == "bfloat16" and "dtype" not in videos[0].metadata
     with pytest.raises(ValueError, match="dtype 'float8' is unknown; use float32 or bfloat16"):
         sora_jax.load(pipeline_folder, dtype="float8")
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["with CLIP", "channels alone"])
+def given_frames(request, image_folder, pipeline_folder, tmp_path_factory):
+    """A pipeline that takes what is given as channels, as if it had learned to go on."""
+    target = tmp_path_factory.mktemp("given") / "i2v"
+    if request.param:
+        shutil.copytree(image_folder, target)
+    else:
+        dit = dataclasses.replace(folder.read_config(pipeline_folder, "dit"), in_channels=10)
+        variant(pipeline_folder, target, parts=[("dit", dit)])
+    sampling = folder.read_json(target / "sampling.json")
+    trained = ["none", "first", "keyframes", "prefix"]
+    folder.write_json(target / "sampling.json", sampling | {"tasks": trained})
+    return sora_jax.load(target)
+
+
+def test_a_canvas_of_the_first_frame_is_the_picture(given_frames):
+    request = given_frames.request("a ball")
+    shown = canvas.of_pictures({0: RED}, 5, size=(16, 16))
+    got = given_frames.conditions(request, canvases=[shown, shown])
+    expected = given_frames.conditions(request, (RED, None), count=2)
+    for name in ("channels", "features"):
+        one, other = getattr(got, name), getattr(expected, name)
+        assert (one is None) == (other is None)
+        if one is not None:
+            np.testing.assert_allclose(one, other, atol=1e-5)
+    video = given_frames.run([request], canvases=[shown])[0]
+    np.testing.assert_array_equal(video.frames[0], RED)
+
+
+def test_a_film_of_several_windows_goes_on_from_what_the_channels_show(given_frames, monkeypatch):
+    seen, denoise = [], given_frames.denoise
+
+    def watched(noise, request, text, given, **options):
+        latents = denoise(noise, request, text, given, **options)
+        seen.append((given, np.asarray(latents)))
+        return latents
+
+    monkeypatch.setattr(given_frames, "denoise", watched)
+    film = tasks.long(given_frames, "a ball", frames=9, window=5, overlap=3, image=RED)
+    frames = np.concatenate(list(film.parts))
+    assert frames.shape == (9, 16, 16, 3)
+    np.testing.assert_array_equal(frames[0], RED)
+    (first, latents), (second, _), *_ = seen
+    temporal = 2
+    np.testing.assert_array_equal(first.channels[0, :, 0, 0, :temporal], [[1, 1], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(second.channels[0, :, 0, 0, :temporal], [[1, 1], [1, 1], [0, 0]])
+    # Of the frames that are taken over, the latents are those that were made.
+    np.testing.assert_array_equal(second.channels[:, 1, ..., temporal:], latents[:, -1])
+
+
+def test_what_is_no_whole_frame_is_refused_by_a_model_that_goes_on_from_frames(given_frames):
+    shown = canvas.blank(5, 16, 16)
+    shown.known[:, :8] = True
+    with pytest.raises(ValueError, match="this model goes on from whole frames"):
+        given_frames.conditions(given_frames.request("a ball"), canvases=[shown])
+    with pytest.raises(ValueError, match="this model animates a picture; give image"):
+        list(tasks.long(given_frames, "a ball", frames=9, window=5).parts)

@@ -240,7 +240,8 @@ class Pipeline:
             )
             if same != shared:
                 raise ValueError("requests of one batch may differ in prompts and seeds alone.")
-        conditions.check(self.way, self.dit.config, pictures)
+        if canvases is None:
+            conditions.check(self.way, self.dit.config, pictures)
         if canvases is None and self.way == "clean" and pictures[0] is not None:
             trained.check(self, "first" if pictures[1] is None else "first_last")
             ends = zip((0, shared.frames - 1), pictures, strict=True)
@@ -293,10 +294,10 @@ class Pipeline:
                     f"{name}: {len(videos)} of shape {sorted(shapes)} for {len(requests)} videos "
                     f"of {(*wanted, 3)}; give one of that shape for each."
                 )
-        if canvases is not None and self.way != "clean":
+        if canvases is not None and not self.way:
             raise ValueError(
-                "this model was not trained on videos of which a part is given; it takes "
-                + ("pictures alone." if self.way else "text alone.")
+                "this model was not trained on videos of which a part is given; it takes text "
+                "alone."
             )
 
     def conditions(
@@ -310,28 +311,52 @@ class Pipeline:
         """What the transformer sees of (first, last) pictures, the same for `count` videos, or of
         the canvas of each. Pictures have passed `conditions.check`.
         """
+        if canvases is not None and self.way == "channels":
+            return self._given_frames(canvases)
         if canvases is not None:
             return self._given_tokens(canvases)
         if pictures[0] is None:
             return Conditions()
-        shown = [p for p in pictures if p is not None]
-        fitted = [
-            None if p is None else conditions.fit(p, width=request.width, height=request.height)
-            for p in pictures
-        ]
-        video = conditions.condition_video(fitted, request.frames)
+        shown = {frame: p for frame, p in zip((0, -1), pictures, strict=True) if p is not None}
+        canvas = canvas_of.of_pictures(
+            {frame % request.frames: picture for frame, picture in shown.items()},
+            request.frames,
+            size=(request.width, request.height),
+        )
+        given = self._given_frames([canvas], pictures=[p for p in pictures if p is not None])
+        return Conditions(*(None if c is None else jnp.repeat(c, count, axis=0) for c in given))
+
+    def _given_frames(
+        self, canvases: Sequence[Canvas], pictures: Sequence[Picture] | None = None
+    ) -> Conditions:
+        """Masks of the frames that are given, latents of videos that show them and are grey
+        elsewhere, and what an image encoder sees of the first one, or of the first and last.
+
+        Args:
+          pictures: for the image encoder, as they were before they were cut to the video's shape.
+        """
+        known = np.stack([canvas.known.all(axis=(1, 2)) for canvas in canvases])
+        some = np.stack([canvas.known.any(axis=(1, 2)) for canvas in canvases])
+        count = 1 if self.dit.config.image_positions is None else 2
+        needed = [0, -1][:count] if self.dit.config.image_dim is not None else []
+        if (some & ~known).any() or not known[:, needed].all():
+            ends = "frames, the first and the last among them" if count == 2 else "frames"
+            ends = "frames, the first among them" if len(needed) == 1 else ends
+            raise ValueError(f"this model goes on from whole {ends}; give these, or use another.")
+        frames = np.stack([canvas_of.to_unit(canvas.frames) for canvas in canvases])
+        video = np.where(known[..., None, None, None], frames, np.float32(0))
         latents = self._latents(self.vae.params, jnp.asarray(video))
-        known = conditions.known_frames(request.frames, last=len(shown) == 2)
-        mask = conditions.mask_channels(known, temporal=self.vae.config.scale_factor_temporal)
-        mask = np.broadcast_to(mask[None, :, None, None], (*latents.shape[:-1], mask.shape[-1]))
+        temporal = self.vae.config.scale_factor_temporal
+        mask = np.stack([conditions.mask_channels(k, temporal=temporal) for k in known])
+        mask = np.broadcast_to(mask[:, :, None, None], (*latents.shape[:-1], temporal))
         channels, features = jnp.concatenate([jnp.asarray(mask), latents], axis=-1), None
-        if self.dit.config.image_dim is not None:
+        if needed:
             size = self.image.config.image_size
-            pixels = np.stack([clip.preprocess(picture, size=size) for picture in shown])
+            shown = [pictures or [canvas.frames[at] for at in needed] for canvas in canvases]
+            pixels = np.stack([clip.preprocess(p, size=size) for each in shown for p in each])
             rows = self._features(self.image.params, jnp.asarray(pixels))
-            features = rows.reshape(1, -1, rows.shape[-1])
-        repeat = lambda c: None if c is None else jnp.repeat(c, count, axis=0)  # noqa: E731
-        return Conditions(repeat(channels), repeat(features))
+            features = rows.reshape(len(canvases), -1, rows.shape[-1])
+        return Conditions(channels, features)
 
     def _given_tokens(self, canvases: Sequence[Canvas]) -> Conditions:
         """Latents of the canvases, and which tokens of them are given."""

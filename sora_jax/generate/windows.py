@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import detail, texts
+from sora_jax.generate import conditions, detail, texts
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Conditions, Tiles
 from sora_jax.generate.denoise import OnStep, Start
@@ -90,6 +90,8 @@ def film(
         length = requests[0].frames
         known = 0 if end is None else end - begin
         local = _local(canvases, begin, length, known, frames, requests[0])
+        if local is None:
+            conditions.check(pipe.way, pipe.dit.config, (None, None))
         given = Conditions() if local is None else pipe.conditions(requests[0], canvases=local)
         if known > 1:
             given = _carried(given, latents, known, length, pipe.vae.config.scale_factor_temporal)
@@ -227,6 +229,9 @@ def _carried(
     """`given` with the latents that the window before made, all but the first frame's."""
     count = (known - 1) // temporal
     old = latents[:, latents.shape[1] - count :]
+    if given.channels is not None:  # behind those of the mask
+        channels = given.channels.at[:, 1 : 1 + count, :, :, temporal:].set(old)
+        return given._replace(channels=channels)
     return given._replace(clean=given.clean.at[:, 1 : 1 + count].set(old))
 
 
