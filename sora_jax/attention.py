@@ -234,8 +234,8 @@ def _on_mesh(kernel: Kernel, q, q_ids, keys: Keys, *, kv_axis: str, context: str
 
 def _local(kernel: Kernel, q, q_ids, keys: Keys, ring: Ring = ring_attention.ALONE):
     if kernel.name == "cudnn":
-        out = cudnn_attention.attend(q, keys.k, keys.v, q_ids, keys.ids, runs=kernel.runs)
-        return checkpoint_name(out, RESIDUALS)
+        # Not named: what its backward pass needs is kept by `cudnn_attention.is_forward`.
+        return cudnn_attention.attend(q, keys.k, keys.v, q_ids, keys.ids, runs=kernel.runs)
     return ring_attention.attend(q, q_ids, keys, kernel, ring)
 
 

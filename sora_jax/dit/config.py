@@ -1,12 +1,14 @@
 """Settings of the diffusion transformer, and their form in diffusers' config.json."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
-from sora_jax import attention
+from sora_jax import attention, cudnn_attention
 from sora_jax.quantized import QUANTIZED
 
 DTYPES = ("float32", "bfloat16")
@@ -25,6 +27,22 @@ def _offload(*, keep: tuple[str, ...] = (), send: tuple[str, ...]):
     )
 
 
+@functools.cache
+def _name_primitive():
+    return jax.make_jaxpr(lambda x: checkpoint_name(x, ""))(0.0).eqns[0].primitive
+
+
+def _with_cudnn(policy):
+    """`policy`, doing with results of cuDNN's attention what it does with those of our kernels."""
+
+    def decide(primitive, *args, **params):
+        if cudnn_attention.is_forward(primitive):
+            return policy(_name_primitive(), *args, name=attention.RESIDUALS)
+        return policy(primitive, *args, **params)
+
+    return decide
+
+
 # What a block keeps for its backward pass; the rest is computed again.
 REMAT: dict[str, Any] = {
     "none": None,  # everything: no rematerialisation
@@ -32,17 +50,21 @@ REMAT: dict[str, Any] = {
     "dots": _policies.dots_saveable,  # results of all matrix products, attention logits too
     "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,  # of the linear layers
     # The input and what attention gave, with what its own backward pass needs of it.
-    "attention_out": _policies.save_only_these_names(attention.RESIDUALS),
+    "attention_out": _with_cudnn(_policies.save_only_these_names(attention.RESIDUALS)),
     # Results of linear layers, and of attention: nothing large is multiplied again.
-    "dots_no_batch_attention_out": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(attention.RESIDUALS),
+    "dots_no_batch_attention_out": _with_cudnn(
+        _policies.save_from_both_policies(
+            _policies.dots_with_no_batch_dims_saveable,
+            _policies.save_only_these_names(attention.RESIDUALS),
+        )
     ),
     # "full", and the input waits in the host's memory.
     "offload": _offload(send=(BLOCK_INPUT,)),
     # "attention_out" with the input in the host's memory, and with both there.
-    "attention_out_offload_input": _offload(keep=(attention.RESIDUALS,), send=(BLOCK_INPUT,)),
-    "attention_out_offload": _offload(send=(BLOCK_INPUT, attention.RESIDUALS)),
+    "attention_out_offload_input": _with_cudnn(
+        _offload(keep=(attention.RESIDUALS,), send=(BLOCK_INPUT,))
+    ),
+    "attention_out_offload": _with_cudnn(_offload(send=(BLOCK_INPUT, attention.RESIDUALS))),
 }
 
 # Our name -> diffusers' name and the default of its class (the 14B model's).

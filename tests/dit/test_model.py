@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,39 @@ def test_kept_attention_is_not_computed_again():
         counts[policy] = compiled.count(" dot(")
     # Of each of the two attentions: probabilities times values; logits are computed either way.
     assert counts["full"] - counts["attention_out"] == 2
+
+
+@pytest.mark.parametrize(
+    ("remat", "again"),
+    [("none", 0), ("full", 1), ("attention_out", 0), ("dots_no_batch_attention_out", 0)],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_kept_attention_of_cudnn_is_not_computed_again(monkeypatch, remat, again, packed):
+    """Traced alone, for there is no GPU: its forward passes in one block's gradient."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda wanted: True)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    config = dataclasses.replace(
+        TINY, width=32, num_heads=2, dtype="bfloat16", remat=remat, unroll=True, depth=1
+    )
+    graph, params = nnx.split(random_model(config), nnx.Param)
+    n, text = 1024, normal(2, 5, TINY.text_dim)
+    ids = jnp.arange(n)[None].repeat(2, 0) // 400
+    x, t = normal(2, n, 16), jnp.full((2, 3), 0.5)
+    told = {"positions": jnp.zeros((1, n, 3), jnp.int32), "num_segments": 3}
+    if packed:
+        texts = jnp.zeros((2, 5), jnp.int32)
+        told |= {"segment_ids": ids, "text_segment_ids": texts, "t_of_segments": True}
+
+    def loss(params):
+        return jnp.sum(nnx.merge(graph, params).tokens(x, t if packed else t[:, :1], text, **told))
+
+    traced = str(jax.make_jaxpr(jax.grad(loss))(params))
+    kernels = re.findall("dot_product_attention_(fwd|bwd)_wrapper", traced)
+    # Self-attention; cross-attention has a weight for the padding, or here a short text.
+    assert kernels.count("bwd") == 1 and kernels.count("fwd") == 1 + again
 
 
 def test_bfloat16_operands_stay_near_float32():
