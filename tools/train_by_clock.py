@@ -11,8 +11,9 @@ ones are added. Losses, optimizer and step are those of `sora-jax train` with
 configs/paperworld_vae.py and configs/paperworld.py:fine, but that the rate follows the clock and
 not the number of the step, and that rows are put together here: a step has rows of one clip, or
 rows of nine images. Several ways to run the blocks are compiled side by side and the fastest is
-taken. DIR gets an inference folder and log.json. XLA_FLAGS=--xla_gpu_enable_triton_gemm=false
-compiles on a GPU in a quarter of the time and runs as fast.
+taken. DIR gets an inference folder, log.json and loss.png. On a GPU, with
+XLA_FLAGS=--xla_gpu_enable_triton_gemm=false
+it compiles in a quarter of the time and runs as fast.
 """
 
 import argparse
@@ -351,6 +352,28 @@ def train_dit(args, latents: Latents, begun, log: list):
     return built, state, count
 
 
+def draw(log: list[dict], path: Path) -> None:
+    """Curves of the batches in `log`: a panel for each stage and kind of batch."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in log if "step" in row]
+    panels = list(dict.fromkeys((row["stage"], row["kind"]) for row in rows))
+    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        mine = [row for row in rows if (row["stage"], row["kind"]) == panel]
+        name = "train/psnr" if "train/psnr" in mine[0] else "train/loss"
+        steps, values = ([row[key] for row in mine] for key in ("step", name))
+        count = max(1, min(5, len(values) // 3))
+        means = np.convolve(values, np.ones(count) / count, "valid")
+        axes.plot(steps, values, ".", color="tab:blue", alpha=0.5, label="a batch")
+        axes.plot(steps[count - 1 :], means, color="tab:orange", label=f"mean of {count}")
+        axes.set(title=f"{panel[0]}, {panel[1]}: {name.removeprefix('train/')}", xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
     args = parse()
     clips = Records(CLIPS, FRAMES, count=args.clips, workers=args.workers)
@@ -391,6 +414,7 @@ def main() -> None:
     drawn = [len(rows.encoded) for rows in latents.rows.values()]
     log.append({"vae_steps": vae_steps, "dit_steps": dit_steps, "encoded": drawn})
     (args.out / "log.json").write_text(json.dumps(log) + "\n")
+    draw(log, args.out / "loss.png")
     say("wrote", args.out)
 
 
