@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sora_jax
-from sora_jax import cli, sharding
+from sora_jax import cli, compile_options, sharding
 
 HEADS = 2  # of the small pipeline
 
@@ -78,6 +78,16 @@ def test_again_takes_the_mesh_that_made_the_video(pipeline_folder, tmp_path, cap
     assert again.read_bytes() == made.read_bytes()
     assert cli.main([*repeat, "--mesh", "none"]) == 2
     assert "leave out --mesh" in capsys.readouterr().err
+
+
+def test_programs_on_a_mesh_are_compiled_with_the_options_of_its_chips(
+    pipeline_folder, monkeypatch
+):
+    monkeypatch.setattr(compile_options, "of_mesh", lambda mesh: {"no_such_option": mesh.size})
+    prompt = [sora_jax.load(pipeline_folder).request("a ball", steps=1)]
+    sora_jax.load(pipeline_folder).run(prompt)  # on one device, which has no collectives
+    with pytest.raises(Exception, match="no_such_option"):
+        sora_jax.load(pipeline_folder, mesh="context=2").run(prompt)
 
 
 def test_weights_are_read_when_they_are_needed(pipeline_folder, monkeypatch):

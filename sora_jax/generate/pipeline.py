@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
-from sora_jax import sharding
+from sora_jax import compile_options, sharding
 from sora_jax.convert.sampling import SamplingDefaults
 from sora_jax.diffusion import times
 from sora_jax.generate import canvas as canvas_of
@@ -76,7 +76,8 @@ class Pipeline:
         Args:
           stays: of a pair that it returns, the second is for the mesh alone.
         """
-        compiled = jax.jit(function)
+        options = None if self.mesh is None else compile_options.of_mesh(self.mesh)
+        compiled = jax.jit(function, compiler_options=options)
 
         @functools.wraps(function)
         def on_mesh(*arguments):
