@@ -12,7 +12,7 @@ from sora_jax.generate.denoise import OnStep, Start
 from sora_jax.generate.video import Video, array_hash, to_bytes
 from sora_jax.prompts import timed
 
-STRENGTH = 0.35  # of the noise: enough to draw edges anew, too little to move them
+STRENGTH = 0.1  # of the noise: more moves away from what was given (docs/tasks.md)
 MOST_SCALE = 8
 SHARPEN = 1.5  # times what a blur takes away
 SHARPEN_WIDTH = 0.75  # of that blur, standard deviation in pixels of what is enlarged
