@@ -101,8 +101,8 @@ def attention(
       context: how tokens on several devices meet, one of CONTEXTS; see `Exchange`.
       dtype: of the operands of both matrix products; logits and softmax are float32.
       scaled: queries are times `query_scale` already, which those of "flash" alone may be.
-      runs: queries and keys of each id in [0, runs) lie side by side, in the order of the ids;
-        other ids are padding. Kernels that can use it are faster.
+      runs: queries and keys of each id in [0, runs) lie side by side, in the order of the ids,
+        which are the same for both; other ids are padding. Kernels that can use it are faster.
       interpret: runs "flash" in Pallas' interpreter, for tests off TPU.
 
     Raises:

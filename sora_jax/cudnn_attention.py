@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 _FILL = -(2**31)  # segment of tokens that fill up; no caller's id, not even -1 for padding
+_RUNS_CAPABILITY = 9.0  # as JAX asks for, too
 _RUNS_MIN_TOKENS = 1024  # of rows of 576 tokens a mask is faster than runs
 
 
@@ -28,13 +29,13 @@ def attend(
     """Scaled dot-product attention of queries to the keys of their own segment.
 
     Args:
-      runs: with it, tokens of each id in [0, runs) lie side by side, in the order of the ids and
-        with no id left out before another; other ids are padding, whose rows are zero or without
-        meaning.
+      runs: with it, tokens of each id in [0, runs) lie side by side, in the order of the ids, and
+        queries and keys have the same ids; other ids are padding, whose rows are zero or without
+        meaning. Nothing checks it: ids in another order give wrong rows.
     """
     if q_ids is None or kv_ids is None:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    if runs is not None and min(q.shape[1], k.shape[1]) >= _RUNS_MIN_TOKENS:
+    if runs is not None and min(q.shape[1], k.shape[1]) >= _RUNS_MIN_TOKENS and _takes_runs():
         return _in_runs(q, k, v, q_ids, kv_ids, runs)
     length = q.shape[1]
     # With a mask, cuDNN's backward pass wants even lengths.
@@ -44,6 +45,11 @@ def attend(
     mask = q_ids[:, None, :, None] == kv_ids[:, None, None, :]
     out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     return out[:, :length]
+
+
+def _takes_runs() -> bool:
+    """Whether the devices' cuDNN has packed sequences: from Hopper on."""
+    return float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= _RUNS_CAPABILITY
 
 
 def _in_runs(q, k, v, q_ids, kv_ids, runs: int):
@@ -78,7 +84,8 @@ def _or_zero(x, real):
 def is_forward(primitive: Any) -> bool:
     """Whether that is cuDNN's forward pass, which also gives what its backward pass needs.
 
-    That lies within JAX's own gradient rule, where no `checkpoint_name` reaches.
+    With runs that is a number for every query, head and run, of which most mean nothing. It lies
+    within JAX's own gradient rule, where no `checkpoint_name` reaches.
     """
     return primitive.name.startswith("dot_product_attention_fwd")
 

@@ -27,7 +27,7 @@ class Kernel:
     """Which kernel runs on each part, and how.
 
     Args:
-      name: "blocked" or "flash".
+      name: "blocked" or "flash"; "cudnn" runs elsewhere, on one device's keys alone.
       dtype: of the operands of its products, and of its result.
       platform: that the kernel runs on.
       interpret: runs "flash" in Pallas' interpreter, for tests off TPU.

@@ -72,7 +72,7 @@ def run(args: Namespace) -> list[Path]:
     if task is None:
         conditions.check(pipe.way, pipe.dit.config, pictures)
     else:
-        task_command.check(pipe, task)
+        task_command.check(pipe, task, args)
     if again and again["checkpoint_sha256"] != pipe.info["checkpoint_sha256"]:
         raise ValueError(
             f"{args.again} was made by checkpoint {again['checkpoint_sha256']}, "
@@ -97,8 +97,8 @@ def run(args: Namespace) -> list[Path]:
         )
     settings = {name: getattr(args, name) for name in _NAMES} | {"size": parse_size(args.size)}
     if padded and not again:
-        size = settings["size"] or (pipe.sampling.width, pipe.sampling.height)
-        pictures = _padded(pictures, size)
+        request = pipe.request(prompts[0], **settings)
+        pictures = _padded(pictures, (request.width, request.height))
     if again:
         settings = {name: again.get(name) for name in _NAMES}
         settings["size"] = (again["width"], again["height"])
@@ -226,7 +226,8 @@ def _check_again(
         if made_from != (None if picture is None else array_hash(picture)):
             flag = f"--{name.replace('_', '-')}"
             how = f"from picture {made_from}; give it with" if made_from else "without; leave out"
-            raise ValueError(f"{args.again} was made {how} {flag}.")
+            fit = ", and --fit as it was then" if made_from and picture is not None else ""
+            raise ValueError(f"{args.again} was made {how} {flag}{fit}.")
     if noise is not None and len(noise) > 1:
         raise ValueError(
             f"{args.again} is one of {len(noise)} videos made together from one noise file; give "

@@ -9,16 +9,20 @@ from typing import Any
 import numpy as np
 
 from sora_jax import video_io
-from sora_jax.generate import lengths, tasks, trained
+from sora_jax.generate import conditions, lengths, tasks, trained
 from sora_jax.generate.refine import refine
+from sora_jax.generate.request import MOST_FPS
 from sora_jax.generate.video import Film, Video
 from sora_jax.task_arguments import asked, flag
 
 __all__ = ["asked", "check", "parse_size", "prepare", "read_mask", "save"]
 
 
-def check(pipe, task: str) -> None:
+def check(pipe, task: str, args: Namespace) -> None:
     """Raises ValueError, before any weights are read, for a task that `pipe` cannot do."""
+    anew = task in ("edit", "interpolate", "refine")
+    if pipe.way == "channels" and (anew or (task == "seconds" and args.image is None)):
+        raise ValueError(f"{flag(task)}: {conditions.NEEDS_PICTURE}")
     needed = {"keyframe": "keyframes", "join": "middle", "loop": "middle", "inpaint": "box"}
     if mask := (needed | {"outpaint": "border"}).get(task):
         trained.check(pipe, mask)
@@ -68,6 +72,11 @@ def prepare(
     if task == "interpolate":
         # At the file's own rate: what is asked for are frames between its frames.
         fps = args.fps or video_io.probe(args.video).fps or read.fps
+        if fps * max(args.interpolate, 0) > MOST_FPS:
+            raise ValueError(
+                f"--interpolate {args.interpolate} of {fps:g} frames a second is more than "
+                f"{MOST_FPS}; use less, or read the video at a lower --fps."
+            )
         return of(tasks.interpolate, read(args.video, fps=fps), times=args.interpolate, fps=fps)
     if task == "refine":
         return of(refine, read.as_it_is(args.video), scale=args.refine)

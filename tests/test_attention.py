@@ -85,6 +85,19 @@ def test_runs_are_told_by_their_lengths_and_first_tokens():
     np.testing.assert_array_equal(first, [[0, 3, 4, -1, -1], [0, -1, -1, -1, -1]])
 
 
+def test_runs_are_for_hopper_and_later(monkeypatch):
+    """Traced alone: a bias stands for the mask where cuDNN has no packed sequences."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda wanted: True)
+    q, ids = jnp.zeros((1, 1024, 2, 64), jnp.bfloat16), jnp.zeros((1, 1024), jnp.int32)
+    for hopper in (False, True):  # what was traced once is not traced again: functions of their own
+        monkeypatch.setattr(cudnn_attention, "_takes_runs", lambda hopper=hopper: hopper)
+        attend = functools.partial(cudnn_attention.attend, q, q, q, ids, ids, runs=3)
+        assert ("bf16[1,1,1024,1024]" in str(jax.make_jaxpr(attend)())) != hopper
+
+
 @pytest.mark.skipif("cudnn" not in KERNELS, reason="needs a GPU")
 @pytest.mark.parametrize("count", [1, 5])
 def test_cudnn_in_runs_equals_the_reference(count):

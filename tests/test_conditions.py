@@ -19,6 +19,7 @@ from sora_jax.convert.weights import open_weights
 from sora_jax.dit.config import DiTConfig
 from sora_jax.generate import canvas, conditions, tasks
 from sora_jax.generate.experts import Experts, Part
+from sora_jax.generate.refine import refine
 from sora_jax.image.clip import CLIPVisionConfig
 
 RED = np.full((16, 16, 3), (250, 10, 10), np.uint8)
@@ -62,20 +63,21 @@ def clean_folder(pipeline_folder, tmp_path_factory):
 
 
 def test_masks_mark_the_given_frames_in_every_channel_of_the_first():
-    known = conditions.known_frames(9, last=True)
-    mask = conditions.mask_channels(known, temporal=4)
+    mask = conditions.mask_channels(np.isin(np.arange(9), (0, 8)), temporal=4)
     np.testing.assert_array_equal(mask, [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
-    alone = conditions.mask_channels(conditions.known_frames(5, last=False), temporal=4)
+    alone = conditions.mask_channels(np.arange(5) == 0, temporal=4)
     np.testing.assert_array_equal(alone, [[1, 1, 1, 1], [0, 0, 0, 0]])
 
 
-def test_a_picture_is_cut_to_the_shape_of_the_video():
+def test_a_picture_is_cut_to_the_shape_of_the_video_and_grey_follows(image_folder):
+    pipe = sora_jax.load(image_folder)
     wide = np.concatenate([RED, BLUE, RED], axis=1)
-    np.testing.assert_allclose(
-        conditions.fit(wide, width=16, height=16), BLUE.astype(np.float32) / 127.5 - 1, atol=1e-6
-    )
-    video = conditions.condition_video([np.ones((4, 4, 3), np.float32), None], 3)
-    assert video.shape == (1, 3, 4, 4, 3) and video[0, 0].min() == 1 and not video[0, 1:].any()
+    video = np.zeros((1, 5, 16, 16, 3), np.float32)
+    video[:, 0] = BLUE.astype(np.float32) / 127.5 - 1
+    latents = pipe.vae.module(pipe.vae.params).encode(jnp.asarray(video))
+    given = pipe.conditions(pipe.request("a ball"), (wide, None))
+    np.testing.assert_array_equal(given.channels[0, :, 0, 0, :2], [[1, 1], [0, 0], [0, 0]])
+    np.testing.assert_allclose(given.channels[..., 2:], latents, atol=1e-5)
 
 
 def test_another_picture_makes_another_video_by_either_road(image_folder):
@@ -321,5 +323,19 @@ def test_what_is_no_whole_frame_is_refused_by_a_model_that_goes_on_from_frames(g
     shown.known[:, :8] = True
     with pytest.raises(ValueError, match="this model goes on from whole frames"):
         given_frames.conditions(given_frames.request("a ball"), canvases=[shown])
-    with pytest.raises(ValueError, match="this model animates a picture; give image"):
-        list(tasks.long(given_frames, "a ball", frames=9, window=5).parts)
+    for joint in (False, True):
+        with pytest.raises(ValueError, match="this model animates a picture; give image"):
+            list(tasks.long(given_frames, "a ball", frames=9, window=5, joint=joint).parts)
+    with pytest.raises(ValueError, match="this model animates a picture"):
+        refine(given_frames, "a ball", np.stack([RED] * 5))
+
+
+def test_published_models_of_pictures_are_told_to_animate_them(image_folder, tmp_path, capsys):
+    assert sora_jax.load(image_folder).tasks == ("first",)
+    base = ["sample", "--checkpoint", str(image_folder), "--out", str(tmp_path / "a.png")]
+    video_io.save_image(tmp_path / "red.png", RED)
+    for task in (["--seconds", "1"], ["--edit", str(tmp_path / "red.png")]):
+        assert cli.main([*base, "--prompt", "a ball", *task]) == 2
+        assert f"{task[0]}: this model animates a picture" in capsys.readouterr().err
+    picture = ["--image", str(tmp_path / "red.png"), "--seconds", "0.5", "--steps", "1"]
+    assert cli.main([*base, "--prompt", "a ball", *picture]) == 0

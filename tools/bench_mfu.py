@@ -245,22 +245,29 @@ def mfu(args) -> int:
         for remat in args.remat
     ]
     # All before there is a state: the compiler times kernels on the device, and takes memory there.
-    prepared = [prepare(args, mesh, row) for row in rows]
+    prepared = {}
+    for i, row in enumerate(rows):
+        try:
+            prepared[i] = prepare(args, mesh, row)
+        except (RuntimeError, ValueError) as error:  # of what kernels do not take
+            row["error"] = failure(error)
     with ThreadPoolExecutor(len(rows) + 1) as compilers:
-        init = compilers.submit(compiled_init, prepared[0][0])
-        made = [
-            compilers.submit(compiled, one[2], row) for one, row in zip(prepared, rows, strict=True)
-        ]
+        init = [compilers.submit(compiled_init, one[0]) for one in [*prepared.values()][:1]]
+        made = {i: compilers.submit(compiled, one[2], rows[i]) for i, one in prepared.items()}
     before = matmul_tflops(args.matmul)
     print(
         f"{device.device_kind}, jax {versions['jax']}; {args.config} {' '.join(args.overrides)}\n"
         f"data sheet {peak:.4g} TFLOP/s, a product of {args.matmul}^3 {before:.4g}",
         flush=True,
     )
-    for (built, shapes, _), step, row in zip(prepared, made, rows, strict=True):
+    report["matmul_tflops"].append(before)
+    for i, row in enumerate(rows):
         try:
-            measure(built, shapes, step.result(), init.result(), steps=args.steps, row=row)
-        except (RuntimeError, ValueError) as error:  # XLA's, or of what kernels do not take
+            if i in prepared:
+                built, shapes, _ = prepared[i]
+                step, state = made[i].result(), init[0].result()
+                measure(built, shapes, step, state, steps=args.steps, row=row)
+        except (RuntimeError, ValueError) as error:  # XLA's
             row["error"] = failure(error)
         gc.collect()  # the error's traceback held the state
         after = matmul_tflops(args.matmul)
@@ -270,7 +277,7 @@ def mfu(args) -> int:
             row["mfu"] = row["tflops"] / peak
             row["matmul_tflops"] = max(before, after)
             row["share_of_matmul"] = row["tflops"] / row["matmul_tflops"]
-        report["matmul_tflops"] += [before, after]
+        report["matmul_tflops"].append(after)
         report["rows"].append(row)
         print(describe(row), flush=True)
         before = after

@@ -60,9 +60,9 @@ class Records:
 
     def drawn(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """The pixels of `count` records out of those there are."""
-        worker = rng.integers(self.workers, size=count)
-        there = np.maximum(np.array(self.done[:])[worker], 1)
-        return self.video[worker * self.each + (rng.random(count) * there).astype(int)]
+        done = np.array(self.done[:])
+        worker = rng.choice(np.flatnonzero(done), size=count)
+        return self.video[worker * self.each + (rng.random(count) * done[worker]).astype(int)]
 
     def draw(self, worker: int, tokenizer):
         """Draws the next of `worker`'s records whenever it is asked."""
@@ -97,7 +97,7 @@ class Records:
 
 
 def start_drawing(sorts: tuple[Records, ...], init: str):
-    """Processes that draw until all is full or the value that is returned is set."""
+    """Processes that draw until all is full or the value is set that comes with them."""
     stop = multiprocessing.Value(ctypes.c_int, 0, lock=False)
 
     def work(worker: int) -> None:
@@ -112,10 +112,14 @@ def start_drawing(sorts: tuple[Records, ...], init: str):
         while running and not stop.value:
             running = [one for one in running if next(one, "full") != "full"]
 
-    for worker in range(sorts[0].workers):
-        context = multiprocessing.get_context("fork")  # before JAX has threads
-        context.Process(target=work, args=(worker,), daemon=True).start()
-    return stop
+    context = multiprocessing.get_context("fork")  # before JAX has threads
+    processes = [
+        context.Process(target=work, args=(worker,), daemon=True)
+        for worker in range(sorts[0].workers)
+    ]
+    for process in processes:
+        process.start()
+    return processes, stop
 
 
 def ahead(make, *, depth: int, threads: int = 3):
@@ -124,13 +128,19 @@ def ahead(make, *, depth: int, threads: int = 3):
 
     def go(seed: int) -> None:
         rng = np.random.default_rng(seed)
-        while True:
-            ready.put(make(rng))
+        try:
+            while True:
+                ready.put(make(rng))
+        except BaseException as error:  # for the thread that waits for it
+            ready.put(error)
 
     for seed in range(threads):
         threading.Thread(target=go, args=(seed,), daemon=True).start()
     while True:
-        yield ready.get()
+        made = ready.get()
+        if isinstance(made, BaseException):
+            raise made
+        yield made
 
 
 class Rows:

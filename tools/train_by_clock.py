@@ -333,7 +333,12 @@ def begin_dit(args, rows: dict[str, Rows], mesh):
         steps = {job: compilers.submit(low.compile) for job, low in jobs.items()}
     kinds = {kind: {} for kind in rows}
     for (kind, name), step in steps.items():
-        kinds[kind][name] = step.result()
+        if error := step.exception():  # such as too little memory for what keeps most
+            say(kind, name, "does not compile:", str(error)[:200])
+        else:
+            kinds[kind][name] = step.result()
+    if not all(kinds.values()):
+        raise SystemExit("train_by_clock: no way to run the blocks compiles; use fewer --rows.")
     return main[1], first.result(), kinds
 
 
@@ -358,6 +363,8 @@ def draw(log: list[dict], path: Path) -> None:
 
     rows = [row for row in log if "step" in row]
     panels = list(dict.fromkeys((row["stage"], row["kind"]) for row in rows))
+    if not panels:
+        return
     figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         mine = [row for row in rows if (row["stage"], row["kind"]) == panel]
@@ -378,7 +385,7 @@ def main() -> None:
     args = parse()
     clips = Records(CLIPS, FRAMES, count=args.clips, workers=args.workers)
     images = Records(IMAGES, 1, count=args.images, workers=args.workers)
-    stop = start_drawing((clips, images), args.init)
+    processes, stop = start_drawing((clips, images), args.init)
 
     import jax
 
@@ -386,8 +393,10 @@ def main() -> None:
     from sora_jax.convert import folder, rewrite
 
     mesh, log, vae_steps = sharding.make_mesh(devices=jax.devices()[:1]), [], 0
-    while len(clips.available()) < 4 * args.vae_batch:
+    while len(clips.available()) < min(4 * args.vae_batch, len(clips.video)):
         time.sleep(0.1)
+        if any(process.exitcode for process in processes):
+            raise SystemExit("train_by_clock: a process that draws has ended; its error is above.")
     say("on", jax.devices()[0].device_kind)
     if args.vae:
         settings, params, vae_steps = train_vae(args, clips, mesh, log)

@@ -70,6 +70,11 @@ def save_json(result: dict[str, Any], out: Path) -> Path:
     return out
 
 
+def partial_path(out: Path) -> Path:
+    """Where what is known of a suite lies until it is done: OUT.partial.json."""
+    return out.with_suffix(".partial.json")
+
+
 def table(result: dict[str, Any]):
     """A `rich` table, narrow enough for 80 columns: a row for each split and attribute."""
     from rich.table import Table

@@ -30,13 +30,14 @@ def _tasks(pipeline, out: Path, **options) -> dict[str, Any]:
 
     gallery = TaskGallery()
 
-    def save(result: dict[str, Any]) -> None:
-        """After every task: a suite takes hours, and what is known is worth keeping."""
-        gallery.save(out)
-        report.save_json(result, out)
+    def keep(result: dict[str, Any]) -> None:
+        """A suite takes hours, and what is known is worth keeping."""
+        report.save_json(result, report.partial_path(out))
 
-    result = evaluate(pipeline, on_video=gallery.add, on_result=save, **options)
-    save(result)
+    result = evaluate(pipeline, on_video=gallery.add, on_result=keep, **options)
+    gallery.save(out)
+    report.save_json(result, out)
+    report.partial_path(out).unlink(missing_ok=True)
     return result
 
 

@@ -147,17 +147,22 @@ def _bounce(case: Case, made: Made) -> Outcome:
 
 
 def _collision(case: Case, made: Made) -> Outcome:
+    """Momentum of whichever of the two strikes; that it is the one that was asked is `roles`."""
     shot = case.scene.shots[0]
     frame = shot.rate / case.scene.fps  # seconds of the action
-    change = motion.momentum_change(
-        made.frames,
-        tuple(actor.colour for actor in shot.actors),
-        masses=tuple(vocab.SIZES[actor.size] ** 2 for actor in shot.actors),
-        drag=physics.DRAG * physics.GRAVITY * frame**2,
-    )
+    for actors in (shot.actors, shot.actors[::-1]):
+        change = motion.momentum_change(
+            made.frames,
+            tuple(actor.colour for actor in actors),
+            masses=tuple(vocab.SIZES[actor.size] ** 2 for actor in actors),
+            drag=physics.DRAG * physics.GRAVITY * frame**2,
+        )
+        if change is not None:
+            break
     return {
         "momentum": change is not None and change <= MOMENTUM,
         "momentum change": change,
+        "roles": change is not None and actors is shot.actors,
         "motion": _moves(made.frames, case.scene),
     }
 
@@ -223,6 +228,11 @@ BOUNCE = Judge(
     _bounce,
 )
 COLLISION = Judge(
-    (Measure("momentum", target=0.8), Measure("momentum change", "median"), Measure("motion")),
+    (
+        Measure("momentum", target=0.8),
+        Measure("momentum change", "median"),
+        Measure("roles"),
+        Measure("motion"),
+    ),
     _collision,
 )

@@ -142,7 +142,8 @@ def evaluate(
       seed: of the scenes; the noise of case i is `seed + i`.
       steps, guidance: instead of the checkpoint's defaults.
       ceilings: how many of the cases of each task are judged as they are in truth.
-      on_result: called with what there is after every task, as it is returned after the last.
+      on_result: called after every task but the last with what there is, as it will be returned;
+        "left" names what is to come, and "passed" is False.
 
     Returns:
       A JSON-serialisable dictionary. "tasks" holds of each its "measures" by name, each with
@@ -180,8 +181,9 @@ def evaluate(
             on_progress=functools.partial(report, name),
             on_video=functools.partial(on_video, name) if on_video else None,
         )
-        if on_result is not None:
-            on_result(_with_verdict(result))
+        left = list(names[names.index(name) + 1 :])
+        if on_result is not None and left:
+            on_result(_with_verdict(result) | {"passed": False, "left": left})
     return _with_verdict(result)
 
 
@@ -292,10 +294,12 @@ def make(
         return [Made(video.frames, video.frames) for video in videos[: len(cases)]], seconds
     decoded = to_bytes(pipeline.decode(latents))
     given = pipeline.conditions(requests[0], canvases=canvases)
+    shown = [video.frames for video in videos]
+    if given.clean is None:  # it is shown beside the noise, and no token is kept
+        return [Made(*pair) for pair in zip(shown, decoded, strict=True)][: len(cases)], seconds
     patch = pipeline.dit.config.patch_size
     kept = keep_clean(jnp.asarray(latents), given.clean, given.keep, patch_size=patch)
     exact = np.all(np.asarray(kept) == latents, axis=(1, 2, 3, 4)).tolist()
-    shown = [video.frames for video in videos]
     return list(map(Made, shown, decoded, exact))[: len(cases)], seconds
 
 

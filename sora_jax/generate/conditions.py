@@ -16,15 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from sora_jax import video_io
 from sora_jax.dit import patchify
 from sora_jax.dit.config import DiTConfig
 from sora_jax.generate import tiles as tiling
-from sora_jax.generate.canvas import to_unit
 from sora_jax.generate.residual import Residual
 from sora_jax.types import Latents, Velocity
 from sora_jax.vae.config import VAEConfig
 
+NEEDS_PICTURE = "this model animates a picture; give image (--image), or use another checkpoint."
 Picture = UInt8[np.ndarray, "H W 3"]
 
 
@@ -86,26 +85,13 @@ def check(way: str, dit: DiTConfig, pictures: Sequence[Any]) -> None:
             "image-to-video checkpoint."
         )
     if way == "channels" and not first:
-        raise ValueError("this model animates a picture; give image (--image).")
+        raise ValueError(NEEDS_PICTURE)
     if dit.image_dim is not None and last != (dit.image_positions is not None):
         raise ValueError(
             "this model was trained "
             + ("on one picture; leave out the last one." if last else "on a first and a last ")
             + ("" if last else "picture; give last_image (--last-image) too.")
         )
-
-
-def fit(picture: Picture, *, width: int, height: int) -> Float[np.ndarray, "height width 3"]:
-    """`picture` in [-1, 1], its centre cut to the aspect ratio and resized."""
-    return to_unit(video_io.fit(picture, (height, width)))
-
-
-def known_frames(frames: int, *, last: bool) -> Bool[np.ndarray, " F"]:
-    """Which frames of a video are given."""
-    known = np.zeros(frames, bool)
-    known[0] = True
-    known[-1] |= last
-    return known
 
 
 def mask_channels(
@@ -117,18 +103,6 @@ def mask_channels(
     """
     spread = np.concatenate([np.repeat(known[:1], temporal), known[1:]])
     return spread.reshape(-1, temporal).astype(np.float32)
-
-
-def condition_video(
-    pictures: Sequence[Float[np.ndarray, "H W 3"] | None], frames: int
-) -> Float[np.ndarray, "1 F H W 3"]:
-    """The pictures where they stand in the video, and grey (0) elsewhere."""
-    first, last = pictures
-    video = np.zeros((1, frames, *first.shape), np.float32)
-    video[0, 0] = first
-    if last is not None:
-        video[0, -1] = last
-    return video
 
 
 class Tiles(NamedTuple):

@@ -93,8 +93,12 @@ class Pipeline:
     def tasks(self) -> tuple[str, ...]:
         """Masks that the checkpoint was trained with, by their names in `diffusion.tasks`."""
         names = tuple(self.sampling.tasks)
-        # The published TI2V-5B has no list of ours: text, or the first frame.
-        return ("none", "first") if self.way == "clean" and names == ("none",) else names
+        if names != ("none",) or not self.way:
+            return names
+        # Published models have no list of ours. TI2V-5B takes text, or the first frame.
+        if self.way == "clean":
+            return ("none", "first")
+        return ("first",) if self.dit.config.image_positions is None else ("first_last",)
 
     @property
     def cache_hash(self) -> str | None:
@@ -284,7 +288,8 @@ class Pipeline:
         ]
 
     def _check_videos(self, requests, canvases, drafts) -> None:
-        """Raises ValueError unless canvases and drafts are of the requests' number and size."""
+        """Raises ValueError unless canvases and drafts are of the requests' number and size, and
+        the model takes canvases."""
         wanted = (requests[0].frames, requests[0].height, requests[0].width)
         for name, videos in (("canvases", canvases), ("drafts", drafts)):
             if videos is None:
@@ -311,12 +316,17 @@ class Pipeline:
     ) -> Conditions:
         """What the transformer sees of (first, last) pictures, the same for `count` videos, or of
         the canvas of each. Pictures have passed `conditions.check`.
+
+        Raises:
+          ValueError: nothing, or parts of frames, for a model that goes on from whole ones.
         """
         if canvases is not None and self.way == "channels":
             return self._given_frames(canvases)
         if canvases is not None:
             return self._given_tokens(canvases)
         if pictures[0] is None:
+            if self.way == "channels":
+                raise ValueError(conditions.NEEDS_PICTURE)
             return Conditions()
         shown = {frame: p for frame, p in zip((0, -1), pictures, strict=True) if p is not None}
         canvas = canvas_of.of_pictures(

