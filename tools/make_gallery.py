@@ -52,7 +52,7 @@ def main() -> None:
             if "--out" not in command:
                 continue
             made = Path(command[command.index("--out") + 1])
-            if args.only and made.stem not in args.only:
+            if args.only and made.stem not in {Path(name).stem for name in args.only}:
                 continue
             clip = video_io.read_video(made)
             scale = SCALE if clip.frames.shape[2] < 128 else 1
