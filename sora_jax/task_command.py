@@ -11,7 +11,7 @@ import numpy as np
 from sora_jax import video_io
 from sora_jax.generate import conditions, lengths, tasks, trained
 from sora_jax.generate.refine import refine
-from sora_jax.generate.request import MOST_FPS
+from sora_jax.generate.request import MAX_FPS
 from sora_jax.generate.video import Film, Video
 from sora_jax.task_arguments import asked, flag
 
@@ -72,10 +72,10 @@ def prepare(
     if task == "interpolate":
         # At the file's own rate: what is asked for are frames between its frames.
         fps = args.fps or video_io.probe(args.video).fps or read.fps
-        if fps * max(args.interpolate, 0) > MOST_FPS:
+        if fps * max(args.interpolate, 0) > MAX_FPS:
             raise ValueError(
                 f"--interpolate {args.interpolate} of {fps:g} frames a second is more than "
-                f"{MOST_FPS}; use less, or read the video at a lower --fps."
+                f"{MAX_FPS}; use less, or read the video at a lower --fps."
             )
         return of(tasks.interpolate, read(args.video, fps=fps), times=args.interpolate, fps=fps)
     if task == "refine":

@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sora_jax.generate.request import MAX_FPS
+
 BEGINS = ("cut", "continue")
 MOST_SECONDS = 3600.0
 
@@ -112,7 +114,7 @@ def parse(values: Any, *, folder: Path = Path(), name: str = "storyboard") -> Bo
     if "size" in fields:
         fields["size"] = _size(fields["size"], name)
     if "fps" in fields:
-        fields["fps"] = _number(fields["fps"], f"{name}: fps", above=0, most=240)
+        fields["fps"] = _number(fields["fps"], f"{name}: fps", above=0, most=MAX_FPS)
     for field in ("style", "negative_prompt"):
         if not isinstance(fields.get(field, ""), str):
             raise ValueError(f"{name}: {field} is {fields[field]!r}; write a text.")

@@ -15,8 +15,7 @@ from sora_jax.prompts import weighted
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
-
-MOST_FPS = 240  # frames a second
+MAX_FPS = 240
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +126,8 @@ def check(request: Request, *, cell: tuple[int, int, int]) -> None:
         raise ValueError(f"steps {request.steps} is out of range; use 1 to {MAX_STEPS}.")
     if not 0 <= request.seed <= MAX_SEED:
         raise ValueError(f"seed {request.seed} is out of range; use 0 to {MAX_SEED}.")
-    if not 0 < request.fps <= MOST_FPS:
-        raise ValueError(f"fps {request.fps} is out of range; use more than 0, at most {MOST_FPS}.")
+    if not 0 < request.fps <= MAX_FPS:
+        raise ValueError(f"fps {request.fps} is out of range; use more than 0, at most {MAX_FPS}.")
     for scale in (request.guidance, request.guidance_2):
         if not 0 <= scale <= MAX_GUIDANCE:
             raise ValueError(
