@@ -286,8 +286,14 @@ class DiTStage:
             self.dit_config,
             tokens=self.tokens_per_clip(batch),
             text_tokens=batch["text_emb" if self.text.is_cached else "ids"].shape[1],
+            image_rows=self.image_rows,
         )
         return self.rows(batch) * forward.training
+
+    @property
+    def image_rows(self) -> int:
+        """Rows of image features that cross-attention sees."""
+        return 0 if self.pictures is None else self.pictures.feature_rows
 
     def rows(self, batch) -> int:
         """Clips, or packed rows of several."""

@@ -109,12 +109,17 @@ class Pictures:
                 if abstract
                 else folder.open_component(frozen.path_of(config, "image_checkpoint"), "image")
             )
-            rows = self.pictures * self._tower.config.num_positions
+            rows = self.feature_rows
             if dit.image_positions not in (None, rows):
                 raise ValueError(
                     f"config.dit.image_positions {dit.image_positions}: the image encoder {path} "
                     f"gives {rows} rows for two pictures; use that, or 0 for one picture."
                 )
+
+    @property
+    def feature_rows(self) -> int:
+        """Rows of image features that cross-attention sees; 0 without an encoder."""
+        return 0 if self._tower is None else self.pictures * self._tower.config.num_positions
 
     def load(self) -> dict[str, Any]:
         """Parameters of the frozen image encoder, if there is one."""
