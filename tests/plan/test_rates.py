@@ -183,11 +183,18 @@ def test_search_knows_policies_of_the_model_alone():
     assert set(search._POLICIES) <= set(REMAT)
 
 
-@pytest.mark.parametrize("step", published.STEPS, ids=lambda step: step.chip)
+@pytest.mark.parametrize("step", published.STEPS, ids=lambda step: step.what[:5] + step.chip)
 def test_published_steps_are_predicted_within_ten_percent(step):
     check = published.predict(step)
     assert abs(check.error) < 0.10
     assert sum(check.parts.values()) == pytest.approx(check.predicted)
+
+
+def test_the_language_model_has_its_published_size():
+    step = published.STEPS[2]
+    embeddings = 2 * step.vocabulary * step.width
+    parameters = step.depth * step.linear / (2 * step.tokens) + embeddings
+    assert parameters == pytest.approx(68.98e9, rel=1e-3)
 
 
 def test_clocks_are_those_that_the_data_sheets_imply():
