@@ -108,7 +108,7 @@ def shortage(plan: dict[str, Any]) -> str:
     kind = next(k for k in ("train", "sample") if k in plan and not plan[k]["fits"])
     part, limit = plan[kind], plan["hbm_gib"]
     where = part.get("topology", plan["topology"])
-    needed = part.get("needed_gib", limit)
+    needed = part["needed_gib"]
     line = (
         f"the {kind} step of {plan['config']} does not fit {where}: it needs {needed:.1f} GiB a "
         f"device, {needed - limit:.1f} more than the {limit:.1f} that there are"

@@ -158,15 +158,26 @@ def near_divisors(number: int, parts: int) -> str:
     return " or ".join(map(str, sorted(near)))
 
 
+def sampling_axes(devices: int, *, heads: int) -> dict[str, int]:
+    """Sizes of the mesh axes that "auto" samples on.
+
+    Guidance's two branches are side by side, from four devices on; heads are sharded, and with them
+    weights, as far as they divide, and video tokens over what is left.
+    """
+    data = 2 if devices >= 4 and devices % 2 == 0 else 1
+    rest = devices // data
+    tensor = math.gcd(heads, rest)
+    return {"data": data, "tensor": tensor, "context": rest // tensor}
+
+
 def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:
     """The mesh that one batch of videos is sampled on.
 
     Args:
-      wanted: "none", one device; "auto", all of them, unless they are CPUs; or sizes of mesh axes,
+      wanted: "none", one device; "auto", all of them, as `sampling_axes` divides them, unless they
+        are CPUs; or sizes of mesh axes,
         such as "tensor=4,context=2", of as many of the devices.
-      heads: of the transformer. "auto" puts guidance's two branches side by side, from four
-        devices on; shards heads, and with them weights, as far as they divide, and video tokens
-        over what is left.
+      heads: of the transformer.
 
     Raises:
       ValueError: for axes that do not exist, heads that do not divide, more devices than there
@@ -176,10 +187,7 @@ def sampling_mesh(wanted: str, *, heads: int) -> Mesh | None:
     if wanted == "auto":
         if jax.default_backend() == "cpu":
             return None
-        data = 2 if len(devices) >= 4 and len(devices) % 2 == 0 else 1
-        rest = len(devices) // data
-        tensor = math.gcd(heads, rest)
-        sizes = {"data": data, "tensor": tensor, "context": rest // tensor}
+        sizes = sampling_axes(len(devices), heads=heads)
     elif wanted == "none":
         return None
     else:

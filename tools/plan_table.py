@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from sora_jax import chips
+from sora_jax.plan import planning, report
 
 ROOT = Path(__file__).resolve().parents[1]
 # 720p of 81 frames as one row, on four chips: the shape that others published.
@@ -46,6 +47,8 @@ PLANS = (
             ("t2v_14b", "v5p:4x4x4", ()),
             ("i2v_14b", "v5p:4x4x4", _ENCODERS),
             ("flf2v_14b", "v5p:4x4x4", _ENCODERS),
+            ("t2v_a14b", "v5p:4x4x4", ()),
+            ("i2v_a14b", "v5p:4x4x4", _ENCODERS),
         )
     ),
     ("t2v_14b_v7x", "configs/t2v_14b.py", "tpu7x:4x8x8", 1, ()),
@@ -57,17 +60,30 @@ PLANS = (
     ),
     ("t2v_5b_two_slices", "configs/t2v_5b.py", "v5p:4x4x4", 2, ("mesh.data=2",)),
 )
+# Of these the sampling step and decoding, on a host of the chip.
+SAMPLES = tuple(
+    (f"sample_{variant}_{chip.partition(':')[0]}", f"configs/wan.py:{variant}", chip, 1, ())
+    for variant, chip in (
+        ("t2v_1.3b", "v6e:2x4"),
+        ("ti2v_5b", "v5p:2x2x1"),
+        ("t2v_14b", "v5p:2x2x1"),
+        ("i2v_14b", "v5p:2x2x1"),
+        ("t2v_14b", "v6e:2x4"),
+        ("t2v_14b", "tpu7x:2x2x1"),
+    )
+)
 # Dollars of a chip for an hour, on demand in us regions in 2025; v7x's is assumed.
 PRICES = {"v5e": 1.2, "v5p": 4.2, "v6e": 2.7, "v7x": 12.0}
 
 
 def run(args) -> None:
-    for name, config, topology, slices, overrides in PLANS:
+    for name, config, topology, slices, overrides in (*PLANS, *SAMPLES):
         out = args.results / f"{name}.json"
         if out.exists() or (args.name and name not in args.name):
             continue
         command = [sys.executable, "-m", "sora_jax.cli", "plan", "--config", config]
-        command += ["--topology", topology, "--slices", str(slices), "--only", "train"]
+        only = "sample" if name.startswith("sample_") else "train"
+        command += ["--topology", topology, "--slices", str(slices), "--only", only]
         chip = {"tpu7x": "v7x"}.get(topology.split(":")[0], topology.split(":")[0])
         command += ["--price", str(PRICES[chip]), "--json", str(out)]
         command += [f"--config.{o}" for o in overrides]
@@ -77,9 +93,9 @@ def run(args) -> None:
             print(f"{name}: exit status {done.returncode}", flush=True)
 
 
-def table(results: Path) -> list[str]:
+def table(results: Path, off: str) -> list[str]:
     lines = [
-        "| config | slice | mesh | remat | rows | GiB of a device (share) | step | MFU "
+        f"| config | slice | mesh | remat | rows | GiB of a device (share) | step ({off}) | MFU "
         "| 1,000 steps | waiting for collectives |",
         "|-|-|-|-|-|-|-|-|-|-|",
     ]
@@ -114,8 +130,12 @@ def row(plan: dict) -> str:
 
 
 def memory(results: Path) -> list[str]:
-    kinds = ("weights", "ema", "optimizer", "frozen", "batch", "temporaries")
-    lines = [f"| config, slice | {' | '.join(kinds)} | state that aliases |", "|-" * 8 + "|"]
+    kinds = ("weights", "ema", "optimizer", "frozen", "batch", "activations", "gradients")
+    kinds += ("temporaries",)
+    lines = [
+        f"| config, slice | {' | '.join(kinds)} | state that aliases |",
+        "|-" * (len(kinds) + 2) + "|",
+    ]
     for name, *_ in PLANS:
         file = results / f"{name}.json"
         if file.exists():
@@ -125,6 +145,32 @@ def memory(results: Path) -> list[str]:
             aliased = f"{part['aliased']:.1%}" if "aliased" in part else ""
             where = f"{plan['config']}, {plan['topology']}{moments(part)}"
             lines.append(f"| {where} | {' | '.join(values)} | {aliased} |")
+    return lines
+
+
+def samples(results: Path, off: str) -> list[str]:
+    lines = [
+        "| config | host | mesh | GiB of a device, denoising | decoding | a step | MFU "
+        f"| decoding | a video ({off}) |",
+        "|-|-|-|-|-|-|-|-|-|",
+    ]
+    for name, *_ in SAMPLES:
+        file = results / f"{name}.json"
+        if not file.exists():
+            continue
+        plan = json.loads(file.read_text())
+        part = plan["sample"]
+        mesh = " ".join(f"{k} {v}" for k, v in part.get("mesh", {}).items() if v > 1)
+        cells = [plan["config"], part["topology"], mesh]
+        if part["fits"]:
+            decode = part["decode"]
+            cells += [f"{p['memory_gib']['peak']:.1f}" for p in (part, decode)]
+            cells += [f"{part['step_s']:.2f} s", f"{part['mfu']:.1%}", f"{decode['step_s']:.2f} s"]
+            cells.append(f"{part['video_s']:.0f} s in {part['steps']} steps")
+        else:
+            limit = plan["hbm_gib"]
+            cells += [f"does not fit: {part['needed_gib']:.1f} of {limit:.1f}", *[""] * 5]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -155,9 +201,9 @@ def arithmetic(results: Path) -> list[str]:
     return lines
 
 
-def checks(plan: dict) -> list[str]:
+def checks(method: dict) -> list[str]:
     lines = ["| measured step | measured | predicted | error |", "|-|-|-|-|"]
-    for what, check in plan["method"]["checks"].items():
+    for what, check in method["checks"].items():
         lines.append(
             f"| {what} | {check['measured_s']:.2f} s | {check['predicted_s']:.2f} s "
             f"| {check['error']:+.1%} |"
@@ -176,7 +222,18 @@ this page. Dollars are at {prices} a chip-hour; the last is assumed.
 Of the time of a step, "waiting for collectives" is the share in which nothing else is done. Memory
 is what XLA reserves: arguments, temporaries and the program.
 
+## A video on one host
+
+What `sora-jax sample` runs there: steps with both branches of guidance, side by side from four
+devices on, and the decoder. Memory is that of all weights, in bfloat16 but for the VAE's, and of
+what runs.
+
+{samples}
+
 ## Memory of a device, GiB
+
+Activations are what the loop over blocks keeps for the backward pass, gradients those of the
+blocks; temporaries are the rest.
 
 {memory}
 
@@ -209,23 +266,27 @@ measured:
 {checks}
 
 So a time here is good to about ten percent where the program is like theirs. What the checks do
-not cover: how well collectives hide (theirs are all waited for), and our own kernels, of which no
-chip has run any. They assume the tiles that the other project's public configurations name; with
-tiles of 512 x 512 on v7x as well, the second would be +56 %.
+not cover: how well collectives hide (the video transformers' are all waited for, the language
+model's taken as hidden), and our own kernels, of which no chip has run any. They assume the tiles
+that the other project's public configurations name; with tiles of 512 x 512 on v7x as well, the
+second would be +56 %.
 """
 
 
 def write(args) -> None:
     found = [args.results / f"{name}.json" for name, *_ in PLANS]
     found = [json.loads(file.read_text()) for file in found if file.exists()]
+    method = planning.method()  # of now, whatever the plans were made with
+    off = report.checked(method)
     if not found:
         sys.exit(f"{args.results} holds no plan; run without --write first.")
     text = TEXT.format(
         prices=", ".join(f"${price:g} ({chip})" for chip, price in PRICES.items()),
-        table="\n".join(table(args.results)),
+        table="\n".join(table(args.results, off)),
+        samples="\n".join(samples(args.results, off)),
         memory="\n".join(memory(args.results)),
         arithmetic="\n".join(arithmetic(args.results)),
-        checks="\n".join(checks(found[0])),
+        checks="\n".join(checks(method)),
     )
     (ROOT / "docs" / "plans.md").write_text(text)
 

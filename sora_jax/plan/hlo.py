@@ -72,8 +72,29 @@ class Program(NamedTuple):
 
 def first_size(type_: str) -> int:
     """Values of a type as programs write it, or of the first part of a tuple."""
+    dims = dimensions(type_)
+    return math.prod(dims) if dims or _SHAPE.search(type_) else 0
+
+
+def dimensions(type_: str) -> tuple[int, ...]:
+    """Of an array's type as programs write it, or of the first part of a tuple."""
     found = _SHAPE.search(type_)
-    return math.prod(int(n) for n in found.group(2).split(",") if n) if found else 0
+    return tuple(int(n) for n in found.group(2).split(",") if n) if found else ()
+
+
+def parts_of(type_: str) -> list[str]:
+    """Types of the parts of a tuple; an array's is one part."""
+    type_ = re.sub(r"/\*.*?\*/", "", type_).strip()
+    if not type_.startswith("("):
+        return [type_]
+    parts, depth = [""], 0
+    for letter in type_[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
 
 
 def shape_bytes(type_: str) -> float:
@@ -166,18 +187,18 @@ def _count_runs(computations, name, times, runs) -> int:
     unknown = 0
     for instruction in computations[name]:
         if instruction.opcode == "while":
-            trips = _trips(computations, name, instruction)
-            unknown += trips is None
+            count = trips(computations, name, instruction)
+            unknown += count is None
             body = re.search(r"body=%([\w.\-]+)", instruction.rest)
             if body:
-                unknown += _count_runs(computations, body.group(1), times * (trips or 1), runs)
+                unknown += _count_runs(computations, body.group(1), times * (count or 1), runs)
         elif instruction.opcode in ("call", "conditional", "async-start"):
             for called in instruction.called:
                 unknown += _count_runs(computations, called, times, runs)
     return unknown
 
 
-def _trips(computations, caller: str, loop: Instruction) -> int | None:
+def trips(computations, caller: str, loop: Instruction) -> int | None:
     """Trips of a loop that counts up by one to a constant, as every scan does."""
     known = _KNOWN_TRIPS.search(loop.rest)
     if known:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from sora_jax.chips import GIB
-from sora_jax.plan import published, roofline, steps, topology
+from sora_jax.plan import published, roofline, sampling, steps, topology
 
 SHARE_OF_HBM = 0.9  # that a plan should stay below
 
@@ -75,7 +75,7 @@ def _train(config: Any, slice_: topology.Slice, price: float | None) -> dict[str
         step = steps.train(config, slice_)
     except steps.TooLarge as error:
         return base | too_large(error, config, mesh)
-    found = base | _step(step, slice_, config)
+    found = base | _step(step, slice_)
     found["largest_batch"] = largest_batch(config, step, slice_)
     if price is not None:
         hours = 1000 * found["step_s"] / 3600
@@ -87,21 +87,28 @@ def _train(config: Any, slice_: topology.Slice, price: float | None) -> dict[str
 def _sample(config: Any, host: topology.Slice) -> dict[str, Any]:
     base = {"topology": host.name, "steps": config.sample.steps}
     try:
-        step = steps.sample(config, host)
+        step = sampling.denoise(config, host)
     except steps.TooLarge as error:
         return base | {"fits": False, "needed_gib": error.needed / GIB}
-    found = base | {"mesh": dict(step.mesh.shape)} | _step(step, host, config)
-    found["decode_flops"] = steps.decode_flops(config)
-    return found | {"denoise_s": found["step_s"] * config.sample.steps}
+    found = base | {"mesh": dict(step.mesh.shape)} | _step(step, host)
+    found["denoise_s"] = found["step_s"] * config.sample.steps
+    try:
+        found["decode"] = _step(sampling.decode(config, host), host)
+    except steps.TooLarge as error:
+        found["decode"] = {"fits": False, "needed_gib": error.needed / GIB}
+    if not found["decode"]["fits"]:
+        return found | {"fits": False, "needed_gib": found["decode"]["needed_gib"]}
+    return found | {"video_s": found["denoise_s"] + found["decode"]["step_s"]}
 
 
-def _step(step: steps.Step, slice_: topology.Slice, config: Any) -> dict[str, Any]:
+def _step(step: steps.Step, slice_: topology.Slice) -> dict[str, Any]:
     found = roofline.predict(step, slice_)
     limit = slice_.chip.device_hbm
     executed = sum(step.counts.values())
     model = sum(step.flops.values())
     return {
         "fits": step.memory["peak"] <= limit,
+        "needed_gib": step.memory["peak"] / GIB,
         "hbm_share": step.memory["peak"] / limit,
         "memory_gib": {kind: value / GIB for kind, value in step.memory.items()},
         "aliased": step.aliased,
@@ -125,7 +132,7 @@ def largest_batch(config: Any, step: steps.Step, slice_: topology.Slice) -> dict
     """By the linear model of one compile: all but state and gradients grows with the batch."""
     rows = math.prod(step.mesh.shape[axis] for axis in ("data", "fsdp")) * config.optim.accumulate
     fixed = sum(step.memory.get(k, 0.0) for k in ("weights", "ema", "optimizer", "frozen"))
-    gradients = step.memory["weights"]
+    gradients = step.memory["gradients"] or step.memory["weights"]
     growing = max(step.memory["peak"] - fixed - gradients, 0.0)
     free = slice_.chip.device_hbm - step.memory["peak"] + growing
     each = growing / max(1, config.batch_size // rows)

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 GREATEST_SHARE = 0.9
-_ORDER = ("weights", "ema", "optimizer", "frozen", "batch", "temporaries", "program", "peak")
+_ORDER = ("weights", "ema", "optimizer", "frozen", "batch", "activations", "gradients")
+_ORDER += ("temporaries", "program", "peak")
 
 
 def show(plan: dict[str, Any], console: Console | None = None) -> None:
@@ -55,6 +56,12 @@ def seconds(value: float) -> str:
     return f"{1e3 * value:.3g} ms"
 
 
+def checked(method: dict[str, Any]) -> str:
+    """How far off the method was of steps that others measured: "checks: -5% to +8%"."""
+    errors = [check["error"] for check in method["checks"].values()]
+    return f"checks: {min(errors):+.0%} to {max(errors):+.0%}"
+
+
 def rows(plan: dict[str, Any], kind: str) -> dict[str, str]:
     """What the summary says of one plan: name -> value."""
     part, limit = plan[kind], plan["hbm_gib"]
@@ -79,8 +86,9 @@ def rows(plan: dict[str, Any], kind: str) -> dict[str, str]:
             found[f"GiB, {name}"] = f"{memory[name]:.2f}"
     if "step_s" not in part:
         return found
-    found["state that aliases"] = f"{part['aliased']:.1%}"
-    found["step, predicted"] = seconds(part["step_s"])
+    if kind == "train":  # sampling keeps the latents before a step, for previews
+        found["state that aliases"] = f"{part['aliased']:.1%}"
+    found["step, predicted"] = f"{seconds(part['step_s'])} ({checked(plan['method'])})"
     for name, key in (
         ("  compiled by XLA", "compute_s"),
         ("    copies among it", "copies_s"),
@@ -91,10 +99,15 @@ def rows(plan: dict[str, Any], kind: str) -> dict[str, str]:
         found[name] = seconds(part[key])
     found["MFU, predicted"] = f"{part['mfu']:.1%}"
     found["tokens/s a chip"] = f"{part['tokens_per_s_per_chip']:,.0f}"
-    if "decode_flops" in part:
-        found["VAE decode, TFLOP"] = f"{part['decode_flops'] / 1e12:,.4g}"
     if "denoise_s" in part:
         found[f"{part['steps']} steps"] = seconds(part["denoise_s"])
+    decode = part.get("decode", {})
+    if "step_s" in decode:
+        found["VAE decoding, TFLOP"] = f"{sum(decode['flops'].values()) / 1e12:,.4g}"
+        found["VAE decoding, GiB at its peak"] = f"{decode['memory_gib']['peak']:.2f}"
+        found["VAE decoding, predicted"] = seconds(decode["step_s"])
+    if "video_s" in part:
+        found["a video, predicted"] = seconds(part["video_s"])
     if "largest_batch" in part:
         found["largest batch that fits"] = f"{part['largest_batch']['batch_size']}"
     if "cost_1000_steps" in part:

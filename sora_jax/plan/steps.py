@@ -1,4 +1,4 @@
-"""The real steps of a config, traced and compiled for a slice: training, and sampling with CFG."""
+"""The real training step of a config, traced and compiled for a slice."""
 
 import math
 import re
@@ -14,9 +14,7 @@ from flax import nnx
 from jax.errors import JaxRuntimeError
 
 from sora_jax import compile_options, sharding
-from sora_jax.diffusion import guidance, sampler, times
-from sora_jax.generate import conditions
-from sora_jax.plan import count
+from sora_jax.plan import activations, count, hlo
 from sora_jax.plan.topology import Slice
 from sora_jax.train import program
 
@@ -38,9 +36,10 @@ class Step(NamedTuple):
     """A compiled step.
 
     Args:
-      name: "train" or "sample".
+      name: "train", "sample" or "decode".
       text: the compiled program.
-      memory: bytes of one device by kind; of "temporaries", "program" and "peak" the compiler's.
+      memory: bytes of one device by kind; "program" and "peak" are the compiler's, and so are
+        "temporaries", of which "activations" and "gradients" are taken apart in training.
       aliased: share of the state's bytes whose memory the new state takes over.
       counts: matrix products over all devices, as traced.
       flops: of the model's own arithmetic, by part.
@@ -89,7 +88,7 @@ def train(config: Any, slice_: Slice) -> Step:
     tokens = built.stage.tokens(batch) if hasattr(built.stage, "tokens") else 0
     flops = flops_by_part(config, built.stage, batch)
     state_bytes = device_bytes(state)
-    return _compile(
+    return compile_step(
         "train", mesh, lowered, slice_, memory, state_bytes, counts, flops, tokens, begun
     )
 
@@ -97,68 +96,19 @@ def train(config: Any, slice_: Slice) -> Step:
 _KINDS = {"params": "weights", "opt_state": "optimizer", "step": "counters"}
 
 
-def sample(config: Any, slice_: Slice) -> Step:
-    """One denoising step of one video, with both branches of guidance, on the slice.
+def compile_step(
+    name, mesh, lowered, slice_, memory, state_bytes, counts, flops, tokens, begun, *, beside=0.0
+) -> Step:
+    """Compiles what was traced, and asks the compiler for its memory.
 
-    As `sora-jax sample` runs it on all devices of a host: heads over `tensor` as far as they
-    divide, tokens over `context`; weights in config.dit.dtype.
+    Args:
+      memory: bytes of one device by kind.
+      begun: when tracing began, by time.perf_counter().
+      beside: bytes of `memory` that are no argument of the program, but lie on the device too.
 
     Raises:
       TooLarge: by how much.
     """
-    begun = time.perf_counter()
-    stage = program.STAGES[config.stage](config, abstract=True)
-    heads, devices = stage.dit_config.num_heads, len(slice_.devices)
-    tensor = math.gcd(heads, devices)
-    mesh = sharding.make_mesh(
-        fsdp=1, tensor=tensor, context=devices // tensor, devices=list(slice_.devices)
-    )
-    data, length = config.data, int(config.text_tokens)
-    latent = stage.latent_shape(data.frames, data.height, data.width)
-    tokens = stage.tokens_of(latent[:3])
-    shift = times.shift_for_tokens(tokens, stage.token_shift)
-    table, told = times.schedule(config.sample.schedule, config.sample.steps, shift=float(shift))
-    guide = guidance.GuidanceConfig(scale=float(config.sample.guidance))
-
-    def step(state, i, params, text_emb, text_mask):
-        dit = nnx.merge(stage.dit_graphdef, params)
-        velocity = conditions.conditioned(
-            dit, conditions.Text(text_emb, text_mask), conditions.Conditions()
-        )
-        guided = guidance.guided_velocity(velocity, config=guide)
-        solver = sampler.make_solver(guided, table, solver=config.sample.solver, model_times=told)
-        return solver.step(state, i)
-
-    params = jax.eval_shape(lambda: stage.init(jax.random.key(0))["dit"])
-    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, config.dit.dtype), params)
-    params = _placed(params, sharding.tree_shardings(params, mesh))
-    whole = sharding.named(mesh)
-    x = jax.ShapeDtypeStruct((1, *latent), jnp.float32, sharding=whole)
-    solver = sampler.make_solver(lambda x, t: x, table, solver=config.sample.solver)
-    state = jax.eval_shape(solver.init, x)
-    state = _placed(state, jax.tree.map(lambda _: whole, state))
-    rows = (2, length)
-    text = jax.ShapeDtypeStruct((*rows, stage.text.config.width), jnp.float32, sharding=whole)
-    mask = jax.ShapeDtypeStruct(rows, jnp.bool_, sharding=whole)
-    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    arguments = (state, index, params, text, mask)
-    memory = {"weights": device_bytes(params), "batch": device_bytes((state, text, mask))}
-    jitted = jax.jit(step, donate_argnums=0, compiler_options=compile_options.of_mesh(mesh))
-    with sharding.use_mesh(mesh):
-        traced = jitted.trace(*arguments)
-        counts = count.of_jaxpr(traced.jaxpr.jaxpr)
-        lowered = traced.lower()
-    forward = _dit_flops(stage, tokens, length)
-    flops = {name: 2 * value for name, value in forward.items()}
-    state_bytes = device_bytes(state)
-    return _compile(
-        "sample", mesh, lowered, slice_, memory, state_bytes, counts, flops, 2 * tokens, begun
-    )
-
-
-def _compile(
-    name, mesh, lowered, slice_, memory, state_bytes, counts, flops, tokens, begun
-) -> Step:
     traced, worked = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as dump:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
@@ -171,20 +121,24 @@ def _compile(
             raise TooLarge(needed, slice_.chip.device_hbm, memory) from error
         reports = [file.read_text() for file in Path(dump).glob("*memory-usage-report.txt")]
     done = time.perf_counter()
-    stats = compiled.memory_analysis()
+    text, stats = compiled.as_text(), compiled.memory_analysis()
     program = float(stats.generated_code_size_in_bytes)
     # The statistics' own peak counts what lies on hosts, and leaves out gaps between buffers.
     reserved = max(map(device_bytes_of, reports), default=0) or stats.peak_memory_in_bytes
+    temporaries = reserved - float(stats.argument_size_in_bytes)
+    if name == "train":
+        for kind, value in activations.kept(hlo.parse(text))._asdict().items():
+            memory, temporaries = memory | {kind: value}, temporaries - value
     memory = memory | {
-        "temporaries": reserved - float(stats.argument_size_in_bytes),
+        "temporaries": temporaries,
         "program": program,
         "on hosts": float(stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes),
-        "peak": reserved + program,
+        "peak": reserved + program + beside,
     }
     seconds = {"trace": traced - begun, "compile": done - traced}
     seconds["compile, of cores"] = time.process_time() - worked
     aliased = min(1.0, stats.alias_size_in_bytes / max(1.0, state_bytes))
-    return Step(name, mesh, compiled.as_text(), memory, aliased, counts, flops, tokens, seconds)
+    return Step(name, mesh, text, memory, aliased, counts, flops, tokens, seconds)
 
 
 def device_bytes_of(report: str) -> int:
@@ -226,7 +180,7 @@ def flops_by_part(config: Any, stage: Any, batch: dict[str, Any]) -> dict[str, f
         return {}
     rows = stage.rows(batch)
     length = batch["text_emb" if stage.text.is_cached else "ids"].shape[1]
-    forward = _dit_flops(stage, stage.tokens_per_clip(batch), length)
+    forward = dit_flops(stage, stage.tokens_per_clip(batch), length)
     parts = {name: 3 * rows * value for name, value in forward.items()}
     if "video" in batch:
         vae, video = stage.vae, batch["video"]
@@ -235,31 +189,16 @@ def flops_by_part(config: Any, stage: Any, batch: dict[str, Any]) -> dict[str, f
     if not stage.text.is_cached:
         ids = batch["ids"]
         encode = lambda p, i: nnx.merge(stage.text.graphdef, p)(i, i > 0)  # noqa: E731
-        forward = sum(count.of_function(encode, stage.text._opened.abstract, ids).values())
+        forward = sum(count.of_function(encode, stage.text.abstract, ids).values())
         parts["text"] = forward * (3 if stage.text.is_trained else 1)
     return parts
 
 
-def decode_flops(config: Any) -> float:
-    """Of the VAE making one video of `config.data`'s size; counted, not compiled."""
-    stage = program.STAGES[config.stage](config, abstract=True)
-    latent = stage.latent_shape(config.data.frames, config.data.height, config.data.width)
-    vae, x = stage.vae, jax.ShapeDtypeStruct((1, *latent), jnp.float32)
-    decode = lambda params, x: nnx.merge(vae.graphdef, params).decode(x)  # noqa: E731
-    return sum(count.of_function(decode, vae.abstract, x).values())
-
-
-def _dit_flops(stage: Any, tokens: int, text_tokens: int) -> dict[str, float]:
+def dit_flops(stage: Any, tokens: int, text_tokens: int) -> dict[str, float]:
     from sora_jax.dit.flops import flops
 
-    counted = flops(stage.dit_config, tokens=tokens, text_tokens=text_tokens)
+    counted = flops(
+        stage.dit_config, tokens=tokens, text_tokens=text_tokens, image_rows=stage.image_rows
+    )
     names = {"attention": "self-attention", "mlp": "MLP", "cross": "cross-attention"}
     return {names.get(name, name): value for name, value in counted._asdict().items()}
-
-
-def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        shardings,
-    )

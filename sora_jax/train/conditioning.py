@@ -68,6 +68,11 @@ class Conditioning:
             rows = zip(captions, np.asarray(emb), np.asarray(mask), strict=True)
             self._known = {caption: row[real] for caption, row, real in rows}
 
+    @property
+    def abstract(self) -> Any:
+        """Shapes of the encoder's parameters, also where no step needs it."""
+        return self._opened.abstract
+
     def load(self) -> dict[str, Any]:
         """Parameters of the frozen encoder, if steps need one."""
         return {} if self.is_trained or self.is_cached else {"text": self._opened.load()}

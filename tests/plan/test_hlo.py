@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sora_jax import chips, sharding
-from sora_jax.plan import collectives, hlo, roofline
+from sora_jax.plan import activations, collectives, hlo, roofline
 
 
 def compiled(function, *shapes, mesh, axes=("batch",)):
@@ -266,3 +266,26 @@ def test_time_between_slices_and_within_a_chip():
     )
     two_cores = np.array([[0, 0, 0, 0, 0], [0, 0, 0, 0, 1]])
     assert collectives.seconds(one, v7x, two_cores, (2, 2, 1)) < 1e9 / v7x.ici_link / 5
+
+
+@pytest.mark.parametrize("policy", ["input", "everything"])
+def test_what_scanned_blocks_keep_is_told_from_gradients_and_the_rest(policy):
+    layers, rows, width = 5, 64, 32
+
+    def block(x, w):
+        return jnp.sin(x @ w)
+
+    blocks = jax.checkpoint(block) if policy == "input" else block
+
+    def loss(w, x):
+        return jnp.sum(jax.lax.scan(lambda x, w: (blocks(x, w), None), x, w)[0] ** 2)
+
+    w, x = jnp.zeros((layers, width, width)), jnp.zeros((rows, width))
+    program = hlo.parse(jax.jit(jax.grad(loss)).lower(w, x).compile().as_text())
+    found = activations.kept(program)
+    # Each block's input; of a sine that is not computed again, its derivative too.
+    arrays = {"input": 1, "everything": 2}[policy]
+    assert found.activations == arrays * 4 * layers * rows * width
+    assert found.gradients == 4 * layers * width * width
+    forward = hlo.parse(jax.jit(loss).lower(w, x).compile().as_text())
+    assert activations.kept(forward) == (0, 0)

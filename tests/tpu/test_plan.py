@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sora_jax import cli, compile_options, config_file, layers, sharding
-from sora_jax.plan import collectives, hlo, planning, steps, topology
+from sora_jax.plan import collectives, hlo, planning, sampling, steps, topology
 
 SMOKE = ["dit.dtype=bfloat16", "dit.remat=full", "batch_size=4"]
 
@@ -26,6 +26,10 @@ def test_the_real_train_step_fits_and_its_state_aliases(plan):
     assert memory["optimizer"] == pytest.approx(2 * memory["weights"], rel=1e-3)
     assert memory["ema"] == pytest.approx(memory["weights"])
     assert memory["peak"] > memory["temporaries"] > 0
+    # With full recomputation each block keeps its input, in float32: 2 rows, half of 96 tokens.
+    kept = config_file.load("configs/wan.py:smoke").dit.depth * 2 * 48 * 32 * 4 / 2**30
+    assert memory["activations"] == pytest.approx(kept)
+    assert 0 < memory["gradients"] < 2 * memory["weights"]
     assert train["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1, "context": 2}
 
 
@@ -54,11 +58,35 @@ def test_gradients_cross_fsdp_and_tokens_context(plan):
     assert all(row["bytes"] > 0 and row["seconds"] > 0 for row in plan["train"]["collectives"])
 
 
-def test_the_sample_step_compiles_for_one_host(plan):
+def test_a_video_is_planned_for_one_host_as_the_command_makes_it(plan):
     sample = plan["sample"]
-    assert sample["fits"] and sample["mesh"]["tensor"] == 2
-    assert sample["denoise_s"] == pytest.approx(2 * sample["step_s"])
+    heads = config_file.load("configs/wan.py:smoke").dit.num_heads
+    mesh = {name: size for name, size in sample["mesh"].items() if name != "fsdp"}
+    assert mesh == sharding.sampling_axes(4, heads=heads) and mesh["data"] == 2
+    assert sample["fits"] and sample["denoise_s"] == pytest.approx(2 * sample["step_s"])
     assert sum(sample["flops"].values()) < sum(plan["train"]["flops"].values())
+    decode = sample["decode"]
+    assert decode["fits"] and decode["flops"]["VAE"] > 0
+    assert sample["video_s"] == pytest.approx(sample["denoise_s"] + decode["step_s"])
+    # Beside what runs lie the other models' weights.
+    for part in (sample, decode):
+        memory = part["memory_gib"]
+        assert memory["peak"] > memory["weights"] + memory["frozen"] > memory["weights"] > 0
+
+
+def test_models_that_take_pictures_are_planned_with_them():
+    small = ["dit.depth=1", "dit.width=256", "dit.num_heads=2", "dit.ffn_dim=256"]
+    small += ["vae.base_dim=16", "vae.decoder_base_dim=16", "data.frames=5"]
+    small += ["data.width=64", "data.height=64", "text.depth=1", "text.vocab_size=384"]
+    config = config_file.load("configs/wan.py:flf2v_14b", small)
+    step = sampling.denoise(config, topology.describe("v5e:2x2"))
+    text_alone = sampling.denoise(
+        config_file.load("configs/wan.py:t2v_14b", small), topology.describe("v5e:2x2")
+    )
+    # 514 rows of CLIP's features of 1,280 channels, 20 more channels of latents.
+    extra = 4 * (514 * 1280 + 2 * 8 * 8 * 20)
+    assert step.memory["batch"] - text_alone.memory["batch"] == extra
+    assert step.flops["cross-attention"] > text_alone.flops["cross-attention"]
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
