@@ -32,9 +32,20 @@ class Trajectory(NamedTuple):
     angle: Float[np.ndarray, " F"]
 
 
+def _is_round(actor: Actor) -> bool:
+    """Whether it touches the ground as a circle does: it rolls, or leans at any angle."""
+    return actor.verb == "rolls" or actor.tilt != 0.0
+
+
+def _above_ground(actor: Actor) -> float:
+    """Height of the centre of one that touches the ground, in world units."""
+    cut = silhouette(actor.shape)
+    return (cut.radius if _is_round(actor) else cut.half_height) * actor.scale
+
+
 def _gravity(actor: Actor, floor: float) -> float:
     """World units per action second squared, such that the verb fits its two seconds."""
-    drop = floor - silhouette(actor.shape).half_height * actor.scale - actor.start[1]
+    drop = floor - _above_ground(actor) - actor.start[1]
     if actor.verb == "falls":
         return 2 * drop / (1.15 / actor.tempo) ** 2
     if actor.verb == "bounces":
@@ -53,8 +64,8 @@ def _body(space: pymunk.Space, actor: Actor) -> pymunk.Body:
         body = pymunk.Body(mass, pymunk.moment_for_circle(mass, 0, radius))
     else:
         body = pymunk.Body(mass, math.inf)  # stays upright
-    body.position = actor.start
-    if actor.verb == "rolls":
+    body.position, body.angle = actor.start, actor.tilt
+    if _is_round(actor):
         shape = pymunk.Circle(body, cut.radius * actor.scale)
     else:
         points = np.concatenate(cut.outline) * actor.scale * [actor.facing, 1]

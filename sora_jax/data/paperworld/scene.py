@@ -34,6 +34,7 @@ class Actor:
     start: tuple[float, float]  # centre at the beginning, x right and y down
     travel: float  # horizontal distance, signed, covered in one action of 2 s
     tempo: float  # multiplies the verb's own rate (gravity, spin); about 1
+    tilt: float = 0.0  # clockwise from upright at the beginning, in radians
 
     @property
     def facing(self) -> int:
@@ -253,6 +254,16 @@ def _with_camera(rng: np.random.Generator, shot: Shot) -> Shot:
     return dataclasses.replace(shot, camera=Camera(motion, amount))
 
 
+def _with_tilt(rng: np.random.Generator, shot: Shot, height: float | int) -> Shot:
+    """The first actor stands, moves or begins at an angle, on the circle that it would roll on."""
+    actor = shot.actors[0]
+    reach = silhouette(actor.shape).radius * actor.scale
+    x, y = actor.start
+    y = min(max(y, reach), height - GROUND - reach)
+    tilted = dataclasses.replace(actor, start=(x, y), tilt=_uniform(rng, 0.0, 2 * np.pi))
+    return dataclasses.replace(shot, actors=(tilted, *shot.actors[1:]))
+
+
 def _pair_shot(
     rng: np.random.Generator, settings: PaperworldSettings, *, collide: bool, frames: int
 ) -> Shot:
@@ -321,6 +332,8 @@ def _train_shots(rng: np.random.Generator, settings: PaperworldSettings) -> tupl
     small = settings.small and rng.random() < settings.small
     size = "small" if small else _choice(rng, vocab.SIZES)
     shot = _single_shot(rng, cast, settings=settings, frames=frames, size=size)
+    if settings.tilted and cast.verb != "hides" and rng.random() < settings.tilted:
+        shot = _with_tilt(rng, shot, settings.world[1])
     if settings.late and cast.verb in _ONGOING_VERBS and rng.random() < settings.late:
         shot = dataclasses.replace(shot, begin=_uniform(rng, 0.0, _LATEST))
     # Calm verbs are half of the solo verbs: doubling keeps the share of all clips.

@@ -14,8 +14,11 @@ class PaperworldSettings:
     of a long film does. A `near` clip shows a quarter of the picture at twice the size, as a tile
     of a larger picture does. `turning`, `falling` and `small` add to the single subjects that roll
     or spin, fall, or are small, which are the hardest to make: that share of them is made so
-    (`falling`, of those not made to turn), and the rest drawn as ever. `time_stamps` is the share
-    of the wordings of several shots that say when each is seen ("[0s-1s] ... [1s-2.125s] ...").
+    (`falling`, of those not made to turn), and the rest drawn as ever. `tilted` is the share of
+    single subjects that do what they do, unless they hide, at an angle, or begin to turn at one:
+    where turned drawings are seen in few verbs, a model draws them well in these alone.
+    `time_stamps` is the share of the wordings of several shots that say when each is seen
+    ("[0s-1s] ... [1s-2.125s] ...").
 
     Raises:
       ValueError: a size that is not a multiple of 8, a frame count, rate or share out of range.
@@ -34,6 +37,7 @@ class PaperworldSettings:
     near: float | int = 0.0
     turning: float | int = 0.0
     falling: float | int = 0.0
+    tilted: float | int = 0.0
     small: float | int = 0.0
     time_stamps: float | int = 0.0
 
@@ -55,7 +59,7 @@ class PaperworldSettings:
                 "make the sides more equal."
             )
         shares = ("multi_shot", "collisions", "companions", "occlusion", "moving_camera")
-        shares += ("late", "near", "turning", "falling", "small", "time_stamps")
+        shares += ("late", "near", "turning", "falling", "small", "tilted", "time_stamps")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"paperworld {name} {getattr(self, name)} is not in [0, 1].")

@@ -12,8 +12,9 @@ from sora_jax.data.paperworld import captions, vocab
 from sora_jax.data.paperworld.captions import MAX_BYTES, caption, describe
 from sora_jax.data.paperworld.physics import DRAG, GRAVITY, trajectories
 from sora_jax.data.paperworld.render import render
-from sora_jax.data.paperworld.scene import sample_scene
+from sora_jax.data.paperworld.scene import GROUND, sample_scene
 from sora_jax.data.paperworld.settings import PaperworldSettings
+from sora_jax.data.paperworld.shapes import silhouette
 from sora_jax.data.paperworld.source import PaperworldSource, heldout_prompts, seen_prompts
 from sora_jax.prompts import timed
 
@@ -311,6 +312,33 @@ def test_shares_of_turning_falling_and_small_subjects_are_as_asked():
     assert abs(falling - (0.4 * 0.5 + 0.4 * 0.5 * chance / 2)) < 0.04
     assert abs(np.mean([actor.size == "small" for actor in subjects]) - (0.7 + 0.3 / 3)) < 0.04
     assert not any(vocab.is_held_out(a.colour, a.shape, verb=a.verb) for a in subjects)
+
+
+def test_tilted_subjects_lean_where_they_stand_move_and_begin_to_turn():
+    settings = dataclasses.replace(SINGLE, tilted=0.8)
+    scenes = [sample_scene(7, i, settings=settings) for i in range(400)]
+    tilted = [scene.subject.tilt != 0 for scene in scenes if scene.subject.verb != "hides"]
+    assert abs(np.mean(tilted) - 0.8) < 0.06
+    assert not any(s.subject.tilt for s in scenes if s.subject.verb == "hides")
+    assert {s.subject.verb for s in scenes if s.subject.tilt} == {*vocab.SOLO_VERBS} - {"hides"}
+    assert not any(
+        vocab.is_held_out(s.subject.colour, s.subject.shape, verb=s.subject.verb) for s in scenes
+    )
+    for scene in scenes[:60]:
+        actor, path = scene.subject, trajectories(scene)[0][0]
+        assert (" tilted " in describe(scene)) == (actor.tilt != 0)
+        assert path.angle[0] == pytest.approx(actor.tilt)
+        turns = np.ptp(path.angle) > 0.5
+        assert turns == (actor.verb in ("rolls", "spins"))
+        if actor.tilt and actor.verb in ("slides", "stays", "rolls"):
+            # On the circle around it, which touches the ground at any angle.
+            height = 1 - GROUND - path.position[:, 1]
+            radius = silhouette(actor.shape).radius * actor.scale
+            np.testing.assert_allclose(height, radius, rtol=0.02)
+    drawn = next(s for s in scenes if s.subject.tilt and s.subject.verb == "stays")
+    straight = dataclasses.replace(drawn.subject, tilt=0.0)
+    shot = dataclasses.replace(drawn.shots[0], actors=(straight,))
+    assert (render(drawn) != render(dataclasses.replace(drawn, shots=(shot,)))).any()
 
 
 def test_source_survives_pickling_and_knows_its_length():
