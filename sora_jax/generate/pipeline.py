@@ -19,6 +19,7 @@ from sora_jax.convert.sampling import SamplingDefaults
 from sora_jax.diffusion import times
 from sora_jax.generate import canvas as canvas_of
 from sora_jax.generate import conditions, detail, texts, trained
+from sora_jax.generate import given as given_of
 from sora_jax.generate import request as requests_of
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Conditions, Picture
@@ -26,7 +27,6 @@ from sora_jax.generate.denoise import Denoiser, OnStep, Start
 from sora_jax.generate.experts import Experts, Part
 from sora_jax.generate.request import Request
 from sora_jax.generate.video import Video, array_hash, to_bytes
-from sora_jax.image import clip
 from sora_jax.prompts import weighted
 from sora_jax.vae import streaming
 
@@ -320,72 +320,19 @@ class Pipeline:
         Raises:
           ValueError: nothing, or parts of frames, for a model that goes on from whole ones.
         """
-        if canvases is not None and self.way == "channels":
-            return self._given_frames(canvases)
-        if canvases is not None:
-            return self._given_tokens(canvases)
-        if pictures[0] is None:
-            if self.way == "channels":
-                raise ValueError(conditions.NEEDS_PICTURE)
-            return Conditions()
-        shown = {frame: p for frame, p in zip((0, -1), pictures, strict=True) if p is not None}
-        canvas = canvas_of.of_pictures(
-            {frame % request.frames: picture for frame, picture in shown.items()},
-            request.frames,
-            size=(request.width, request.height),
-        )
-        given = self._given_frames([canvas], pictures=[p for p in pictures if p is not None])
-        return Conditions(*(None if c is None else jnp.repeat(c, count, axis=0) for c in given))
-
-    def _given_frames(
-        self, canvases: Sequence[Canvas], pictures: Sequence[Picture] | None = None
-    ) -> Conditions:
-        """Masks of the frames that are given, latents of videos that show them and are grey
-        elsewhere, and what an image encoder sees of the first one, or of the first and last.
-
-        Args:
-          pictures: for the image encoder, as they were before they were cut to the video's shape.
-        """
-        known = np.stack([canvas.known.all(axis=(1, 2)) for canvas in canvases])
-        some = np.stack([canvas.known.any(axis=(1, 2)) for canvas in canvases])
-        count = 1 if self.dit.config.image_positions is None else 2
-        needed = [0, -1][:count] if self.dit.config.image_dim is not None else []
-        if (some & ~known).any() or not known[:, needed].all():
-            ends = "frames, the first and the last among them" if count == 2 else "frames"
-            ends = "frames, the first among them" if len(needed) == 1 else ends
-            raise ValueError(f"this model goes on from whole {ends}; give these, or use another.")
-        frames = np.stack([canvas_of.to_unit(canvas.frames) for canvas in canvases])
-        video = np.where(known[..., None, None, None], frames, np.float32(0))
-        latents = self._latents(self.vae.params, jnp.asarray(video))
-        temporal = self.vae.config.scale_factor_temporal
-        mask = np.stack([conditions.mask_channels(k, temporal=temporal) for k in known])
-        mask = np.broadcast_to(mask[:, :, None, None], (*latents.shape[:-1], temporal))
-        channels, features = jnp.concatenate([jnp.asarray(mask), latents], axis=-1), None
-        if needed:
-            size = self.image.config.image_size
-            shown = [pictures or [canvas.frames[at] for at in needed] for canvas in canvases]
-            pixels = np.stack([clip.preprocess(p, size=size) for each in shown for p in each])
-            rows = self._features(self.image.params, jnp.asarray(pixels))
-            features = rows.reshape(len(canvases), -1, rows.shape[-1])
-        return Conditions(channels, features)
-
-    def _given_tokens(self, canvases: Sequence[Canvas]) -> Conditions:
-        """Latents of the canvases, and which tokens of them are given."""
-        temporal, (patch, height, width) = self.vae.config.scale_factor_temporal, self.cell
-        cell = (patch // temporal, height, width)
-        keep = np.stack([canvas_of.given_tokens(c, temporal=temporal, cell=cell) for c in canvases])
-        videos = np.stack([canvas_of.filled(c) for c in canvases])
-        # The encoder is causal: frames after the last that are given change nothing.
-        used = np.flatnonzero(keep.any(axis=(0, 2, 3))).max(initial=0)
-        frames = 1 + ((used + 1) * cell[0] - 1) * temporal
-        latents = self.encode(videos[:, :frames])
-        missing = keep.shape[1] * cell[0] - latents.shape[1]
-        clean = jnp.pad(latents, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
-        return Conditions(clean=clean, keep=jnp.asarray(keep))
+        return given_of.conditions_of(self, request, pictures, canvases, count=count)
 
     def encode(self, frames: UInt8[np.ndarray, "b F H W 3"]) -> Float[Array, "b f h w c"]:
         """Normalised latents of videos, the encoder's means."""
-        return self._latents(self.vae.params, jnp.asarray(canvas_of.to_unit(frames)))
+        return self.encode_unit(canvas_of.to_unit(frames))
+
+    def encode_unit(self, video: Float[np.ndarray, "b F H W 3"]) -> Float[Array, "b f h w c"]:
+        """The same of videos in [-1, 1]."""
+        return self._latents(self.vae.params, jnp.asarray(video))
+
+    def encode_pictures(self, pixels: Float[np.ndarray, "b s s 3"]) -> Float[Array, "b i d_image"]:
+        """Features of pictures as `clip.preprocess` makes them, for models that take any."""
+        return self._features(self.image.params, jnp.asarray(pixels))
 
     def encode_text(self, prompts: Sequence[str], negative: Sequence[str] = ()):
         """(text_emb "b l d", text_mask "b l") of prompts, negative ones after them.
