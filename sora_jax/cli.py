@@ -4,11 +4,12 @@ Nothing heavy is imported before a subcommand runs, so that --help answers at on
 """
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
 
-from sora_jax import DTYPES, task_arguments
+from sora_jax import DTYPES, model_arguments, task_arguments
 
 EXAMPLES = """examples:
   sora-jax sample --prompt "a red ball rolls left in the meadow" --out ball.mp4
@@ -43,15 +44,6 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
     return command
 
 
-def _checkpoint(command) -> None:
-    command.add_argument(
-        "--checkpoint",
-        default="paperworld",
-        metavar="DIR",
-        help="folder of weights, hub id, or name of shipped weights (default: paperworld)",
-    )
-
-
 def _add_sample(commands) -> None:
     sample = _command(commands, "sample", _sample, "Make videos from sentences.")
     what = sample.add_mutually_exclusive_group(required=True)
@@ -69,20 +61,6 @@ def _add_sample(commands) -> None:
         metavar="WRITER",
         help="write a detailed prompt first: paperworld (built in, for the shipped weights), "
         "http(s)://HOST/v1#MODEL, or the folder of a language model",
-    )
-    sample.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="merge a LoRA file into the transformer; may be given several times",
-    )
-    sample.add_argument(
-        "--lora-2",
-        action="append",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="the same, into the second of two transformers (Wan 2.2 A14B: that for low noise)",
     )
     sample.add_argument("--out", required=True, metavar="FILE", help=".mp4 .webm .gif .webp .png")
     sample.add_argument("--image", metavar="FILE", help="picture the video begins with")
@@ -117,24 +95,8 @@ def _add_sample(commands) -> None:
     sample.add_argument(
         "--schedule", help="of the steps: wan, wan_official, flow_match_euler or linear"
     )
-    sample.add_argument(
-        "--cache-threshold",
-        type=float,
-        metavar="CHANGE",
-        help="skip blocks whose result changed by less; 0.07 halves the time, 0 (default) is exact",
-    )
-    sample.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of weights and matrix products (default: float32); bfloat16 takes half the memory",
-    )
-    sample.add_argument(
-        "--mesh",
-        metavar="AXIS=N,...",
-        help="devices to share the work: auto (all but CPUs, the default), none, or sizes of data, "
-        "fsdp, tensor and context, such as tensor=4,context=2",
-    )
-    _add_distributed(sample)
+    model_arguments.add_cache(sample)
+    model_arguments.add_model(sample)
     sample.add_argument("--seed", type=int, help="another seed, another video (default: 0)")
     sample.add_argument(
         "--batch", type=int, default=1, metavar="N", help="videos a prompt, with seeds from --seed"
@@ -152,13 +114,12 @@ def _add_sample(commands) -> None:
         "--sheet", action="store_true", help="also write a contact sheet PNG beside each video"
     )
     sample.add_argument("--preview", metavar="FILE", help=".png or .webp to watch the first in")
-    _checkpoint(sample)
 
 
 def _add_storyboard(commands) -> None:
     from sora_jax import storyboard_command
 
-    storyboard_command.add(commands, _command)
+    storyboard_command.add(commands, functools.partial(_command, run=_storyboard))
 
 
 def _add_train(commands) -> None:
@@ -173,13 +134,7 @@ def _add_train(commands) -> None:
     train.add_argument(
         "--workdir", required=True, metavar="DIR", help="checkpoints, metrics and previews"
     )
-    _add_distributed(train)
-
-
-def _add_distributed(command) -> None:
-    command.add_argument(
-        "--distributed", action="store_true", help="this is one process of several (see launch/)"
-    )
+    model_arguments.add_distributed(train)
 
 
 def _add_plan(commands) -> None:
@@ -205,7 +160,7 @@ def _add_eval(commands) -> None:
         "--batch", type=int, metavar="N", help="videos made at a time (default: 16)"
     )
     evaluate.add_argument("--dtype", default="float32", choices=DTYPES, help="of matrix products")
-    _checkpoint(evaluate)
+    model_arguments.add_checkpoint(evaluate)
 
 
 def _add_info(commands) -> None:
@@ -214,7 +169,7 @@ def _add_info(commands) -> None:
     )
     info.add_argument("--size", metavar="WxH", help="of the video whose cost is shown")
     info.add_argument("--frames", type=int, metavar="N")
-    _checkpoint(info)
+    model_arguments.add_checkpoint(info)
 
 
 def _add_data(commands) -> None:
@@ -276,6 +231,13 @@ def _sample(args) -> None:
 
     _join(args)
     sample_command.run(args)
+
+
+def _storyboard(args) -> None:
+    from sora_jax import storyboard_command
+
+    _join(args)
+    storyboard_command.run(args)
 
 
 def _join(args) -> None:

@@ -40,7 +40,7 @@ def run(args: Namespace) -> list[Path]:
     out = Path(args.out)
     arrays = {"latents": args.save_latents, "text_emb": args.save_text_embeddings}
     arrays = {name: Path(path) for name, path in arrays.items() if path is not None}
-    if _writes():
+    if writes():
         video_io.check_output_path(out)
         if args.preview is not None:
             check_preview(args.preview, out=out)
@@ -57,7 +57,7 @@ def run(args: Namespace) -> list[Path]:
             pictures = _padded(pictures, (again["width"], again["height"]))
         _check_again(args, again, noise, pictures)
     prompts = [again["prompt"]] if again else _prompts(args)
-    console = Console(stderr=True, highlight=False, quiet=not _writes())
+    console = Console(stderr=True, highlight=False, quiet=not writes())
     dtype = args.dtype or again.get("dtype", "float32")
     # Bit for bit, a video is made again on the mesh that made it.
     mesh = args.mesh or (again.get("mesh", "none") if again else "auto")
@@ -142,7 +142,7 @@ def run(args: Namespace) -> list[Path]:
         if noise is not None:
             for video in videos:
                 video.metadata["noise_sha256"] = array_hash(noise)
-        if not _writes():
+        if not writes():
             continue
         for offset, video in enumerate(videos):
             _note(video, given[(start + offset) // args.batch])
@@ -170,20 +170,25 @@ def _run_task(pipe, task, args, prompt, settings, console, begun, given) -> Path
         on_step = watched(pipe, args.preview, progress.on_step, fps=args.fps)
         made = make(on_step=on_step)
         _note(made, given)
-        path = Path(args.out)
-        if _writes():
-            path = task_command.save(made, path, sheet=args.sheet)
-        elif isinstance(made, Film):
-            for _ in made.parts:  # made while they are asked for
-                pass
+        path = save(made, Path(args.out), sheet=args.sheet)
     _line(console, _TASK_STAGE, time.perf_counter() - clock)
-    if _writes():
+    if writes():
         print(path)
     _line(console, "in all", time.perf_counter() - begun)
     return path
 
 
-def _writes() -> bool:
+def save(made: Video | Film, path: Path, *, sheet: bool) -> Path:
+    """Writes a video, or a film as it is made; of several processes only the first does."""
+    if writes():
+        return task_command.save(made, path, sheet=sheet)
+    if isinstance(made, Film):
+        for _ in made.parts:  # made while they are asked for
+            pass
+    return path
+
+
+def writes() -> bool:
     """Whether this is the process that writes files, of several the first."""
     return jax.process_index() == 0
 
@@ -312,7 +317,7 @@ def _prompts(args: Namespace) -> list[str]:
 def _expand(args: Namespace, prompts: list[str], console: Console, *, picture: bool) -> list[str]:
     """The prompts in the words of the writer that --expand-prompt names, shown."""
     expanded = None
-    if _writes():
+    if writes():
         name = args.expand_prompt
         writer = writers.make_writer(name, checkpoint=args.checkpoint, picture=picture)
         expanded = [writers.expand(prompt, writer) for prompt in prompts]

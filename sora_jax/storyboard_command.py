@@ -1,26 +1,30 @@
 """What `sora-jax storyboard` does: a plan of a file of shots, or their film."""
 
+import dataclasses
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from sora_jax import model_arguments
+
 
 def add(commands, command) -> None:
     """The subcommand and its arguments."""
-    sub = command(commands, "storyboard", run, "Render a file of shots as one film.")
+    sub = command(commands, "storyboard", text="Render a file of shots as one film.")
     sub.add_argument("file", metavar="FILE", help=".yaml or .json; docs/tasks.md has the fields")
     sub.add_argument("--out", metavar="FILE", help=".mp4 .webm .gif .webp .png")
     sub.add_argument("--plan", action="store_true", help="print what would be rendered, and stop")
     sub.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     sub.add_argument("--guidance", type=float, metavar="SCALE")
-    sub.add_argument("--sheet", action="store_true", help="also write a contact sheet PNG")
     sub.add_argument(
-        "--checkpoint",
-        default="paperworld",
-        metavar="DIR",
-        help="folder of weights, hub id, or name of shipped weights (default: paperworld)",
+        "--seed", type=int, help="in place of the file's; shots with their own keep it"
     )
+    sub.add_argument("--window", type=int, metavar="FRAMES", help="frames seen at once")
+    model_arguments.add_cache(sub)
+    model_arguments.add_model(sub)
+    sub.add_argument("--sheet", action="store_true", help="also write a contact sheet PNG")
+    sub.add_argument("--preview", metavar="FILE", help=".png or .webp to watch each window in")
 
 
 def run(args: Namespace) -> None:
@@ -32,28 +36,45 @@ def run(args: Namespace) -> None:
     from rich.console import Console
 
     import sora_jax
-    from sora_jax import task_command, video_io
+    from sora_jax import sample_command, video_io
     from sora_jax.generate import board as boards
     from sora_jax.generate import storyboard
+    from sora_jax.generate.preview import check_preview, watched
     from sora_jax.progress import LearnedProgress
 
     board = boards.read(args.file)
+    if args.seed is not None:
+        board = dataclasses.replace(board, seed=args.seed)
     if args.out is None and not args.plan:
         raise ValueError("give --out FILE for the film, or --plan.")
-    if args.out is not None:
+    writes = sample_command.writes()
+    if args.out is not None and writes:
         video_io.check_output_path(args.out)
+        if args.preview is not None:
+            check_preview(args.preview, out=Path(args.out))
     begun = time.perf_counter()
-    pipe = sora_jax.load(args.checkpoint, weights=False)
-    settings = {"steps": args.steps, "guidance": args.guidance}
+    pipe = sora_jax.load(
+        args.checkpoint,
+        loras=args.lora,
+        loras_2=args.lora_2,
+        dtype=args.dtype or "float32",
+        mesh=args.mesh or "auto",
+        weights=False,
+    )
+    settings = {"steps": args.steps, "guidance": args.guidance, "window": args.window}
+    settings["cache_threshold"] = args.cache_threshold
     parts = storyboard.plan(pipe, board, **settings)
-    console = Console(stderr=not args.plan, highlight=False)
+    console = Console(stderr=not args.plan, highlight=False, quiet=not writes)
     console.print(_table(pipe, board, parts))
     if args.plan:
         return
+    pipe.load_weights()
     with LearnedProgress("denoising") as progress:
-        film = storyboard.render(pipe, board, on_step=progress.on_step, **settings)
-        path = task_command.save(film, Path(args.out), sheet=args.sheet)
-    print(path)
+        on_step = watched(pipe, args.preview, progress.on_step, fps=board.fps)
+        film = storyboard.render(pipe, board, on_step=on_step, **settings)
+        path = sample_command.save(film, Path(args.out), sheet=args.sheet)
+    if writes:
+        print(path)
     console.print(f"in all {time.perf_counter() - begun:.2f} s")
 
 

@@ -16,6 +16,7 @@ FLOORS = [
         "info",
         "sample_command",
         "storyboard_command",
+        "model_arguments",
         "task_arguments",
         "task_command",
         "import_command",

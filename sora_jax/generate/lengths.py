@@ -31,7 +31,7 @@ def window_of(pipe, frames: int | None = None, *, settings: Mapping[str, Any] = 
     return memory.fitting(
         most,
         temporal=pipe.vae.config.scale_factor_temporal,
-        per_latent_frame=memory.window_bytes(pipe.dit.config, cells),
+        per_latent_frame=memory.window_bytes(pipe.dit.config, cells, mesh=pipe.mesh),
         free=memory.free_bytes(),
     )
 

@@ -3,20 +3,27 @@
 import os
 
 import jax
+from jax.sharding import Mesh
 
 from sora_jax.dit.config import DiTConfig
 
 SHARE = 0.8  # of free memory that a window may take
+ROWS = 2  # videos of one evaluation: guidance makes two of one
 _STREAMS = 8  # float32 copies of a token's residual stream alive at once: norms, q, k, v, outputs
 
 
-def window_bytes(config: DiTConfig, tokens: int, *, rows: int = 2) -> float:
-    """Activations of one evaluation on `rows` videos of `tokens` each; guidance makes two of one.
+def window_bytes(config: DiTConfig, tokens: int, *, mesh: Mesh | None = None) -> float:
+    """Activations, on one device of `mesh`, of one evaluation on `ROWS` videos of `tokens` each.
 
     A block at a time is alive: its streams and the hidden layer of its MLP. Attention's kernels
     keep no table of pairs.
     """
-    return rows * tokens * 4.0 * (_STREAMS * config.width + 2 * config.ffn_dim)
+    whole = ROWS * tokens * 4.0 * (_STREAMS * config.width + 2 * config.ffn_dim)
+    if mesh is None:
+        return whole
+    sizes = mesh.shape
+    rows = min(ROWS, sizes["data"] * sizes["fsdp"])
+    return whole / (rows * sizes["tensor"] * sizes["context"])
 
 
 def free_bytes() -> float:

@@ -41,6 +41,10 @@ class Part(NamedTuple):
 def plan(pipe, board: Board, **settings: Any) -> list[Part]:
     """Frames, windows and cost of every shot; refuses what cannot be made.
 
+    Args:
+      settings: those of any video, as `Pipeline.request` takes them, and `window`, the frames that
+        the model sees at once; None leaves one to the checkpoint, or to the memory that there is.
+
     Raises:
       ValueError: a task that the checkpoint was not trained for, or settings it does not take.
     """
@@ -94,7 +98,9 @@ def _request(pipe, board: Board, shot: Shot, number: int, **settings: Any):
     seed = board.seed + number - 1 if shot.seed is None else shot.seed
     chosen = {"seed": seed, "negative_prompt": board.negative_prompt}
     chosen |= {name: v for name in ("fps", "size") if (v := getattr(board, name)) is not None}
-    return pipe.request(shot.spans[0][1], **(chosen | {"frames": pipe.sampling.frames} | settings))
+    given = {name: value for name, value in settings.items() if value is not None}
+    given["frames"] = given.pop("window", None) or lengths.window_of(pipe, settings=chosen)
+    return pipe.request(shot.spans[0][1], **(chosen | given))
 
 
 def render(pipe, board: Board, *, on_step: OnStep | None = None, **settings: Any) -> Film:
@@ -103,6 +109,7 @@ def render(pipe, board: Board, *, on_step: OnStep | None = None, **settings: Any
     Raises:
       ValueError: as `plan`, before anything is made.
     """
+    settings["window"] = settings.get("window") or _request(pipe, board, board.shots[0], 1).frames
     parts = plan(pipe, board, **settings)
     first = _request(pipe, board, board.shots[0], 1, **settings)
     frames = sum(part.frames for part in parts)

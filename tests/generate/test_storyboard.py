@@ -1,5 +1,7 @@
 """Storyboards on the tiny model: lengths, what is carried over, and the plan."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,19 @@ def test_the_command_plans_and_renders(tasks_folder, tmp_path, capsys):
     assert cli.main([*base, "--out", str(out)]) == 0
     assert len(video_io.read_video(out).frames) == 16
     assert cli.main(base) == 2
+    seen = tmp_path / "seen.png"
+    options = ["--seed", "7", "--window", "5", "--mesh", "context=2", "--preview", str(seen)]
+    assert cli.main([*base, "--out", str(out), *options]) == 0
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert (record["seed"], record["mesh"]) == (7, "context=2")
+    assert len(video_io.read_video(out).frames) == 16 and seen.exists()
+    capsys.readouterr()
+    assert cli.main([*base, "--plan", "--window", "5"]) == 0
+    narrow = capsys.readouterr().out
+    assert cli.main([*base, "--plan"]) == 0
+    assert narrow != capsys.readouterr().out  # more windows
+    assert cli.main([*base, "--plan", "--window", "6"]) == 2
+    assert "frames 6" in capsys.readouterr().err
     file.write_text("shots: [{prompt: a red ball, seconds: 0}]")
     assert cli.main([*base, "--out", str(out)]) == 2
     assert "shot 1: seconds is 0" in capsys.readouterr().err

@@ -1,11 +1,15 @@
 """Films by windows: where they lie, what they take over, and that nothing is lost on the way."""
 
 import itertools
+import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sora_jax import sharding
+from sora_jax.dit.config import DiTConfig
 from sora_jax.generate import canvas as canvas_of
 from sora_jax.generate import memory, windows
 from sora_jax.generate.video import to_bytes
@@ -125,3 +129,12 @@ def test_windows_denoised_together_keep_what_is_given(pipe, clip):
 )
 def test_a_window_is_halved_until_memory_holds_it(free, frames):
     assert memory.fitting(17, temporal=2, per_latent_frame=1.0, free=free) == frames
+
+
+def test_devices_share_the_memory_that_a_window_takes():
+    config = DiTConfig(width=64, num_heads=2, depth=1, ffn_dim=128)
+    alone = memory.window_bytes(config, 100)
+    for axes, parts in (({"context": 4}, 4), ({"data": 2, "context": 2}, 4), ({"data": 4}, 2)):
+        devices = jax.devices()[: math.prod(axes.values())]
+        mesh = sharding.make_mesh(**{"fsdp": 1} | axes, devices=devices)
+        assert memory.window_bytes(config, 100, mesh=mesh) == alone / parts
