@@ -12,7 +12,7 @@ from sora_jax import cli, compile_options, sharding
 HEADS = 2  # of the small pipeline
 
 
-@pytest.mark.parametrize("sizes", ["fsdp=2,tensor=2,context=2", "context=3"])
+@pytest.mark.parametrize("sizes", ["fsdp=2,tensor=2,context=2", "data=2,context=3"])
 def test_a_mesh_makes_the_same_video(pipeline_folder, sizes):
     plain, shared = (sora_jax.load(pipeline_folder, mesh=mesh) for mesh in ("none", sizes))
     settings = {"size": (32, 32), "frames": 5, "seed": 3}
@@ -32,7 +32,7 @@ def test_a_mesh_makes_the_same_video(pipeline_folder, sizes):
     [
         ("none", "tpu", None),
         ("auto", "cpu", None),
-        ("auto", "tpu", {"data": 2, "fsdp": 1, "tensor": 4, "context": 1}),
+        ("auto", "tpu", {"data": 2, "fsdp": 1, "tensor": 1, "context": 4}),
         ("context=2", "cpu", {"data": 1, "fsdp": 1, "tensor": 1, "context": 2}),
         ("tensor=1", "cpu", None),
     ],

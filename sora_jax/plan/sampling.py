@@ -26,7 +26,7 @@ class _Host(NamedTuple):
 
 def _on_host(config: Any, host: Slice) -> _Host:
     stage = program.STAGES[config.stage](config, abstract=True)
-    axes = sharding.sampling_axes(len(host.devices), heads=stage.dit_config.num_heads)
+    axes = sharding.sampling_axes(len(host.devices))
     mesh = sharding.make_mesh(fsdp=1, devices=list(host.devices), **axes)
     dtypes = {"dit": config.dit.dtype, "text": config.dit.dtype, "vae": "float32"}
     shapes = {

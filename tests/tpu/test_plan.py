@@ -60,9 +60,8 @@ def test_gradients_cross_fsdp_and_tokens_context(plan):
 
 def test_a_video_is_planned_for_one_host_as_the_command_makes_it(plan):
     sample = plan["sample"]
-    heads = config_file.load("configs/wan.py:smoke").dit.num_heads
-    mesh = {name: size for name, size in sample["mesh"].items() if name != "fsdp"}
-    assert mesh == sharding.sampling_axes(4, heads=heads) and mesh["data"] == 2
+    axes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sharding.sampling_axes(4)
+    assert sample["mesh"] == axes and axes["data"] == axes["context"] == 2
     assert sample["fits"] and sample["denoise_s"] == pytest.approx(2 * sample["step_s"])
     assert sum(sample["flops"].values()) < sum(plan["train"]["flops"].values())
     decode = sample["decode"]
