@@ -10,13 +10,17 @@ TORCH := torch==2.13.0
 # Tests share the cores; more workers than cores only swap.
 WORKERS ?= 2
 
-.PHONY: demo test parity onnx beam tpu lint format lock clean
+.PHONY: demo test twins parity onnx beam tpu lint format lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --out demo
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+# Two steps of every pod config's small twin.
+twins: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -q tests/twins
 
 # Against diffusers itself, which needs torch: in an environment of its own.
 parity: $(PARITY)/.installed

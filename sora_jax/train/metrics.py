@@ -165,7 +165,8 @@ def plot_losses(metrics: Path, out: Path) -> None:
         axes.plot(step[window - 1 :], smooth, label=label, lw=2 if name == "train/loss" else 1)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
+    if names:
+        axes.legend(frameon=False)
     figure.tight_layout()
     FigureCanvasAgg(figure).draw()
     image = np.asarray(figure.canvas.buffer_rgba())[..., :3]
