@@ -136,6 +136,34 @@ def test_the_command_writes_json(tmp_path, capsys):
     assert "predicted: nothing ran on a chip" in shown and "published measured steps" in shown
 
 
+def test_search_compiles_the_best_of_what_it_ranks(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    command = ["plan", "--config", "configs/wan.py:smoke", "--topology", "v5e:2x2", "--search"]
+    assert cli.main([*command, "--compile", "1", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    (best,) = found["plans"]
+    first = found["ranked"][0]
+    assert best["train"]["fits"] and best["train"]["mesh"] == first["mesh"]
+    assert best["train"]["remat"] == first["remat"]
+    rates = [row["tokens_per_s"] for row in found["ranked"]]
+    assert rates == sorted(rates, reverse=True) and found["judged"] >= len(rates) > 1
+    assert f"best of {found['judged']} that fit" in capsys.readouterr().out
+
+
+def test_two_configs_are_put_side_by_side(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    command = ["plan", "--config", "configs/wan.py:smoke", "--compare", "configs/t2v_14b.py:smoke"]
+    assert cli.main([*command, "--topology", "v5e:2x2", "--only", "train", "--json", str(out)]) == 0
+    one, other = json.loads(out.read_text())["plans"]
+    assert (one["config"], other["config"]) == ("configs/wan.py:smoke", "configs/t2v_14b.py:smoke")
+    assert (one["train"]["remat"], other["train"]["remat"]) == ("full", "attention_out")
+    # Of the same two blocks more is kept.
+    kept = [plan["train"]["memory_gib"]["activations"] for plan in (one, other)]
+    assert kept[1] > kept[0] > 0
+    shown = capsys.readouterr().out
+    assert "full" in shown and "attention_out" in shown
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
