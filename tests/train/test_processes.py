@@ -156,6 +156,14 @@ def test_an_error_of_all_is_told_once_and_one_of_a_process_alone_ends_it_at_once
     assert told[0].startswith("sora-jax: --config none.py") and told[1] == ""
     assert told[2].startswith("sora-jax: process 2: --config nothing.py")
 
+    # Hosts that were given different configs.
+    own = [*train("configs/paperworld_vae.py:smoke"), "--config.optim.peak_lr=0.5"]
+    jobs = start([train("configs/paperworld_vae.py:smoke"), own])
+    told = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [2, 2] and told[1] == ""
+    assert "process 1 differs from process 0 in config.optim.peak_lr (0.5, not " in told[0]
+    assert not (tmp_path / "a" / "metrics.jsonl").exists()
+
     # A crash, and the other waits for it in a collective.
     in_train = (
         "from sora_jax import agreement, cli; from sora_jax.train import loop; "
