@@ -59,7 +59,12 @@ def _parts(pipe) -> Table:
 def _costs(pipe, request) -> Table:
     latents = pipe.latent_shape(request)
     tokens = pipe.num_tokens(request)
-    cost = flops(pipe.dit.config, tokens=tokens, text_tokens=pipe.sampling.text_tokens)
+    cost = flops(
+        pipe.dit.config,
+        tokens=tokens,
+        text_tokens=pipe.sampling.text_tokens,
+        image_rows=pipe.image_rows,
+    )
     evaluations = request.steps * (2 if request.guide().needs_uncond else 1)
     table = Table(
         title=f"{request.width}x{request.height}, {request.frames} frames, {request.steps} steps",

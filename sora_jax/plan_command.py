@@ -109,8 +109,9 @@ def shortage(plan: dict[str, Any]) -> str:
     part, limit = plan[kind], plan["hbm_gib"]
     where = part.get("topology", plan["topology"])
     needed = part["needed_gib"]
+    what = part.get("part", f"the {kind} step")
     line = (
-        f"the {kind} step of {plan['config']} does not fit {where}: it needs {needed:.1f} GiB a "
+        f"{what} of {plan['config']} does not fit {where}: it needs {needed:.1f} GiB a "
         f"device, {needed - limit:.1f} more than the {limit:.1f} that there are"
     )
     if "knob" not in part:

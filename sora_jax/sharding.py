@@ -163,8 +163,8 @@ def sampling_axes(devices: int) -> dict[str, int]:
 
     Guidance's two branches are side by side, from four devices on; video tokens, and with them all
     weights, are cut over the rest. Weights are gathered beside other work, where sums over `tensor`
-    would be waited for: planned for hosts of TPUs, steps take two thirds of the time (Wan 14B at
-    720p on v5p:2x2x1 2.44 s for 3.66, 1.3B at 480p on v6e:2x4 .19 for .31) and less memory.
+    would be waited for: planned for TPUs, steps take two thirds of the time (Wan 14B at 480p on
+    v5p:2x2x1 2.44 s for 3.66, 1.3B on v6e:2x4 .19 for .31) and less memory.
     """
     data = 2 if devices >= 4 and devices % 2 == 0 else 1
     return {"data": data, "context": devices // data}
@@ -311,7 +311,8 @@ def _fit_weight(pspec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Par
     for size, names in zip(shape, tuple(_fit(pspec, shape, mesh)), strict=True):
         names_ = (names,) if isinstance(names, str) else (names or ())
         rows = size // math.prod(mesh.shape[n] for n in names_)
-        if len([n for n in names_ if n in STORAGE_AXES]) > 1 and rows % _TILE_ROWS:
+        storing = [n for n in names_ if n in STORAGE_AXES and mesh.shape[n] > 1]
+        if len(storing) > 1 and rows % _TILE_ROWS:
             names_ = names_[:-1]
         entries.append(names_[0] if len(names_) == 1 else (names_ or None))
     return PartitionSpec(*entries)

@@ -24,7 +24,7 @@ def add(commands, command) -> None:
     model_arguments.add_cache(sub)
     model_arguments.add_model(sub)
     sub.add_argument("--sheet", action="store_true", help="also write a contact sheet PNG")
-    sub.add_argument("--preview", metavar="FILE", help=".png or .webp to watch each window in")
+    sub.add_argument("--preview", metavar="FILE", help=".png or .webp to watch it in")
 
 
 def run(args: Namespace) -> None:
@@ -63,12 +63,15 @@ def run(args: Namespace) -> None:
     )
     settings = {"steps": args.steps, "guidance": args.guidance, "window": args.window}
     settings["cache_threshold"] = args.cache_threshold
+    storyboard.plan(pipe, board, **settings)  # refuses what cannot be before weights are read
+    if not args.plan:
+        pipe.load_weights()
+    settings["window"] = storyboard.window_of(pipe, board, **settings)
     parts = storyboard.plan(pipe, board, **settings)
     console = Console(stderr=not args.plan, highlight=False, quiet=not writes)
     console.print(_table(pipe, board, parts))
     if args.plan:
         return
-    pipe.load_weights()
     with LearnedProgress("denoising") as progress:
         on_step = watched(pipe, args.preview, progress.on_step, fps=board.fps)
         film = storyboard.render(pipe, board, on_step=on_step, **settings)

@@ -8,11 +8,10 @@ import pytest
 
 import sora_jax
 from sora_jax import cli, compile_options, sharding
+from sora_jax.dit import heads
 
-HEADS = 2  # of the small pipeline
 
-
-@pytest.mark.parametrize("sizes", ["fsdp=2,tensor=2,context=2", "data=2,context=3"])
+@pytest.mark.parametrize("sizes", ["fsdp=2,tensor=2,context=2", "data=2,context=2", "context=8"])
 def test_a_mesh_makes_the_same_video(pipeline_folder, sizes):
     plain, shared = (sora_jax.load(pipeline_folder, mesh=mesh) for mesh in ("none", sizes))
     settings = {"size": (32, 32), "frames": 5, "seed": 3}
@@ -23,8 +22,11 @@ def test_a_mesh_makes_the_same_video(pipeline_folder, sizes):
     assert got.metadata["mesh"] == sizes and "mesh" not in expected.metadata
     kernel = shared.dit.params["blocks"]["self_attention"]["q"]["kernel"][...]
     assert len(kernel.sharding.device_set) == shared.mesh.size
-    if "tensor" in sizes:
-        assert not kernel.sharding.is_fully_replicated
+    assert not kernel.sharding.is_fully_replicated
+    # 12 tokens are filled up, for eight devices to share them.
+    with sharding.use_mesh(shared.mesh):
+        spare = heads.spare_tokens(shared.dit.config, 12)
+    assert spare == (4 if sizes == "context=8" else 0)
 
 
 @pytest.mark.parametrize(

@@ -60,16 +60,23 @@ PLANS = (
     ),
     ("t2v_5b_two_slices", "configs/t2v_5b.py", "v5p:4x4x4", 2, ("mesh.data=2",)),
 )
-# Of these the sampling step and decoding, on a host of the chip.
+# Of these the sampling step and decoding, on a few chips.
 SAMPLES = tuple(
-    (f"sample_{variant}_{chip.partition(':')[0]}", f"configs/wan.py:{variant}", chip, 1, ())
-    for variant, chip in (
-        ("t2v_1.3b", "v6e:2x4"),
-        ("ti2v_5b", "v5p:2x2x1"),
-        ("t2v_14b", "v5p:2x2x1"),
-        ("i2v_14b", "v5p:2x2x1"),
-        ("t2v_14b", "v6e:2x4"),
-        ("t2v_14b", "tpu7x:2x2x1"),
+    (
+        f"sample_{variant}_{chip.partition(':')[0]}{lines}",
+        f"configs/wan.py:{variant}",
+        chip,
+        1,
+        size,
+    )
+    for variant, chip, lines, size in (
+        ("t2v_1.3b", "v6e:2x4", "", ()),
+        ("ti2v_5b", "v5p:2x2x1", "", ()),
+        ("t2v_14b", "v5p:2x2x1", "", ()),
+        ("t2v_14b", "v5p:2x2x1", "_720", ("data.width=1280", "data.height=720")),
+        ("i2v_14b", "v5p:2x2x1", "", ()),
+        ("t2v_14b", "v6e:2x4", "", ()),
+        ("t2v_14b", "tpu7x:2x2x1", "", ()),
     )
 )
 # Dollars of a chip for an hour, on demand in us regions in 2025; v7x's is assumed.
@@ -150,7 +157,7 @@ def memory(results: Path) -> list[str]:
 
 def samples(results: Path, off: str) -> list[str]:
     lines = [
-        "| config | host | mesh | GiB of a device, denoising | decoding | a step | MFU "
+        "| config | slice | mesh | GiB of a device, denoising | decoding | a step | MFU "
         f"| decoding | a video ({off}) |",
         "|-|-|-|-|-|-|-|-|-|",
     ]
@@ -161,7 +168,9 @@ def samples(results: Path, off: str) -> list[str]:
         plan = json.loads(file.read_text())
         part = plan["sample"]
         mesh = " ".join(f"{k} {v}" for k, v in part.get("mesh", {}).items() if v > 1)
-        cells = [plan["config"], part["topology"], mesh]
+        video = f"{plan['config']}, {'720p' if name.endswith('_720') else '480p'}"
+        video = video.replace("ti2v_5b, 480p", "ti2v_5b, 704p")
+        cells = [video, part["topology"], mesh]
         if part["fits"]:
             decode = part["decode"]
             cells += [f"{p['memory_gib']['peak']:.1f}" for p in (part, decode)]
@@ -222,7 +231,7 @@ this page. Dollars are at {prices} a chip-hour; the last is assumed.
 Of the time of a step, "waiting for collectives" is the share in which nothing else is done. Memory
 is what XLA reserves: arguments, temporaries and the program.
 
-## A video on one host
+## A video on a few chips
 
 What `sora-jax sample` runs there: steps with both branches of guidance, side by side from four
 devices on, and the decoder. Memory is that of all weights, in bfloat16 but for the VAE's, and of

@@ -74,14 +74,15 @@ def takes_whole_text(config: DiTConfig, count: int, length: int) -> bool:
 def spare_tokens(config: DiTConfig, count: int) -> int:
     """Tokens to add to `count`, so that attention's tiles are full on every device.
 
-    None where no kernel attends in tiles, or where they would be more than one in a hundred.
+    Where no kernel attends in tiles, or where they would be more than one in a hundred, so many
+    that devices share them evenly: tokens that do not divide would be worked on by all.
     """
-    if not is_fused(config, count):
-        return 0
     mesh = sharding.current_mesh()
     shards = 1 if mesh is None else mesh.shape[sharding.CONTEXT]
-    spare = -count % math.lcm(_TILE, shards * _LANES)
-    return spare if spare <= count // 100 else 0
+    full = -count % math.lcm(_TILE, shards * _LANES)
+    if is_fused(config, count) and full <= count // 100:
+        return full
+    return -count % shards
 
 
 def row_major(x: Float[Array, "b n d"], config: DiTConfig) -> Float[Array, "b n d"]:

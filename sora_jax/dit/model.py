@@ -335,7 +335,7 @@ class DiT(nnx.Module):
         """
         config, count = self.config, x.shape[1]
         spare = heads.spare_tokens(config, count)
-        if spare:  # once here, for otherwise each layer's attention would fill up its operands
+        if spare:  # once here, for otherwise each layer would fill up its operands, or share none
             if segment_ids is None:
                 segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
             fill = functools.partial(_fill_up, count=spare)

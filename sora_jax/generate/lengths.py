@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sora_jax import agreement
 from sora_jax.generate import memory
 
 
@@ -20,6 +21,8 @@ def overlap_of(pipe, window: int) -> int:
 def window_of(pipe, frames: int | None = None, *, settings: Mapping[str, Any] = {}) -> int:
     """Frames of a window by default: what the checkpoint was trained on, or what memory holds.
 
+    Of several processes all call it, and get the same.
+
     Args:
       frames: of the film, where it may be shorter.
       settings: the film's, for its size.
@@ -32,7 +35,7 @@ def window_of(pipe, frames: int | None = None, *, settings: Mapping[str, Any] = 
         most,
         temporal=pipe.vae.config.scale_factor_temporal,
         per_latent_frame=memory.window_bytes(pipe.dit.config, cells, mesh=pipe.mesh),
-        free=memory.free_bytes(),
+        free=min(agreement.gather(memory.free_bytes())),  # all run the same program
     )
 
 

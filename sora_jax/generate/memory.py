@@ -5,6 +5,7 @@ import os
 import jax
 from jax.sharding import Mesh
 
+from sora_jax import sharding
 from sora_jax.dit.config import DiTConfig
 
 SHARE = 0.8  # of free memory that a window may take
@@ -18,12 +19,13 @@ def window_bytes(config: DiTConfig, tokens: int, *, mesh: Mesh | None = None) ->
     A block at a time is alive: its streams and the hidden layer of its MLP. Attention's kernels
     keep no table of pairs.
     """
-    whole = ROWS * tokens * 4.0 * (_STREAMS * config.width + 2 * config.ffn_dim)
-    if mesh is None:
-        return whole
-    sizes = mesh.shape
-    rows = min(ROWS, sizes["data"] * sizes["fsdp"])
-    return whole / (rows * sizes["tensor"] * sizes["context"])
+    streams, hidden, shards = _STREAMS * config.width, 2 * config.ffn_dim, 1
+    if mesh is not None:
+        hidden /= mesh.shape["tensor"]  # streams are whole there
+        rows = sharding.fitted(mesh, (ROWS,), "batch")
+        # Tokens are filled up to what `context` divides: `dit.heads.spare_tokens`.
+        shards = sharding.shards_of(mesh, rows, 0) * mesh.shape[sharding.CONTEXT]
+    return ROWS * tokens * 4.0 * (streams + hidden) / shards
 
 
 def free_bytes() -> float:

@@ -111,6 +111,14 @@ class Pipeline:
         """The transformer, of two the one for much noise."""
         return self.experts.parts[0]
 
+    @property
+    def image_rows(self) -> int:
+        """Rows of image features that cross-attention sees."""
+        if self.image is None:
+            return 0
+        pictures = 1 if self.dit.config.image_positions is None else 2
+        return pictures * self.image.config.num_positions
+
     def load_weights(self) -> None:
         """Reads the weights of all parts, if they are not read yet.
 

@@ -42,12 +42,16 @@ def plan(pipe, board: Board, **settings: Any) -> list[Part]:
     """Frames, windows and cost of every shot; refuses what cannot be made.
 
     Args:
-      settings: those of any video, as `Pipeline.request` takes them, and `window`, the frames that
-        the model sees at once; None leaves one to the checkpoint, or to the memory that there is.
+      settings: those of any video, as `Pipeline.request` takes them, but for `frames`, and
+        `window`, the frames that the model sees at once (`window_of`). None leaves one to the
+        checkpoint.
 
     Raises:
       ValueError: a task that the checkpoint was not trained for, or settings it does not take.
     """
+    if "frames" in settings:
+        raise ValueError("frames follow from the seconds of the shots; give window.")
+    settings["window"] = window_of(pipe, board, **settings)
     parts = []
     for number, shot in enumerate(board.shots, start=1):
         request = _request(pipe, board, shot, number, **settings)
@@ -66,6 +70,7 @@ def plan(pipe, board: Board, **settings: Any) -> list[Part]:
             pipe.dit.config,
             tokens=pipe.num_tokens(request),
             text_tokens=pipe.sampling.text_tokens,
+            image_rows=pipe.image_rows,
         ).total
         count = _windows(pipe, shot, number, frames, request.frames)
         passes = request.steps * (2 if request.guide().needs_uncond else 1)
@@ -99,8 +104,29 @@ def _request(pipe, board: Board, shot: Shot, number: int, **settings: Any):
     chosen = {"seed": seed, "negative_prompt": board.negative_prompt}
     chosen |= {name: v for name in ("fps", "size") if (v := getattr(board, name)) is not None}
     given = {name: value for name, value in settings.items() if value is not None}
-    given["frames"] = given.pop("window", None) or lengths.window_of(pipe, settings=chosen)
+    given["frames"] = given.pop("window")
     return pipe.request(shot.spans[0][1], **(chosen | given))
+
+
+def window_of(pipe, board: Board, **settings: Any) -> int:
+    """Frames that the model sees at once: `window` of the settings, or what memory holds.
+
+    Raises:
+      ValueError: too few to show both sides of a cut.
+    """
+    step = pipe.vae.config.scale_factor_temporal
+    least = 1 + -(-3 // step) * step
+    window = settings.get("window")
+    if window is None:
+        size = settings.get("size") or board.size
+        given = lengths.window_of(pipe, settings={} if size is None else {"size": size})
+        return max(least, given)
+    if window < least:
+        raise ValueError(
+            f"--window {window}: the windows of a storyboard have at least {least} frames here, to "
+            "show both sides of a cut."
+        )
+    return window
 
 
 def render(pipe, board: Board, *, on_step: OnStep | None = None, **settings: Any) -> Film:
@@ -109,7 +135,7 @@ def render(pipe, board: Board, *, on_step: OnStep | None = None, **settings: Any
     Raises:
       ValueError: as `plan`, before anything is made.
     """
-    settings["window"] = settings.get("window") or _request(pipe, board, board.shots[0], 1).frames
+    settings["window"] = window_of(pipe, board, **settings)
     parts = plan(pipe, board, **settings)
     first = _request(pipe, board, board.shots[0], 1, **settings)
     frames = sum(part.frames for part in parts)
@@ -127,7 +153,7 @@ def render(pipe, board: Board, *, on_step: OnStep | None = None, **settings: Any
     ]
     metadata |= {
         "prompt": CUT.join(part.shot.spans[0][1] for part in parts),
-        "task": {"name": "storyboard", "shots": shots},
+        "task": {"name": "storyboard", "window": settings["window"], "shots": shots},
         "batch_size": 1,
     }
     made = _shots(pipe, board, parts, _Steps(on_step, parts, first.steps), settings)

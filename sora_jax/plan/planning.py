@@ -39,10 +39,14 @@ def plan(
         "hbm_gib": slice_.chip.device_hbm / GIB,
         "method": method(),
     }
+    if only == "sample" and config.stage != "dit":
+        raise ValueError(f"--only sample is for stage 'dit', not {config.stage!r}.")
     if only != "sample":
         result["train"] = _train(config, slice_, price)
-    if only != "train":
-        host = topology.describe(topology.one_host(slice_.chip))
+    if only != "train" and config.stage == "dit":
+        # What trains on a pod makes videos on one of its hosts, unless sampling alone is asked for.
+        alone = only == "sample" and slices == 1
+        host = slice_ if alone else topology.describe(topology.one_host(slice_.chip))
         result["sample"] = _sample(config, host)
     return result
 
@@ -89,15 +93,18 @@ def _sample(config: Any, host: topology.Slice) -> dict[str, Any]:
     try:
         step = sampling.denoise(config, host)
     except steps.TooLarge as error:
-        return base | {"fits": False, "needed_gib": error.needed / GIB}
+        return base | {"fits": False, "part": "denoising", "needed_gib": error.needed / GIB}
     found = base | {"mesh": dict(step.mesh.shape)} | _step(step, host)
     found["denoise_s"] = found["step_s"] * config.sample.steps
     try:
         found["decode"] = _step(sampling.decode(config, host), host)
     except steps.TooLarge as error:
         found["decode"] = {"fits": False, "needed_gib": error.needed / GIB}
+    if not found["fits"]:
+        return found | {"part": "denoising"}
     if not found["decode"]["fits"]:
-        return found | {"fits": False, "needed_gib": found["decode"]["needed_gib"]}
+        needed = found["decode"]["needed_gib"]
+        return found | {"fits": False, "part": "decoding", "needed_gib": needed}
     return found | {"video_s": found["denoise_s"] + found["decode"]["step_s"]}
 
 

@@ -20,7 +20,7 @@ class _Host(NamedTuple):
 
     stage: Any
     mesh: jax.sharding.Mesh
-    parts: dict[str, Any]  # placed parameters: "dit", "vae", "text"
+    parts: dict[str, Any]  # placed parameters: "dit", "vae", "text", "image"
     latent: tuple[int, ...]  # of one video
 
 
@@ -28,11 +28,12 @@ def _on_host(config: Any, host: Slice) -> _Host:
     stage = program.STAGES[config.stage](config, abstract=True)
     axes = sharding.sampling_axes(len(host.devices))
     mesh = sharding.make_mesh(fsdp=1, devices=list(host.devices), **axes)
-    dtypes = {"dit": config.dit.dtype, "text": config.dit.dtype, "vae": "float32"}
+    dtypes = dict.fromkeys(("dit", "text", "image"), config.dit.dtype) | {"vae": "float32"}
     shapes = {
         "dit": jax.eval_shape(lambda: stage.init(jax.random.key(0))["dit"]),
         "text": stage.text.abstract,
         "vae": stage.vae.abstract,
+        "image": {} if stage.pictures is None else stage.pictures.abstract,
     }
     parts = {}
     for name, tree in shapes.items():
@@ -115,7 +116,7 @@ def decode(config: Any, host: Slice) -> steps.Step:
         counts = count.of_jaxpr(traced.jaxpr.jaxpr)
         lowered = traced.lower()
     flops = {"VAE": float(sum(counts.values()))}
-    beside = memory["weights"] + steps.device_bytes(parts["text"])
+    beside = memory["weights"] + steps.device_bytes((parts["text"], parts["image"]))
     return steps.compile_step(
         *("decode", mesh, lowered, host, memory, 0.0, counts, flops),
         *(stage.tokens_of(latent[:3]), begun),
@@ -124,8 +125,8 @@ def decode(config: Any, host: Slice) -> steps.Step:
 
 
 def _memory(parts: dict[str, Any], *batch: Any) -> dict[str, float]:
-    """Bytes of one device by kind; frozen are VAE and text encoder, as in training."""
-    frozen = (parts["vae"], parts["text"])
+    """Bytes of one device by kind; frozen are the VAE and the encoders, as in training."""
+    frozen = (parts["vae"], parts["text"], parts["image"])
     return {
         "weights": steps.device_bytes(parts["dit"]),
         "frozen": steps.device_bytes(frozen),

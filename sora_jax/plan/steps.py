@@ -118,7 +118,7 @@ def compile_step(
             needed = memory_needed(str(error))
             if needed is None:
                 raise
-            raise TooLarge(needed, slice_.chip.device_hbm, memory) from error
+            raise TooLarge(needed + beside, slice_.chip.device_hbm, memory) from error
         reports = [file.read_text() for file in Path(dump).glob("*memory-usage-report.txt")]
     done = time.perf_counter()
     text, stats = compiled.as_text(), compiled.memory_analysis()

@@ -121,6 +121,11 @@ class Pictures:
         """Rows of image features that cross-attention sees; 0 without an encoder."""
         return 0 if self._tower is None else self.pictures * self._tower.config.num_positions
 
+    @property
+    def abstract(self) -> Any:
+        """Shapes of the image encoder's parameters; an empty tree without one."""
+        return {} if self._tower is None else self._tower.abstract
+
     def load(self) -> dict[str, Any]:
         """Parameters of the frozen image encoder, if there is one."""
         return {} if self._tower is None else {"image": self._tower.load()}

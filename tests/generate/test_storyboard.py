@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import sora_jax
-from sora_jax import cli, video_io
-from sora_jax.generate import board, storyboard
+from sora_jax import agreement, cli, video_io
+from sora_jax.generate import board, memory, storyboard
 
 SETTINGS = {"steps": 2}
 
@@ -65,6 +65,17 @@ def test_prompts_change_within_a_shot(pipe, monkeypatch):
         made(pipe, {"prompt": short})
 
 
+def test_a_window_fits_the_memory_of_the_process_that_has_least(pipe, monkeypatch):
+    shots = board.parse({"shots": [{"prompt": "a", "seconds": 1}]})
+    whole = storyboard.window_of(pipe, shots)
+    cells = pipe.num_tokens(pipe.request("a", frames=1))
+    frame = memory.window_bytes(pipe.dit.config, cells) / memory.SHARE
+    monkeypatch.setattr(agreement, "gather", lambda mine: [mine, 3.5 * frame])
+    assert storyboard.window_of(pipe, shots) == 5 < whole
+    with pytest.raises(ValueError, match="frames follow from the seconds"):
+        storyboard.plan(pipe, shots, frames=9)
+
+
 def test_another_seed_makes_another_film(pipe):
     (_, first), (_, second) = (made(pipe, {"seed": seed}) for seed in (1, 2))
     assert (first[0] != second[0]).any()
@@ -97,8 +108,11 @@ def test_the_command_plans_and_renders(tasks_folder, tmp_path, capsys):
     narrow = capsys.readouterr().out
     assert cli.main([*base, "--plan"]) == 0
     assert narrow != capsys.readouterr().out  # more windows
-    assert cli.main([*base, "--plan", "--window", "6"]) == 2
-    assert "frames 6" in capsys.readouterr().err
+    assert record["task"]["window"] == 5
+    for window, says in (("6", "frames 6"), ("1", "--window 1: the windows"), ("0", "--window 0:")):
+        assert cli.main([*base, "--plan", "--window", window]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
     file.write_text("shots: [{prompt: a red ball, seconds: 0}]")
     assert cli.main([*base, "--out", str(out)]) == 2
     assert "shot 1: seconds is 0" in capsys.readouterr().err

@@ -289,3 +289,45 @@ def test_what_scanned_blocks_keep_is_told_from_gradients_and_the_rest(policy):
     assert found.gradients == 4 * layers * width * width
     forward = hlo.parse(jax.jit(loss).lower(w, x).compile().as_text())
     assert activations.kept(forward) == (0, 0)
+
+
+# A loop that stacks up an array of 4 x 8, and one that reads it and stacks up 4 x 2; both carry an
+# array of as many rows as there are trips.
+LOOPS = """HloModule m, is_scheduled=true
+
+%forward (p: (s32[], f32[4,8], f32[4,3])) -> (s32[], f32[4,8], f32[4,3]) {
+  %p = (s32[], f32[4,8]{1,0:T(8,128)SPACE}, f32[4,3]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %kept = f32[4,8]{1,0:T(8,128)SPACE} get-tuple-element(%p), index=1
+  %x = f32[4,3]{1,0} get-tuple-element(%p), index=2
+  %part = f32[1,8]{1,0} constant({...})
+  %filled = f32[4,8]{1,0:T(8,128)SPACE} dynamic-update-slice(%kept, %part, %i, %i)
+  %y = f32[4,3]{1,0} add(%x, %x)
+  ROOT %t = (s32[], f32[4,8]{1,0:T(8,128)SPACE}, f32[4,3]{1,0}) tuple(%i, %filled, %y)
+}
+
+%backward (p.1: (s32[], f32[4,8], f32[4,2])) -> (s32[], f32[4,8], f32[4,2]) {
+  %p.1 = (s32[], f32[4,8]{1,0:T(8,128)SPACE}, f32[4,2]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %read = f32[4,8]{1,0:T(8,128)SPACE} get-tuple-element(%p.1), index=1
+  %g = f32[4,2]{1,0} get-tuple-element(%p.1), index=2
+  %part.1 = f32[1,2]{1,0} constant({...})
+  %summed = f32[4,2]{1,0} dynamic-update-slice(%g, %part.1, %i.1, %i.1)
+  ROOT %t.1 = (s32[], f32[4,8]{1,0:T(8,128)SPACE}, f32[4,2]{1,0}) tuple(%i.1, %read, %summed)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %w = (s32[], f32[4,8]{1,0:T(8,128)SPACE}, f32[4,3]{1,0}) while(%a), condition=%c, \
+body=%forward, backend_config={"known_trip_count":{"n":"4"}}
+  %v = (s32[], f32[4,8]{1,0:T(8,128)SPACE}, f32[4,2]{1,0}) while(%w), condition=%c, \
+body=%backward, backend_config={"known_trip_count":{"n":"4"}}
+  ROOT %r = f32[8]{0} copy(%a)
+}
+"""
+
+
+@pytest.mark.parametrize(("space", "activations_"), [("", 4 * 4 * 8), ("S(5)", 0)])
+def test_what_waits_on_hosts_is_no_activation_and_a_carry_no_gradient(space, activations_):
+    program = hlo.parse(LOOPS.replace("SPACE", space))
+    assert activations.kept(program) == (activations_, 4 * 4 * 2)

@@ -33,14 +33,16 @@ def test_the_real_train_step_fits_and_its_state_aliases(plan):
     assert train["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1, "context": 2}
 
 
-def test_moments_on_hosts_leave_the_device():
+def test_moments_and_activations_on_hosts_leave_the_device():
     kinds = [*SMOKE, "mesh.context=2", "optim.offload=True", "optim.ema_decay=0.0"]
+    kinds += ["dit.remat=offload", "dit.depth=4"]  # two blocks XLA unrolls
     config = config_file.load("configs/wan.py:smoke", kinds)
     memory = planning.plan(config, name="smoke", topology_name="v5p:2x2x1", only="train")["train"]
     memory = memory["memory_gib"]
     assert memory["optimizer"] < 1e-3 * memory["weights"]
     # Two moments, and what padding to tiles adds to a model this small.
     assert 2 * memory["weights"] <= memory["on hosts"] < 8 * memory["weights"]
+    assert memory["activations"] == 0 < memory["gradients"]
     assert memory["peak"] > memory["temporaries"] > 0
 
 
@@ -115,6 +117,12 @@ def test_only_data_crosses_slices():
     assert numbers == [{0}, {1}]
     with pytest.raises(ValueError, match=r"mesh.data 1 is not divisible by the 2 slices"):
         sharding.make_mesh(fsdp=8, devices=slice_.devices)
+
+
+def test_what_makes_no_videos_is_not_planned_to():
+    config = config_file.load("configs/paperworld_vae.py:smoke")
+    with pytest.raises(ValueError, match="--only sample is for stage 'dit', not 'vae'"):
+        planning.plan(config, name="vae", topology_name="v5e:2x2", only="sample")
 
 
 def test_too_little_memory_is_told_by_how_much():
