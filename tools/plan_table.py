@@ -148,7 +148,9 @@ def memory(results: Path) -> list[str]:
         if file.exists():
             plan = json.loads(file.read_text())
             part = plan["train"]
-            values = [f"{part['memory_gib'].get(kind, 0.0):.2f}" for kind in kinds]
+            found = part["memory_gib"]
+            # Plans of earlier versions have activations and gradients among the temporaries.
+            values = [f"{found[kind]:.2f}" if kind in found else "" for kind in kinds]
             aliased = f"{part['aliased']:.1%}" if "aliased" in part else ""
             where = f"{plan['config']}, {plan['topology']}{moments(part)}"
             lines.append(f"| {where} | {' | '.join(values)} | {aliased} |")
