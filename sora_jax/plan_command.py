@@ -36,6 +36,9 @@ def add(commands: Any, command: Callable[..., Any]) -> None:
     )
     plan.add_argument("--only", choices=("train", "sample"), help="one of the two steps")
     plan.add_argument(
+        "--decode", action="store_true", help="compile the VAE's decoder too, which takes minutes"
+    )
+    plan.add_argument(
         "--search",
         action="store_true",
         help="rank meshes, remat policies and batch sizes by predicted tokens a second",
@@ -79,6 +82,7 @@ def run(args: Namespace) -> None:
     from sora_jax.plan import planning, report, search
 
     options = {"slices": args.slices, "only": args.only, "price": args.price}
+    options["decode"] = args.decode
     if args.search:
         result = search.search(
             config, name=args.config, topology_name=name, slices=args.slices, top=args.compile

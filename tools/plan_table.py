@@ -159,9 +159,8 @@ def memory(results: Path) -> list[str]:
 
 def samples(results: Path, off: str) -> list[str]:
     lines = [
-        "| config | slice | mesh | GiB of a device, denoising | decoding | a step | MFU "
-        f"| decoding | a video ({off}) |",
-        "|-|-|-|-|-|-|-|-|-|",
+        f"| config | slice | mesh | GiB of a device | a step ({off}) | MFU | 50 steps | decoding |",
+        "|-|-|-|-|-|-|-|-|",
     ]
     for name, *_ in SAMPLES:
         file = results / f"{name}.json"
@@ -174,13 +173,17 @@ def samples(results: Path, off: str) -> list[str]:
         video = video.replace("ti2v_5b, 480p", "ti2v_5b, 704p")
         cells = [video, part["topology"], mesh]
         if part["fits"]:
-            decode = part["decode"]
-            cells += [f"{p['memory_gib']['peak']:.1f}" for p in (part, decode)]
-            cells += [f"{part['step_s']:.2f} s", f"{part['mfu']:.1%}", f"{decode['step_s']:.2f} s"]
-            cells.append(f"{part['video_s']:.0f} s in {part['steps']} steps")
+            cells += [f"{part['memory_gib']['peak']:.1f}", f"{part['step_s']:.2f} s"]
+            cells += [f"{part['mfu']:.1%}", f"{part['denoise_s']:.0f} s"]
+            decode = part.get("decode")
+            cells.append(
+                f"{decode['step_s']:.2f} s, {decode['memory_gib']['peak']:.1f} GiB"
+                if decode
+                else f"{part['decode_flops'] / 1e12:,.0f} TFLOP"
+            )
         else:
             limit = plan["hbm_gib"]
-            cells += [f"does not fit: {part['needed_gib']:.1f} of {limit:.1f}", *[""] * 5]
+            cells += [f"does not fit: {part['needed_gib']:.1f} of {limit:.1f}", *[""] * 4]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -236,8 +239,8 @@ is what XLA reserves: arguments, temporaries and the program.
 ## A video on a few chips
 
 What `sora-jax sample` runs there: steps with both branches of guidance, side by side from four
-devices on, and the decoder. Memory is that of all weights, in bfloat16 but for the VAE's, and of
-what runs.
+devices on, and the decoder, compiled (`--decode`) or counted. Memory is that of all weights, in
+bfloat16 but for the VAE's, and of what runs.
 
 {samples}
 

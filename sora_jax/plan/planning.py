@@ -16,6 +16,7 @@ def plan(
     topology_name: str,
     slices: int = 1,
     only: str | None = None,
+    decode: bool = False,
     price: float | None = None,
 ) -> dict[str, Any]:
     """The plan of `config` on a slice, as JSON takes it. Times are predicted.
@@ -23,6 +24,7 @@ def plan(
     Args:
       name: of the config.
       only: "train" or "sample"; None is both.
+      decode: compiles the VAE's decoder too, which takes minutes; else its work is counted.
       price: of one chip for an hour.
 
     Raises:
@@ -47,7 +49,7 @@ def plan(
         # What trains on a pod makes videos on one of its hosts, unless sampling alone is asked for.
         alone = only == "sample" and slices == 1
         host = slice_ if alone else topology.describe(topology.one_host(slice_.chip))
-        result["sample"] = _sample(config, host)
+        result["sample"] = _sample(config, host, decode)
     return result
 
 
@@ -88,7 +90,7 @@ def _train(config: Any, slice_: topology.Slice, price: float | None) -> dict[str
     return found
 
 
-def _sample(config: Any, host: topology.Slice) -> dict[str, Any]:
+def _sample(config: Any, host: topology.Slice, decode: bool) -> dict[str, Any]:
     base = {"topology": host.name, "steps": config.sample.steps}
     try:
         step = sampling.denoise(config, host)
@@ -96,6 +98,9 @@ def _sample(config: Any, host: topology.Slice) -> dict[str, Any]:
         return base | {"fits": False, "part": "denoising", "needed_gib": error.needed / GIB}
     found = base | {"mesh": dict(step.mesh.shape)} | _step(step, host)
     found["denoise_s"] = found["step_s"] * config.sample.steps
+    found["decode_flops"] = sampling.decode_flops(config)
+    if not decode:
+        return found if found["fits"] else found | {"part": "denoising"}
     try:
         found["decode"] = _step(sampling.decode(config, host), host)
     except steps.TooLarge as error:

@@ -101,9 +101,10 @@ def rows(plan: dict[str, Any], kind: str) -> dict[str, str]:
     found["tokens/s a chip"] = f"{part['tokens_per_s_per_chip']:,.0f}"
     if "denoise_s" in part:
         found[f"{part['steps']} steps"] = seconds(part["denoise_s"])
+    if "decode_flops" in part:
+        found["VAE decoding, TFLOP"] = f"{part['decode_flops'] / 1e12:,.4g}"
     decode = part.get("decode", {})
     if "step_s" in decode:
-        found["VAE decoding, TFLOP"] = f"{sum(decode['flops'].values()) / 1e12:,.4g}"
         found["VAE decoding, GiB at its peak"] = f"{decode['memory_gib']['peak']:.2f}"
         found["VAE decoding, predicted"] = seconds(decode["step_s"])
     if "video_s" in part:

@@ -124,6 +124,15 @@ def decode(config: Any, host: Slice) -> steps.Step:
     )
 
 
+def decode_flops(config: Any) -> float:
+    """Of the VAE making one video of `config.data`'s size; counted, not compiled."""
+    stage = program.STAGES[config.stage](config, abstract=True)
+    latent = stage.latent_shape(config.data.frames, config.data.height, config.data.width)
+    vae, x = stage.vae, jax.ShapeDtypeStruct((1, *latent), jnp.float32)
+    make = lambda params, x: nnx.merge(vae.graphdef, params).decode(x)  # noqa: E731
+    return float(sum(count.of_function(make, vae.abstract, x).values()))
+
+
 def _memory(parts: dict[str, Any], *batch: Any) -> dict[str, float]:
     """Bytes of one device by kind; frozen are the VAE and the encoders, as in training."""
     frozen = (parts["vae"], parts["text"], parts["image"])
