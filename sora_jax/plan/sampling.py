@@ -115,7 +115,7 @@ def decode(config: Any, host: Slice) -> steps.Step:
         traced = jitted.trace(parts["vae"], x)
         counts = count.of_jaxpr(traced.jaxpr.jaxpr)
         lowered = traced.lower()
-    flops = {"VAE": float(sum(counts.values()))}
+    flops = {"VAE": decode_flops(config)}  # replicas over `data` do it once more
     beside = memory["weights"] + steps.device_bytes((parts["text"], parts["image"]))
     return steps.compile_step(
         *("decode", mesh, lowered, host, memory, 0.0, counts, flops),
