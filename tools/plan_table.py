@@ -279,7 +279,8 @@ measured:
 
 {checks}
 
-So a time here is good to about ten percent where the program is like theirs. What the checks do
+The third's seconds are those of the 65 % MFU that it is published with. So a time here is good to
+about ten percent where the program is like theirs. What the checks do
 not cover: how well collectives hide (the video transformers' are all waited for, the language
 model's taken as hidden), and our own kernels, of which no chip has run any. They assume the tiles
 that the other project's public configurations name; with tiles of 512 x 512 on v7x as well, the
