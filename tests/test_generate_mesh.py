@@ -9,6 +9,7 @@ import pytest
 import sora_jax
 from sora_jax import cli, compile_options, sharding
 from sora_jax.dit import heads
+from sora_jax.generate.mesh import sampling_mesh
 
 
 @pytest.mark.parametrize("sizes", ["fsdp=2,tensor=2,context=2", "data=2,context=2", "context=8"])
@@ -41,7 +42,7 @@ def test_a_mesh_makes_the_same_video(pipeline_folder, sizes):
 )
 def test_sampling_mesh(monkeypatch, wanted, backend, shape):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    mesh = sharding.sampling_mesh(wanted, heads=12)
+    mesh = sampling_mesh(wanted, heads=12)
     assert (mesh and dict(mesh.shape)) == shape
 
 
@@ -58,15 +59,15 @@ def test_sampling_mesh(monkeypatch, wanted, backend, shape):
 )
 def test_meshes_that_cannot_be(wanted, words):
     with pytest.raises(ValueError, match=words):
-        sharding.sampling_mesh(wanted, heads=12)
+        sampling_mesh(wanted, heads=12)
 
 
 def test_a_mesh_of_several_processes_takes_all_devices(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="takes 4 of the 8 devices of 2 processes; use all"):
-        sharding.sampling_mesh("context=4", heads=12)
-    assert sharding.sampling_mesh("context=8", heads=12).size == 8
-    assert sharding.sampling_mesh("none", heads=12) is None
+        sampling_mesh("context=4", heads=12)
+    assert sampling_mesh("context=8", heads=12).size == 8
+    assert sampling_mesh("none", heads=12) is None
 
 
 def test_again_takes_the_mesh_that_made_the_video(pipeline_folder, tmp_path, capsys):

@@ -28,12 +28,12 @@ class Flops(NamedTuple):
 def flops(config: DiTConfig, *, tokens: int, text_tokens: int, image_rows: int = 0) -> Flops:
     """Operations for one example of `tokens` video and `text_tokens` text tokens.
 
-    Args:
-      image_rows: rows of image features that cross-attention sees too.
-
     Matrix products only; one timestep per example. Without `embed` and times 3 it is the
     3 L (8 T D^2 + 4 T D F + 4 T^2 D + 4 T D^2 + 4 S D^2 + 4 T S D) by which peers count a
     training step: L depth, T tokens, S text tokens, D width, F ffn_dim.
+
+    Args:
+      image_rows: rows of image features that cross-attention sees too.
     """
     n, s, d, i = float(tokens), float(text_tokens), float(config.width), float(image_rows)
     image = config.image_dim or 0

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sora_jax import sharding
 from sora_jax.convert import folder
 from sora_jax.convert.lora import LoRA
 from sora_jax.convert.sampling import read_sampling
 from sora_jax.convert.tensors import hash_files
 from sora_jax.generate import conditions
 from sora_jax.generate.experts import Experts, Part
+from sora_jax.generate.mesh import sampling_mesh
 from sora_jax.generate.pipeline import Pipeline
 
 
@@ -28,7 +28,7 @@ def load_pipeline(
       loras: merged into the transformer.
       loras_2: merged into the second of two transformers.
       dtype: of weights and matrix products, "float32" or "bfloat16"; the VAE's stay float32.
-      mesh: the devices that one batch of videos runs on: `sharding.sampling_mesh`.
+      mesh: the devices that one batch of videos runs on: `mesh.sampling_mesh`.
       weights: False leaves them unread until `load_weights`, or until a video is made:
         settings and sizes can be checked and counted before.
 
@@ -45,7 +45,7 @@ def load_pipeline(
             f"{'there' if 'dit_2' in held else 'not there'}; two experts need both."
         )
 
-    on_mesh = sharding.sampling_mesh(mesh, heads=folder.find_component(path, "dit")[0].num_heads)
+    on_mesh = sampling_mesh(mesh, heads=folder.find_component(path, "dit")[0].num_heads)
     merged = {"dit": loras, "dit_2": loras_2}
     if loras_2 and "dit_2" not in held:
         raise ValueError(f"{path}: has one transformer; give its LoRA files as --lora.")

@@ -10,6 +10,7 @@ from flax import nnx
 from sora_jax import compile_options, sharding
 from sora_jax.diffusion import guidance, sampler, times
 from sora_jax.generate import conditions
+from sora_jax.generate.mesh import sampling_axes
 from sora_jax.plan import count, steps
 from sora_jax.plan.topology import Slice
 from sora_jax.train import program
@@ -26,7 +27,7 @@ class _Host(NamedTuple):
 
 def _on_host(config: Any, host: Slice) -> _Host:
     stage = program.STAGES[config.stage](config, abstract=True)
-    axes = sharding.sampling_axes(len(host.devices))
+    axes = sampling_axes(len(host.devices))
     mesh = sharding.make_mesh(fsdp=1, devices=list(host.devices), **axes)
     dtypes = dict.fromkeys(("dit", "text", "image"), config.dit.dtype) | {"vae": "float32"}
     shapes = {

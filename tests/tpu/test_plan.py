@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sora_jax import cli, compile_options, config_file, layers, sharding
+from sora_jax.generate.mesh import sampling_axes
 from sora_jax.plan import collectives, hlo, planning, sampling, steps, topology
 
 SMOKE = ["dit.dtype=bfloat16", "dit.remat=full", "batch_size=4"]
@@ -62,7 +63,7 @@ def test_gradients_cross_fsdp_and_tokens_context(plan):
 
 def test_a_video_is_planned_for_one_host_as_the_command_makes_it(plan):
     sample = plan["sample"]
-    axes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sharding.sampling_axes(4)
+    axes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sampling_axes(4)
     assert sample["mesh"] == axes and axes["data"] == axes["context"] == 2
     assert sample["fits"] and sample["denoise_s"] == pytest.approx(2 * sample["step_s"])
     assert sum(sample["flops"].values()) < sum(plan["train"]["flops"].values())
