@@ -90,6 +90,14 @@ def _add_sample(commands) -> None:
     sample.add_argument(
         "--guidance-rescale", type=float, metavar="SHARE", help="0 to 1; against over-saturation"
     )
+    sample.add_argument(
+        "--guidance-blocks",
+        type=int,
+        nargs="*",
+        metavar="BLOCK",
+        help="of the transformer, from 0, in which frames of what is steered away from do not see "
+        "each other, for steadier shapes and motion; nothing after it is none",
+    )
     sample.add_argument("--shift", type=float, help="moves steps towards noise (larger videos)")
     sample.add_argument("--solver", help="unipc, dpmpp_2m, ab2, heun or euler")
     sample.add_argument(

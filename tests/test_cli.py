@@ -53,6 +53,26 @@ def test_a_video_is_made_again_bit_for_bit_from_its_record(sample, tmp_path):
         np.testing.assert_array_equal(video_io.read_video(tmp_path / "again.png").frames, second)
 
 
+def test_a_record_without_guidance_blocks_is_of_a_video_without_them(
+    sample, pipeline_folder, tmp_path
+):
+    target = shutil.copytree(pipeline_folder, tmp_path / "blocks")
+    path = target / "sampling.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"guidance_blocks": [1]}))
+    prompt = ("--prompt", "a tree")
+    assert sample(*prompt, out="with.png", checkpoint=target)[0] == 0
+    assert sample(*prompt, "--guidance-blocks", out="without.png", checkpoint=target)[0] == 0
+    record = json.loads((tmp_path / "without.json").read_text())
+    assert record.pop("guidance_blocks") == []
+    (tmp_path / "older.json").write_text(json.dumps(record))
+    again = ("--again", tmp_path / "older.json")
+    assert sample(*again, out="again.png", checkpoint=target)[0] == 0
+    names = ("with.png", "without.png", "again.png")
+    made = [video_io.read_video(tmp_path / name).frames for name in names]
+    np.testing.assert_array_equal(made[1], made[2])
+    assert (made[0] != made[1]).any()
+
+
 def test_again_takes_no_other_settings_and_asks_for_the_noise(sample, tmp_path):
     np.save(tmp_path / "noise.npy", np.zeros((3, 4, 4, 4), np.float32))
     noise = ("--noise", tmp_path / "noise.npy")

@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sora_jax
 from sora_jax import video_io
+from sora_jax.diffusion import times
 from sora_jax.diffusion.times import TokenShift
+from sora_jax.generate import texts
+from sora_jax.generate.conditions import Conditions
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def test_a_video_has_the_size_asked_for_and_repeats_bit_for_bit(pipe):
     "change",
     [
         *({"prompt": "a blue box"}, {"seed": 6}, {"guidance": 5.0}, {"steps": 4}, {"shift": 3.0}),
-        *({"guidance_interval": (0.0, 0.5)}, {"guidance_rescale": 1.0}),
+        *({"guidance_interval": (0.0, 0.5)}, {"guidance_rescale": 1.0}, {"guidance_blocks": (1,)}),
         {"schedule": "linear"},
     ],
 )
@@ -68,6 +72,25 @@ def test_an_empty_guidance_interval_is_no_guidance(pipe):
     np.testing.assert_array_equal(frames, pipe("a red ball", guidance=1.0).frames)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_guidance_blocks_weaken_what_is_steered_away_from(pipe, batch):
+    settings = {"steps": 1, "solver": "euler", "guidance": 2.0, "guidance_blocks": (1,)}
+    requests = [pipe.request(p, **settings) for p in ("a red ball", "a tree")[:batch]]
+    text, noise = texts.embed(pipe, requests), pipe.noise(requests)
+    got = pipe.denoise(noise, requests[0], text, Conditions())
+    table, told = times.schedule(requests[0].schedule, 1, shift=requests[0].shift)
+    dit = pipe.dit.module(pipe.dit.params)
+    cond, uncond = (
+        dit(noise, jnp.full(batch, told[0]), text.emb[rows], text_mask=text.mask[rows], **apart)
+        for rows, apart in (
+            (slice(batch), {}),
+            (slice(batch, None), {"frames_apart": ((1,), jnp.ones(batch, bool))}),
+        )
+    )
+    wanted = noise + (table[1] - table[0]) * (uncond + 2.0 * (cond - uncond))
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
 def test_shift_grows_with_the_number_of_tokens_unless_given(pipeline_folder):
     pipe = sora_jax.load(pipeline_folder)
     line = TokenShift(tokens_lo=12, shift_lo=1.0, tokens_hi=48, shift_hi=2.0)
@@ -103,6 +126,8 @@ def test_the_negative_prompt_takes_the_place_of_the_empty_one(pipe):
         ({"schedule": "wna"}, "Did you mean 'wan'"),
         ({"guidance_interval": (0.8, 0.2)}, "interval"),
         ({"guidance_rescale": 2}, "rescale"),
+        ({"guidance_blocks": (1, 2)}, "this transformer's blocks are 0 to 1"),
+        ({"guidance_blocks": (-1,)}, "different numbers from 0"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(pipe, settings, words):

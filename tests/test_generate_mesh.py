@@ -15,7 +15,7 @@ from sora_jax.generate.mesh import sampling_mesh
 @pytest.mark.parametrize("sizes", ["fsdp=2,tensor=2,context=2", "data=2,context=2", "context=8"])
 def test_a_mesh_makes_the_same_video(pipeline_folder, sizes):
     plain, shared = (sora_jax.load(pipeline_folder, mesh=mesh) for mesh in ("none", sizes))
-    settings = {"size": (32, 32), "frames": 5, "seed": 3}
+    settings = {"size": (32, 32), "frames": 5, "seed": 3, "guidance_blocks": (1,)}
     expected = plain("a red ball", **settings)
     got = shared("a red ball", **settings)
     # Other sums round differently: at most one level of 255.

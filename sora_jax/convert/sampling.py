@@ -31,6 +31,7 @@ class SamplingDefaults:
     guidance_2: float | None = None
     guidance_interval: Sequence[float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
+    guidance_blocks: Sequence[int] = ()
     shift: TokenShift = NO_SHIFT
     solver: str = "unipc"
     schedule: str = "wan"

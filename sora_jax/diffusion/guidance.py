@@ -24,11 +24,17 @@ class GuidanceConfig:
         Guidance near t = 1 costs variety, near t = 0 it does nothing (arXiv:2404.07724).
       rescale: in [0, 1]; how far the guided velocity's standard deviation is brought back to the
         conditional one's, against over-saturation at large scales.
+      blocks: of the transformer, counted from 0, in which frames of the unconditional branch do
+        not see each other. What moves wrongly is then likelier without the prompt than with it,
+        and is steered away from: spatiotemporal skip guidance (Hyung et al. 2024,
+        arXiv:2411.18664), for models whose attention is over space and time at once, and at no
+        cost, for it is the branch that there is. Whoever makes the velocity sees to it.
     """
 
     scale: float = 5.0
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
+    blocks: tuple[int, ...] = ()
 
     def __post_init__(self):
         lo, hi = self.interval
@@ -39,11 +45,20 @@ class GuidanceConfig:
             )
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance rescale {self.rescale} must lie in [0, 1]; 0 is none.")
+        if any(block < 0 for block in self.blocks) or len(set(self.blocks)) < len(self.blocks):
+            raise ValueError(
+                f"guidance blocks {self.blocks} must be different numbers from 0; () is none."
+            )
 
     @property
     def needs_uncond(self) -> bool:
         """False where guidance changes nothing, so half of the model's work can be saved."""
         return self.scale != 1.0 and self.interval[0] < self.interval[1]
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """`blocks`, where there is an unconditional branch."""
+        return self.blocks if self.needs_uncond else ()
 
 
 def at_times(config: GuidanceConfig, times: Float[np.ndarray, " r"]) -> GuidanceConfig:

@@ -12,6 +12,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,20 @@ Time = Float[Array, " b"] | Float[Array, "b n"] | Float[Array, "b f_grid h_grid 
 
 # Called with the embedded tokens and what runs the blocks on them; gives what the head reads.
 Around = Callable[[jax.Array, Callable[[jax.Array], jax.Array]], jax.Array]
+
+
+class Apart(NamedTuple):
+    """Blocks whose self-attention keeps to segments of its own.
+
+    Attributes:
+      blocks: counted from 0; static.
+      ids: the segment of every token there.
+      runs: as `attention.attention` takes it.
+    """
+
+    blocks: tuple[int, ...]
+    ids: Int[Array, "b n"]
+    runs: int | None = None
 
 
 class Attention(nnx.Module):
@@ -173,24 +188,31 @@ class DiTBlock(nnx.Module):
         image: Float[Array, "b i d"] | None = None,
         membership: Float[Array, "b n times"] | None = None,
         num_segments: int = 1,
+        apart: tuple[Apart, Bool[Array, ""]] | None = None,
     ) -> Float[Array, "b n d"]:
         """The six of `modulation` are those of the row, its tokens, or with `membership` segments.
 
         They come apart, for of tokens they are as large as what a block keeps: six in one array
-        would be written and read once more for every gradient.
+        would be written and read once more for every gradient. `apart` comes with whether this is
+        one of its blocks.
         """
         x = checkpoint_name(x, BLOCK_INPUT)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
             _to_tokens(part + own[None, None], membership)
             for part, own in zip(modulation, self.modulation[...], strict=True)
         )
-        y = self.self_attention(
-            *2 * (self.norm_self(x) * (1 + scale) + shift,),
-            rotation=rotation,
-            q_segment_ids=segment_ids,
-            kv_segment_ids=segment_ids,
-            runs=num_segments,
-        )
+
+        def attend(y: jax.Array, ids: jax.Array | None = segment_ids, runs=num_segments):
+            return self.self_attention(
+                y, y, rotation=rotation, q_segment_ids=ids, kv_segment_ids=ids, runs=runs
+            )
+
+        y = self.norm_self(x) * (1 + scale) + shift
+        if apart is None:
+            y = attend(y)
+        else:
+            (_, ids, runs), is_apart = apart
+            y = jax.lax.cond(is_apart, functools.partial(attend, ids=ids, runs=runs), attend, y)
         x = sharding.constrain(x + y * gate, "batch", "tokens", "act_embed")
         y = self.cross_attention(
             x if self.norm_cross is None else self.norm_cross(x),
@@ -252,6 +274,7 @@ class DiT(nnx.Module):
         text_of_frames: Int[Array, "b f_grid"] | None = None,
         num_texts: int = 1,
         image_emb: Float[Array, "b i d_image"] | None = None,
+        frames_apart: tuple[Sequence[int], Bool[Array, " b"]] | None = None,
         around: Around | None = None,
     ) -> Float[Array, "b f h w c_out"]:
         """Velocity at time `t` of every example (b,), token (b, n) or patch (b, f', h', w').
@@ -267,6 +290,8 @@ class DiT(nnx.Module):
           text_segment_ids: which of the texts, in [0, num_texts), a text token belongs to.
           text_of_frames: the text of every frame of patches.
           image_emb: image features, for models that take them (`config.image_dim`).
+          frames_apart: blocks, counted from 0, in which frames of patches do not see each other,
+            and the examples of which that is so (`diffusion.guidance`).
           around: looks at what the blocks do, or stands in for them (a cache between steps).
 
         Raises:
@@ -282,6 +307,11 @@ class DiT(nnx.Module):
         text_of_tokens = None
         if text_of_frames is not None:
             text_of_tokens = jnp.repeat(text_of_frames, grid[1] * grid[2], axis=1)
+        apart = None
+        if frames_apart is not None:
+            blocks, rows = frames_apart
+            frames = jnp.repeat(jnp.arange(grid[0], dtype=jnp.int32), grid[1] * grid[2])
+            apart = Apart(tuple(blocks), jnp.where(rows[:, None], frames[None], 0), grid[0])
         velocity = self.tokens(
             patchify.patchify(latents, self.config.patch_size),
             t.reshape(t.shape[0], -1),
@@ -292,6 +322,7 @@ class DiT(nnx.Module):
             num_segments=num_texts,
             image_emb=image_emb,
             positions=patchify.positions(*grid)[None],
+            apart=apart,
             around=around,
         )
         return patchify.unpatchify(velocity, self.config.patch_size, grid=grid)
@@ -310,6 +341,7 @@ class DiT(nnx.Module):
         num_segments: int = 1,
         t_of_segments: bool = False,
         image_emb: Float[Array, "b i d_image"] | None = None,
+        apart: Apart | None = None,
         around: Around | None = None,
     ) -> Float[Array, "b n p_out"]:
         """The model on patch tokens, where several examples may share a row (packing).
@@ -327,6 +359,7 @@ class DiT(nnx.Module):
           text_of_tokens: the segment of text that a token attends to, where it is not its own.
           num_segments: static bound on the number of segments in a row.
           image_emb: image features of the whole row.
+          apart: blocks in which other segments than `segment_ids` see each other.
           around: as in `__call__`.
 
         Raises:
@@ -351,6 +384,7 @@ class DiT(nnx.Module):
                 num_segments=num_segments,
                 t_of_segments=t_of_segments,
                 image_emb=image_emb,
+                apart=apart and apart._replace(ids=fill(apart.ids, value=_FILL_SEGMENT)),
                 around=around,
             )
             return filled[:, :count]
@@ -399,20 +433,29 @@ class DiT(nnx.Module):
             image=None if image_emb is None else self.image_embed(image_emb),
             membership=membership,
             num_segments=num_segments,
+            apart=apart,
         )
         x = blocks(x) if around is None else around(x, blocks)
         modulation_out = time[:, :, None] + self.modulation_out[...][None, None]
         shift, scale = (_to_tokens(modulation_out[:, :, i], membership) for i in range(2))
         return self.proj_out(self.norm_out(x) * (1 + scale) + shift)
 
-    def _run_blocks(self, x: jax.Array, text: jax.Array, **kwargs) -> jax.Array:
+    def _run_blocks(
+        self, x: jax.Array, text: jax.Array, *, apart: Apart | None, **kwargs
+    ) -> jax.Array:
         """Scans the stacked blocks, or unrolls them, each rematerialised by `config.remat`."""
         graph, params = nnx.split(self.blocks, nnx.Param)
         config = self.config
+        is_apart = None
+        if apart is not None:
+            is_apart = jnp.isin(jnp.arange(config.depth), jnp.array(apart.blocks))
+        stacked = (params, is_apart)
 
-        def block(x, params):
+        def block(x, own):
+            params, is_apart = own
             x = heads.row_major(x, config)
-            return nnx.merge(graph, params)(x, text, **kwargs), None
+            asked = None if apart is None else (apart, is_apart)
+            return nnx.merge(graph, params)(x, text, apart=asked, **kwargs), None
 
         if config.remat != "none":
             # Inside scan, nothing outside a block can be merged with its recomputation.
@@ -420,6 +463,6 @@ class DiT(nnx.Module):
             block = jax.checkpoint(block, policy=policy, prevent_cse=config.unroll)
         if config.unroll:
             for i in range(config.depth):
-                x, _ = block(x, jax.tree.map(operator.itemgetter(i), params))
+                x, _ = block(x, jax.tree.map(operator.itemgetter(i), stacked))
             return x
-        return jax.lax.scan(block, x, params)[0]
+        return jax.lax.scan(block, x, stacked)[0]

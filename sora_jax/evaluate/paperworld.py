@@ -258,7 +258,8 @@ def header(suite: str, pipeline, request, **run: int) -> dict[str, Any]:
     settings = dataclasses.asdict(request)
     for name in ("prompt", "seed"):
         del settings[name]
-    settings["guidance_interval"] = list(request.guidance_interval)  # as JSON gives it back
+    for name in ("guidance_interval", "guidance_blocks"):
+        settings[name] = list(settings[name])  # as JSON gives it back
     return {
         "suite": suite,
         **pipeline.info,

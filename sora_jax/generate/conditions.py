@@ -119,6 +119,7 @@ def conditioned(
     *,
     tiles: Tiles | None = None,
     residual: Residual | None = None,
+    apart: Sequence[int] = (),
 ) -> Velocity:
     """The transformer as velocity(x, t) over 1 or 2 times the batch that `conditions` are for.
 
@@ -126,6 +127,8 @@ def conditioned(
 
     Args:
       residual: given in place of the blocks, or stored by them; of every tile, where there are any.
+      apart: blocks in which frames of the second half of the rows do not see each other
+        (`GuidanceConfig.blocks`).
     """
 
     def velocity(x: Latents, t: Float[Array, ""] | Float[Array, "1 f 1 1 1"]) -> Latents:
@@ -145,6 +148,8 @@ def conditioned(
         if channels is not None:
             x = jnp.concatenate([x, channels], axis=-1)
         known = _texts(text, x.shape[0]) | {"image_emb": features}
+        if apart:
+            known["frames_apart"] = (apart, jnp.arange(x.shape[0]) >= x.shape[0] // 2)
         if tiles is None:
             return dit(x, time, **known, around=None if residual is None else residual.around)
         patch = dit.config.patch_size

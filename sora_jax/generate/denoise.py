@@ -207,7 +207,14 @@ class Denoiser:
         def step(state, i, params, text, given, taken):
             dit = self.experts.parts[0].module(params)
             residual = None if kind.blocks == "run" else Residual(taken)
-            velocity = conditions.conditioned(dit, text, given, tiles=kind.tiles, residual=residual)
+            velocity = conditions.conditioned(
+                dit,
+                text,
+                given,
+                tiles=kind.tiles,
+                residual=residual,
+                apart=kind.guide.apart,
+            )
             guided = guidances.guided_velocity(velocity, config=kind.guide)
             solver = sampler.make_solver(guided, table, solver=kind.solver, model_times=told)
             return solver.step(state, i), None if residual is None else residual.stored
@@ -220,7 +227,7 @@ class Denoiser:
         @self._jit
         def step(state, progress, params, text, given):
             dit = self.experts.parts[0].module(params)
-            velocity = conditions.conditioned(dit, text, given)
+            velocity = conditions.conditioned(dit, text, given, apart=kind.guide.apart)
             guided = guidances.guided_velocity(velocity, config=kind.guide)
             solver = sampler.make_solver(guided, table, solver=kind.solver, model_times=told)
             at = jnp.clip(progress, 0, kind.steps - 1)

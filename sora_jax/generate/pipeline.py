@@ -137,7 +137,7 @@ class Pipeline:
         request = requests_of.of_settings(
             prompt, settings, defaults=self.sampling, transformers=len(self.experts.parts)
         )
-        requests_of.check(request, cell=self.cell)
+        requests_of.check(request, cell=self.cell, blocks=self.dit.config.depth)
         if request.cache_threshold and self.sampling.feature_cache is None:
             raise ValueError(
                 "cache_threshold needs a checkpoint whose features were measured; run "
@@ -170,6 +170,7 @@ class Pipeline:
         guidance_2: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float | None = None,
+        guidance_blocks: Sequence[int] | None = None,
         shift: float | None = None,
         solver: str | None = None,
         schedule: str | None = None,
@@ -186,6 +187,8 @@ class Pipeline:
           guidance_2: guidance of the second of two transformers; by default the same.
           guidance_interval: flow times (lo, hi) between which guidance acts; 1 is noise.
           guidance_rescale: in [0, 1]; against over-saturation at large scales.
+          guidance_blocks: blocks of the transformer, counted from 0, in which frames of what is
+            steered away from do not see each other; () for none (`diffusion.guidance`).
           schedule: "wan" and "flow_match_euler" are diffusers', "wan_official" is the official
             code's, "linear" is even in t.
           shift: moves steps towards noise; by default it follows from the number of tokens.
@@ -207,6 +210,7 @@ class Pipeline:
             guidance_2=guidance_2,
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
+            guidance_blocks=guidance_blocks,
             shift=shift,
             solver=solver,
             schedule=schedule,
@@ -402,17 +406,18 @@ class Pipeline:
     ) -> dict[str, Any]:
         from sora_jax import __version__
 
-        # A list, as JSON gives back what the files hold.
-        interval = {"guidance_interval": list(request.guidance_interval)}
+        # Lists, as JSON gives back what the files hold.
+        names = ("guidance_interval", "guidance_blocks")
+        settings = {name: list(getattr(request, name)) for name in names}
         if request.cache_threshold:
-            interval["cache_sha256"] = self.cache_hash
+            settings["cache_sha256"] = self.cache_hash
         shown = {
             f"{name}_sha256": array_hash(picture)
             for name, picture in zip(("image", "last_image"), pictures, strict=True)
             if picture is not None
         }
         return (
-            dataclasses.asdict(request) | interval | shown | self.info | {"sora_jax": __version__}
+            dataclasses.asdict(request) | settings | shown | self.info | {"sora_jax": __version__}
         )
 
 

@@ -38,6 +38,7 @@ class Request:
     guidance_2: float
     guidance_interval: tuple[float, float]
     guidance_rescale: float
+    guidance_blocks: tuple[int, ...]
     shift: float
     solver: str
     schedule: str
@@ -50,6 +51,7 @@ class Request:
             scale=(self.guidance, self.guidance_2)[expert],
             interval=self.guidance_interval,
             rescale=self.guidance_rescale,
+            blocks=self.guidance_blocks,
         )
 
 
@@ -103,6 +105,7 @@ def of_settings(
         guidance_2=guidance if second is None else float(second),
         guidance_interval=(float(lo), float(hi)),
         guidance_rescale=float(chosen("guidance_rescale")),
+        guidance_blocks=tuple(chosen("guidance_blocks")),
         shift=float(given.get("shift", 1.0)),
         solver=chosen("solver"),
         schedule=chosen("schedule"),
@@ -111,11 +114,12 @@ def of_settings(
     )
 
 
-def check(request: Request, *, cell: tuple[int, int, int]) -> None:
+def check(request: Request, *, cell: tuple[int, int, int], blocks: int) -> None:
     """Raises ValueError, in one line, for a request that no model can make, or not this one.
 
     Args:
       cell: frames, height and width in pixels that one token stands for.
+      blocks: of the transformer.
     """
     if not request.prompt.strip():
         raise ValueError("the prompt is empty; describe the video in a sentence.")
@@ -133,7 +137,12 @@ def check(request: Request, *, cell: tuple[int, int, int]) -> None:
             raise ValueError(
                 f"guidance {scale} is out of range; use 0 to {MAX_GUIDANCE:g}, 1 is off."
             )
-    _ = request.guide()  # checks interval and rescale
+    _ = request.guide()  # checks interval, rescale and blocks
+    if any(block >= blocks for block in request.guidance_blocks):
+        raise ValueError(
+            f"guidance_blocks {request.guidance_blocks}: this transformer's blocks are 0 to "
+            f"{blocks - 1}; give some of them, or none."
+        )
     evaluations = sampler.num_evaluations(request.solver, 1)
     if not 0 <= request.cache_threshold <= MAX_THRESHOLD:
         raise ValueError(

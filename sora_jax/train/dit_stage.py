@@ -151,10 +151,10 @@ class DiTStage:
         vae = nnx.merge(self.vae.graphdef, frozen["vae"])
         return jax.lax.stop_gradient(vae.encode(to_float(batch["video"])))
 
-    def velocity(self, params, text_emb, text_mask):
-        """Velocity function of (x_t, t) for given text."""
+    def velocity(self, params, text_emb, text_mask, **options):
+        """Velocity function of (x_t, t) for given text; `options` as `DiT` takes them."""
         dit = nnx.merge(self.dit_graphdef, params["dit"])
-        return lambda x_t, t: dit(x_t, t, text_emb, text_mask=text_mask)
+        return lambda x_t, t: dit(x_t, t, text_emb, text_mask=text_mask, **options)
 
     def loss(self, params, frozen, batch, key):
         """Rectified-flow loss with text dropout, and the loss by bucket of t."""

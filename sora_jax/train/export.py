@@ -307,6 +307,7 @@ def _write_sampling(out: Path, config, stage) -> None:
         guidance=config.sample.guidance,
         guidance_interval=config.sample.guidance_interval,
         guidance_rescale=config.sample.guidance_rescale,
+        guidance_blocks=config.sample.get("guidance_blocks", ()),
         shift=stage.token_shift,
         solver=config.sample.solver,
         schedule=config.sample.schedule,

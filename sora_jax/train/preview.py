@@ -52,11 +52,15 @@ def generations(stage, config, params, frozen, prompts: list[str]) -> list[np.nd
         scale=config.sample.guidance,
         interval=config.sample.guidance_interval,
         rescale=config.sample.guidance_rescale,
+        blocks=tuple(config.sample.get("guidance_blocks", ())),
     )
+    apart = {}
+    if guide.apart:
+        apart["frames_apart"] = (guide.apart, jnp.arange(2 * len(prompts)) >= len(prompts))
 
     @jax.jit
     def run(params, frozen, text_emb, mask, noise):
-        velocity = stage.velocity(params, text_emb, mask)
+        velocity = stage.velocity(params, text_emb, mask, **apart)
         guided = guidance.guided_velocity(
             lambda x, t: velocity(x, jnp.full(x.shape[:1], t)), config=guide
         )

@@ -1,5 +1,7 @@
 """Classifier-free guidance, its interval and its rescale."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,8 @@ def test_guidance_that_changes_nothing_runs_the_model_on_one_batch(config):
 
     guidance.guided_velocity(velocity, config=config)(jnp.ones(SHAPE), jnp.asarray(0.5))
     assert sizes == [2] and not config.needs_uncond
+    assert dataclasses.replace(config, blocks=(1,)).apart == ()
+    assert GuidanceConfig(blocks=(1,)).apart == (1,)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,8 @@ def test_guidance_that_changes_nothing_runs_the_model_on_one_batch(config):
         ({"interval": (0.8, 0.2)}, "0 <= lo <= hi <= 1"),
         ({"interval": (0.0, 1.5)}, "0 <= lo <= hi <= 1"),
         ({"rescale": 1.2}, "must lie in"),
+        ({"blocks": (-1,)}, "different numbers from 0"),
+        ({"blocks": (2, 2)}, "different numbers from 0"),
     ],
 )
 def test_bad_settings_say_what_is_allowed(setting, message):

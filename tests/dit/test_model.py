@@ -88,7 +88,7 @@ def test_velocity_is_zero_at_init():
 def test_scan_equals_a_loop_over_blocks():
     model = random_model()
     x, text, kwargs = block_inputs()
-    scanned = jax.jit(lambda x: model._run_blocks(x, text, **kwargs))(x)
+    scanned = jax.jit(lambda x: model._run_blocks(x, text, apart=None, **kwargs))(x)
     graph, params = nnx.split(model.blocks, nnx.Param)
     block = jax.jit(lambda p, x: nnx.merge(graph, p)(x, text, **kwargs))
     for i in range(TINY.depth):
@@ -235,6 +235,37 @@ def test_scalar_time_equals_the_same_time_on_every_token(shape):
     np.testing.assert_allclose(apply(model, latents, per_token, text_emb), expected, atol=1e-5)
     changed = apply(model, latents, per_token.at[(0,) * len(shape)].add(0.3), text_emb)
     assert np.abs(changed - expected)[0].max() > 1e-2
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_frames_that_are_apart_do_not_see_each_other(unroll):
+    model = random_model(dataclasses.replace(TINY, unroll=unroll))
+    latents, t, text_emb = inputs()
+    rows = jnp.array([True, False])
+    plain = apply(model, latents, t, text_emb)
+
+    def velocity(blocks, latents=latents):
+        return jax.jit(lambda x: model(x, t, text_emb, frames_apart=(blocks, rows)))(latents)
+
+    got = velocity((0, 1))
+    # The other row is as it was, and a frame is as it would be alone, at its place in time.
+    np.testing.assert_allclose(got[1], plain[1], atol=1e-5)
+    places = patchify.positions(3, 2, 2)[None]
+    tokens = patchify.patchify(latents[:1], TINY.patch_size)
+    for frame in range(3):
+        own = slice(4 * frame, 4 * frame + 4)
+        alone = model.tokens(tokens[:, own], t[:1, None], text_emb[:1], positions=places[:, own])
+        alone = patchify.unpatchify(alone, TINY.patch_size, grid=(1, 2, 2))
+        np.testing.assert_allclose(got[0, frame], alone[0, 0], atol=1e-5)
+        assert np.abs(got[0, frame] - plain[0, frame]).max() > 1e-3
+    # In one block alone, frames still meet in the other; and which block it is matters.
+    first, second = velocity((0,)), velocity((1,))
+    changed = latents.at[:, 0].add(1.0)
+    for one in (first, second):
+        assert np.abs(one[0] - got[0]).max() > 1e-3 and np.abs(one[0] - plain[0]).max() > 1e-3
+    assert np.abs(first[0] - second[0]).max() > 1e-3
+    np.testing.assert_allclose(velocity((0, 1), changed)[0, 1:], got[0, 1:], atol=1e-5)
+    assert np.abs(velocity((0,), changed)[0, 1:] - first[0, 1:]).max() > 1e-3
 
 
 def test_shortened_text_equals_text_padded_to_its_full_length():

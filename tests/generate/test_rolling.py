@@ -45,7 +45,7 @@ def test_frames_begin_one_after_the_other_and_all_under_way_are_in_the_window(wi
     assert everywhere[-1] == steps - 1, "the last step finishes the last frame"
 
 
-def by_hand(pipe, *, steps, guidance):
+def by_hand(pipe, *, steps, guidance, blocks=()):
     """The film by Euler's method, frame by frame; every latent is kept, the whole decoded."""
     request = pipe.request(PROMPT, steps=steps, frames=9)
     total, size, clean = 9, 5, 3
@@ -53,7 +53,8 @@ def by_hand(pipe, *, steps, guidance):
     table, told = times.schedule("wan", steps, shift=request.shift)
     emb, mask = pipe.encode_text([PROMPT], [""])
     dit = pipe.dit.module(pipe.dit.params)
-    velocity = jax.jit(lambda x, t: dit(x, t, text_emb=emb, text_mask=mask))
+    apart = (blocks, jnp.array([False, True])) if blocks else None
+    velocity = jax.jit(lambda x, t: dit(x, t, text_emb=emb, text_mask=mask, frames_apart=apart))
     first = np.asarray(pipe.noise([request]))[0]
     keys = [jax.random.fold_in(jax.random.key(0), j) for j in range(size, total)]
     rest = [np.asarray(jax.random.normal(key, (1, *first.shape[1:])))[0] for key in keys]
@@ -77,14 +78,14 @@ def by_hand(pipe, *, steps, guidance):
     return film, to_bytes(pipe.decode(film[None]))[0]
 
 
-def test_a_film_is_what_a_loop_over_frames_makes(pipe):
+@pytest.mark.parametrize("blocks", [(), (1,)])
+def test_a_film_is_what_a_loop_over_frames_makes(pipe, blocks):
     seen = []
-    parts = film(
-        pipe, guidance=2.0, solver="euler", schedule="wan", on_step=lambda *told: seen.append(told)
-    )
+    settings = {"guidance": 2.0, "guidance_blocks": blocks, "solver": "euler", "schedule": "wan"}
+    parts = film(pipe, on_step=lambda *told: seen.append(told), **settings)
     assert [part.shape[1] for part in parts] == [1] + 8 * [2], "each frame as soon as it is made"
     made = np.concatenate(parts, axis=1)[0].astype(int)
-    latents, wanted = by_hand(pipe, steps=4, guidance=2.0)
+    latents, wanted = by_hand(pipe, steps=4, guidance=2.0, blocks=blocks)
     assert wanted.std() > 1
     assert np.abs(made - wanted).max() <= 1
     np.testing.assert_allclose(seen[-1][2].x[0], latents[-5:], atol=1e-5)
