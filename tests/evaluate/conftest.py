@@ -51,10 +51,12 @@ class FakePipeline:
         known = [*heldout_prompts(40), *seen_prompts(40)]
         self.scenes = {prompt.text: prompt.scene for prompt in known}
 
-    def request(self, prompt: str, *, seed: int = 0, steps=None, guidance=None):
+    def request(
+        self, prompt: str, *, seed: int = 0, steps=None, guidance=None, guidance_blocks=None
+    ):
         if steps is not None and steps < 1:
             raise ValueError(f"steps {steps} is out of range; use 1 to 1000.")
-        given = {"steps": steps, "guidance": guidance}
+        given = {"steps": steps, "guidance": guidance, "guidance_blocks": guidance_blocks}
         defaults = dataclasses.asdict(self.sampling)
         for name in (
             "text_tokens",

@@ -40,6 +40,16 @@ def test_best_row_comes_first_and_every_row_sees_the_same_prompts_and_seeds(fake
     assert len(asked) == 1 and len(pipeline.batches) == 3
 
 
+def test_blocks_are_swept_beside_the_rest(fake_pipeline):
+    pipeline = fake_pipeline()
+    rows = sweep(
+        pipeline, guidance=[2.0], steps=[8], blocks=[(), [1, 2], None], prompts=1, batch_size=1
+    )
+    asked = [batch[0].guidance_blocks for batch in pipeline.batches]
+    assert asked == [(), (1, 2), ()]  # the last are the checkpoint's
+    assert [row["guidance_blocks"] for row in rows] == [(), (1, 2), None]
+
+
 def _row(colour: float, verb: float, *, whole: float = 0.9, steps: int = 10, guidance: float = 2.0):
     rates = {"colour": colour, "shape": 1.0, "place": 1.0, "verb": verb, "all": whole}
     attributes = {name: {"rate": rate} for name, rate in rates.items()}
