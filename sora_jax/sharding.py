@@ -20,8 +20,6 @@ CONTEXT = "context"
 MESH_AXES = ("data", "fsdp", "tensor", CONTEXT)
 # Those that cut weights for memory's sake: layers gather them before they multiply.
 STORAGE_AXES = ("fsdp", CONTEXT)
-# Those whose devices have the same clips, and can share their frames: see `space_mesh`.
-CLIP_AXES = ("tensor", CONTEXT)
 SPACE = "space"
 _TILE_ROWS = 8  # of a TPU's tiles of memory
 
@@ -136,11 +134,20 @@ def _on_torus(sizes: dict[str, int], devices: list) -> np.ndarray:
     )
 
 
-def space_mesh(mesh: Mesh, size: int) -> Mesh:
-    """The devices of `mesh`, in its order, with an axis of `size` of those that share clips."""
-    replicas = [name for name in mesh.axis_names if name not in CLIP_AXES]
+def clip_axes(mesh: Mesh, batch: int) -> tuple[str, ...]:
+    """Those whose devices have the same clips of `batch`, and can share their frames.
+
+    Of the axes that batches are cut over, these are the ones that so few clips do not divide over.
+    """
+    cut = _names(_fit(spec("batch"), (batch,), mesh)[0])
+    return tuple(name for name in mesh.axis_names if name not in cut)
+
+
+def space_mesh(mesh: Mesh, size: int, *, shared: tuple[str, ...]) -> Mesh:
+    """The devices of `mesh`, in its order, with an axis of `size` of those along `shared`."""
+    replicas = [name for name in mesh.axis_names if name not in shared]
     names = (*replicas, SPACE, "rest")
-    order = [mesh.axis_names.index(name) for name in (*replicas, *CLIP_AXES)]
+    order = [mesh.axis_names.index(name) for name in (*replicas, *shared)]
     shape = (*(mesh.shape[name] for name in replicas), size, -1)
     devices = np.transpose(mesh.devices, order).reshape(shape)
     return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
@@ -191,11 +198,16 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else (entry or ())
+
+
 def _fit(pspec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Drops the mesh axes that do not divide a dimension: such a dimension is replicated."""
     entries = []
     for size, names in zip(shape, tuple(pspec) + (None,) * (len(shape) - len(pspec)), strict=True):
-        names_ = (names,) if isinstance(names, str) else (names or ())
+        names_ = _names(names)
         while names_ and size % math.prod(mesh.shape[n] for n in names_):
             names_ = names_[:-1]
         entries.append(names_[0] if len(names_) == 1 else (names_ or None))
@@ -249,7 +261,7 @@ def _fit_weight(pspec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Par
     """
     entries = []
     for size, names in zip(shape, tuple(_fit(pspec, shape, mesh)), strict=True):
-        names_ = (names,) if isinstance(names, str) else (names or ())
+        names_ = _names(names)
         rows = size // math.prod(mesh.shape[n] for n in names_)
         storing = [n for n in names_ if n in STORAGE_AXES and mesh.shape[n] > 1]
         if len(storing) > 1 and rows % _TILE_ROWS:
@@ -261,7 +273,7 @@ def _fit_weight(pspec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Par
 def _without(pspec: PartitionSpec, dropped: tuple[str, ...]) -> PartitionSpec:
     entries = []
     for names in pspec:
-        names_ = (names,) if isinstance(names, str) else (names or ())
+        names_ = _names(names)
         names_ = tuple(name for name in names_ if name not in dropped)
         entries.append(names_[0] if len(names_) == 1 else (names_ or None))
     return PartitionSpec(*entries)
@@ -280,9 +292,7 @@ def fitted(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> PartitionSp
 
 def shards_of(mesh: Mesh, pspec: PartitionSpec, dimension: int) -> int:
     """Parts that `pspec` cuts that dimension into."""
-    names = pspec[dimension]
-    names = (names,) if isinstance(names, str) else (names or ())
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in _names(pspec[dimension]))
 
 
 def named(mesh: Mesh, *axes: str | None) -> NamedSharding:

@@ -116,7 +116,7 @@ def decode(config: Any, host: Slice) -> steps.Step:
         traced = jitted.trace(parts["vae"], x)
         counts = count.of_jaxpr(traced.jaxpr.jaxpr)
         lowered = traced.lower()
-    flops = {"VAE": decode_flops(config)}  # replicas over `data` do it once more
+    flops = {"VAE": decode_flops(config)}
     beside = memory["weights"] + steps.device_bytes((parts["text"], parts["image"]))
     return steps.compile_step(
         *("decode", mesh, lowered, host, memory, 0.0, counts, flops),

@@ -60,8 +60,9 @@ def run(body: Callable, modules: Any, x: jax.Array, kept: Any, *, multiple: int)
       multiple: rows and columns of a tile are multiples of this.
     """
     mesh = sharding.current_mesh()
-    shared = 1 if mesh is None else math.prod(mesh.shape[name] for name in sharding.CLIP_AXES)
-    grid = grid_for(shared, x.shape[HEIGHT] // multiple, x.shape[WIDTH] // multiple)
+    shared = () if mesh is None else sharding.clip_axes(mesh, len(x))
+    devices = math.prod(mesh.shape[name] for name in shared)
+    grid = grid_for(devices, x.shape[HEIGHT] // multiple, x.shape[WIDTH] // multiple)
     if grid == WHOLE:
         return body(modules, x, kept)
     graph, weights = nnx.split(modules)
@@ -75,8 +76,8 @@ def run(body: Callable, modules: Any, x: jax.Array, kept: Any, *, multiple: int)
             _grid.reset(token)
         return jax.tree.map(lambda leaf: leaf[None], (y, left))
 
-    mesh = sharding.space_mesh(mesh, grid.size)
     batch = sharding.fitted(mesh, x.shape[:1], "batch")
+    mesh = sharding.space_mesh(mesh, grid.size, shared=shared)
     cut = sharding.tiles_of(batch)
     y, left = jax.shard_map(
         local,

@@ -36,9 +36,9 @@ def run(fn, mesh, *args):
         return jax.device_get(jax.jit(lambda *args: fn(*args))(*args))
 
 
-def video_of(config, *, rows=8, columns=4):
+def video_of(config, *, rows=8, columns=4, clips=2):
     scale = config.scale_factor_spatial
-    shape = (2, 1 + 2 * config.scale_factor_temporal, rows * scale, columns * scale, 3)
+    shape = (clips, 1 + 2 * config.scale_factor_temporal, rows * scale, columns * scale, 3)
     return jax.random.uniform(jax.random.key(2), shape, minval=-1)
 
 
@@ -47,12 +47,18 @@ def close(a, b):
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes", "columns", "grid"),
-    [("plain", ROWS, 2, (4, 1)), ("residual", BOTH, 4, (2, 2))],
+    ("kind", "sizes", "columns", "clips", "grid"),
+    [
+        *(("plain", ROWS, 2, 2, (4, 1)), ("residual", BOTH, 4, 2, (2, 2))),
+        # As `sample --mesh auto` decodes one video: both halves of `data` have it.
+        ("plain", {"data": 2, "context": 2}, 2, 1, (4, 1)),
+    ],
 )
-def test_values_and_gradients_equal_one_device(random_vae, kind, sizes, columns, grid):
+def test_values_and_gradients_equal_one_device(random_vae, kind, sizes, columns, clips, grid):
     vae = random_vae(CONFIGS[kind])
-    video = video_of(vae.config, columns=columns)
+    video = video_of(vae.config, columns=columns, clips=clips)
+    shared = sharding.clip_axes(mesh_of(sizes), clips)
+    assert np.prod([sizes.get(name, 1) for name in shared]) == 4
     assert space.grid_for(4, 8, columns) == grid
     both = jax.value_and_grad(losses, argnums=(0, 1), has_aux=True)
     whole, cut = (run(both, mesh, vae, video) for mesh in (None, mesh_of(sizes)))
@@ -82,15 +88,16 @@ def test_rows_that_do_not_divide_are_not_cut(random_vae):
     close(cut, whole)
 
 
-def test_a_device_has_a_tiles_memory_and_passes_rows_only(random_vae):
+@pytest.mark.parametrize(("sizes", "clips"), [(ROWS, 2), ({"data": 2, "context": 2}, 1)])
+def test_a_device_has_a_tiles_memory_and_passes_rows_only(random_vae, sizes, clips):
     vae = random_vae(CONFIGS["plain"])
-    video = video_of(vae.config, rows=32, columns=8)
+    video = video_of(vae.config, rows=32, columns=8, clips=clips)
 
     def compiled(mesh):
         with sharding.use_mesh(mesh):
             return jax.jit(lambda vae, x: vae.encode_moments(x)).lower(vae, video).compile()
 
-    whole, cut = compiled(None), compiled(mesh_of(ROWS))
+    whole, cut = compiled(None), compiled(mesh_of(sizes))
     memory = [program.memory_analysis().temp_size_in_bytes for program in (whole, cut)]
     assert memory[1] < 0.35 * memory[0]
     assert "collective-permute" in cut.as_text()
