@@ -157,6 +157,7 @@ def get_config() -> ConfigDict:
     c.sample.guidance_rescale = 0.0  # in [0, 1]; against over-saturation at large scales
     # Blocks in which frames of guidance's half without the prompt do not see each other.
     c.sample.guidance_blocks = ()
+    c.sample.guidance_blocks_interval = (0.0, 1.0)  # flow times between which that is so
     c.sample.solver = "unipc"  # or "dpmpp_2m", "ab2", "heun", "euler"
     c.sample.schedule = "wan"  # as diffusers' UniPC; or "flow_match_euler", or "linear" in t
     c.sample.refine_prefix = ""  # words before captions of parts of larger pictures

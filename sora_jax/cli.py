@@ -98,6 +98,13 @@ def _add_sample(commands) -> None:
         help="of the transformer, from 0, in which frames of what is steered away from do not see "
         "each other, for steadier shapes and motion; nothing after it is none",
     )
+    sample.add_argument(
+        "--guidance-blocks-interval",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="flow times between which that is so",
+    )
     sample.add_argument("--shift", type=float, help="moves steps towards noise (larger videos)")
     sample.add_argument("--solver", help="unipc, dpmpp_2m, ab2, heun or euler")
     sample.add_argument(

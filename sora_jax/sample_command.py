@@ -20,8 +20,8 @@ from sora_jax.prompts import timed, writers
 AT_ONCE = 8  # videos denoised together at most
 _NAMES = (
     *("negative_prompt", "frames", "fps", "steps", "guidance", "guidance_2"),
-    *("guidance_interval", "guidance_rescale", "guidance_blocks", "shift", "solver", "schedule"),
-    "cache_threshold",
+    *("guidance_interval", "guidance_rescale", "guidance_blocks", "guidance_blocks_interval"),
+    *("shift", "solver", "schedule", "cache_threshold"),
 )
 _PICTURES = ("image", "last_image")
 _TASK_STAGE = "make"  # a task's windows are denoised, decoded and written in turn
@@ -347,10 +347,11 @@ def _cut(pipe: Pipeline, prompt: str, console: Console) -> str:
 def _read_metadata(path: Path) -> dict:
     metadata = folder.read_json(path) if path.suffix == ".json" else video_io.read_metadata(path)
     needed = {"prompt", "seed", "width", "height", "checkpoint_sha256", *_NAMES}
-    needed -= {"guidance_2", "cache_threshold", "guidance_blocks"}  # what older files may lack
+    newer = {"guidance_blocks": (), "guidance_blocks_interval": (0.0, 1.0)}
+    needed -= {"guidance_2", "cache_threshold", *newer}  # what older files may lack
     if missing := needed - set(metadata):
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; give a video made here.")
-    return {"guidance_blocks": ()} | metadata  # and not what the checkpoint has by now
+    return newer | metadata  # and not what the checkpoint has by now
 
 
 def _numbered(out: Path, index: int, count: int) -> Path:

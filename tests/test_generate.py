@@ -84,11 +84,17 @@ def test_guidance_blocks_weaken_what_is_steered_away_from(pipe, batch):
         dit(noise, jnp.full(batch, told[0]), text.emb[rows], text_mask=text.mask[rows], **apart)
         for rows, apart in (
             (slice(batch), {}),
-            (slice(batch, None), {"frames_apart": ((1,), jnp.ones(batch, bool))}),
+            (slice(batch, None), {"frames_apart": ((1,), jnp.ones((batch, 1), bool))}),
         )
     )
     wanted = noise + (table[1] - table[0]) * (uncond + 2.0 * (cond - uncond))
     np.testing.assert_allclose(got, wanted, atol=1e-5)
+    # Outside their interval they do nothing.
+    late = dataclasses.replace(requests[0], guidance_blocks_interval=(0.0, 0.5))
+    off = dataclasses.replace(requests[0], guidance_blocks=())
+    outside, plain = (pipe.denoise(noise, r, text, Conditions()) for r in (late, off))
+    np.testing.assert_array_equal(outside, plain)
+    assert np.abs(got - plain).max() > 1e-4
 
 
 def test_shift_grows_with_the_number_of_tokens_unless_given(pipeline_folder):
@@ -128,6 +134,7 @@ def test_the_negative_prompt_takes_the_place_of_the_empty_one(pipe):
         ({"guidance_rescale": 2}, "rescale"),
         ({"guidance_blocks": (1, 2)}, "this transformer's blocks are 0 to 1"),
         ({"guidance_blocks": (-1,)}, "different numbers from 0"),
+        ({"guidance_blocks_interval": (0.8, 0.2)}, "blocks' interval"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(pipe, settings, words):

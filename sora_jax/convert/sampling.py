@@ -32,6 +32,7 @@ class SamplingDefaults:
     guidance_interval: Sequence[float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
     guidance_blocks: Sequence[int] = ()
+    guidance_blocks_interval: Sequence[float] = (0.0, 1.0)
     shift: TokenShift = NO_SHIFT
     solver: str = "unipc"
     schedule: str = "wan"

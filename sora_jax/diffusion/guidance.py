@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sora_jax.types import Velocity
 
@@ -28,21 +28,24 @@ class GuidanceConfig:
         not see each other. What moves wrongly is then likelier without the prompt than with it,
         and is steered away from: spatiotemporal skip guidance (Hyung et al. 2024,
         arXiv:2411.18664), for models whose attention is over space and time at once, and at no
-        cost, for it is the branch that there is. Whoever makes the velocity sees to it.
+        cost, for it is the branch that there is. Whoever makes the velocity sees to it, by
+        `frames_apart`.
+      blocks_interval: (lo, hi) in flow time, between which that is so.
     """
 
     scale: float = 5.0
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
     blocks: tuple[int, ...] = ()
+    blocks_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
-        lo, hi = self.interval
-        if not 0 <= lo <= hi <= 1:
-            raise ValueError(
-                f"guidance interval {self.interval} must satisfy 0 <= lo <= hi <= 1 "
-                "(t = 0 data, t = 1 noise); (0, 1) guides everywhere."
-            )
+        for name, (lo, hi) in (("", self.interval), ("blocks' ", self.blocks_interval)):
+            if not 0 <= lo <= hi <= 1:
+                raise ValueError(
+                    f"guidance {name}interval ({lo}, {hi}) must satisfy 0 <= lo <= hi <= 1 "
+                    "(t = 0 data, t = 1 noise); (0, 1) is everywhere."
+                )
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance rescale {self.rescale} must lie in [0, 1]; 0 is none.")
         if any(block < 0 for block in self.blocks) or len(set(self.blocks)) < len(self.blocks):
@@ -62,18 +65,40 @@ class GuidanceConfig:
 
 
 def at_times(config: GuidanceConfig, times: Float[np.ndarray, " r"]) -> GuidanceConfig:
-    """What `config` comes to where t is one of `times` alone, its interval left out.
+    """What `config` comes to where t is one of `times` alone, its intervals left out.
 
     A sampler that knows the times of a step compiles the steps outside the interval without the
     unconditional half of the batch.
     """
-    lo, hi = config.interval
-    inside = [bool(lo <= t <= hi) for t in times]
-    if any(inside) and not all(inside):
-        return config
-    return dataclasses.replace(
-        config, interval=(0.0, 1.0), scale=config.scale if all(inside) else 1.0
+    guided, apart = (
+        [bool(lo <= t <= hi) for t in times] for lo, hi in (config.interval, config.blocks_interval)
     )
+    if all(apart) or not any(apart):
+        blocks = config.blocks if all(apart) else ()
+        config = dataclasses.replace(config, blocks_interval=(0.0, 1.0), blocks=blocks)
+    if all(guided) or not any(guided):
+        scale = config.scale if all(guided) else 1.0
+        config = dataclasses.replace(config, interval=(0.0, 1.0), scale=scale)
+    return config
+
+
+def frames_apart(
+    config: GuidanceConfig, t: Float[Array, ""] | Float[Array, " f"], *, rows: int
+) -> tuple[tuple[int, ...], Bool[Array, "rows #f"]] | None:
+    """Blocks and, of a doubled batch at time t, the frames that see only themselves there.
+
+    Args:
+      t: of all frames of patches, or of each.
+      rows: of the doubled batch, whose second half has no prompt.
+
+    Returns:
+      What the transformer takes as `frames_apart`; None where there are no such frames.
+    """
+    if not config.apart:
+        return None
+    lo, hi = config.blocks_interval
+    inside = jnp.atleast_1d((t >= lo) & (t <= hi))
+    return config.apart, (jnp.arange(rows) >= rows // 2)[:, None] & inside[None]
 
 
 def combine(

@@ -274,7 +274,7 @@ class DiT(nnx.Module):
         text_of_frames: Int[Array, "b f_grid"] | None = None,
         num_texts: int = 1,
         image_emb: Float[Array, "b i d_image"] | None = None,
-        frames_apart: tuple[Sequence[int], Bool[Array, " b"]] | None = None,
+        frames_apart: tuple[Sequence[int], Bool[Array, "b #f_grid"]] | None = None,
         around: Around | None = None,
     ) -> Float[Array, "b f h w c_out"]:
         """Velocity at time `t` of every example (b,), token (b, n) or patch (b, f', h', w').
@@ -290,8 +290,8 @@ class DiT(nnx.Module):
           text_segment_ids: which of the texts, in [0, num_texts), a text token belongs to.
           text_of_frames: the text of every frame of patches.
           image_emb: image features, for models that take them (`config.image_dim`).
-          frames_apart: blocks, counted from 0, in which frames of patches do not see each other,
-            and the examples of which that is so (`diffusion.guidance`).
+          frames_apart: blocks, counted from 0, in which some frames of patches see only
+            themselves, and which do (`diffusion.guidance`).
           around: looks at what the blocks do, or stands in for them (a cache between steps).
 
         Raises:
@@ -309,9 +309,10 @@ class DiT(nnx.Module):
             text_of_tokens = jnp.repeat(text_of_frames, grid[1] * grid[2], axis=1)
         apart = None
         if frames_apart is not None:
-            blocks, rows = frames_apart
-            frames = jnp.repeat(jnp.arange(grid[0], dtype=jnp.int32), grid[1] * grid[2])
-            apart = Apart(tuple(blocks), jnp.where(rows[:, None], frames[None], 0), grid[0])
+            blocks, alone = frames_apart
+            ids = jnp.where(alone, jnp.arange(grid[0], dtype=jnp.int32), grid[0])
+            runs = grid[0] + 1 if alone.shape[1] == 1 else None  # else they may lie in between
+            apart = Apart(tuple(blocks), jnp.repeat(ids, grid[1] * grid[2], axis=1), runs)
         velocity = self.tokens(
             patchify.patchify(latents, self.config.patch_size),
             t.reshape(t.shape[0], -1),

@@ -258,7 +258,7 @@ def header(suite: str, pipeline, request, **run: int) -> dict[str, Any]:
     settings = dataclasses.asdict(request)
     for name in ("prompt", "seed"):
         del settings[name]
-    for name in ("guidance_interval", "guidance_blocks"):
+    for name in ("guidance_interval", "guidance_blocks", "guidance_blocks_interval"):
         settings[name] = list(settings[name])  # as JSON gives it back
     return {
         "suite": suite,

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from sora_jax.diffusion import guidance
+from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.dit import patchify
 from sora_jax.dit.config import DiTConfig
 from sora_jax.generate import tiles as tiling
@@ -119,7 +121,7 @@ def conditioned(
     *,
     tiles: Tiles | None = None,
     residual: Residual | None = None,
-    apart: Sequence[int] = (),
+    guide: GuidanceConfig | None = None,
 ) -> Velocity:
     """The transformer as velocity(x, t) over 1 or 2 times the batch that `conditions` are for.
 
@@ -127,8 +129,7 @@ def conditioned(
 
     Args:
       residual: given in place of the blocks, or stored by them; of every tile, where there are any.
-      apart: blocks in which frames of the second half of the rows do not see each other
-        (`GuidanceConfig.blocks`).
+      guide: says in which blocks frames of the second half of the rows do not see each other.
     """
 
     def velocity(x: Latents, t: Float[Array, ""] | Float[Array, "1 f 1 1 1"]) -> Latents:
@@ -148,8 +149,9 @@ def conditioned(
         if channels is not None:
             x = jnp.concatenate([x, channels], axis=-1)
         known = _texts(text, x.shape[0]) | {"image_emb": features}
-        if apart:
-            known["frames_apart"] = (apart, jnp.arange(x.shape[0]) >= x.shape[0] // 2)
+        if guide is not None:
+            times = t[0, :, 0, 0] if t.ndim else t
+            known["frames_apart"] = guidance.frames_apart(guide, times, rows=x.shape[0])
         if tiles is None:
             return dit(x, time, **known, around=None if residual is None else residual.around)
         patch = dit.config.patch_size

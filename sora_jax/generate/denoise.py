@@ -213,7 +213,7 @@ class Denoiser:
                 given,
                 tiles=kind.tiles,
                 residual=residual,
-                apart=kind.guide.apart,
+                guide=kind.guide,
             )
             guided = guidances.guided_velocity(velocity, config=kind.guide)
             solver = sampler.make_solver(guided, table, solver=kind.solver, model_times=told)
@@ -227,7 +227,7 @@ class Denoiser:
         @self._jit
         def step(state, progress, params, text, given):
             dit = self.experts.parts[0].module(params)
-            velocity = conditions.conditioned(dit, text, given, apart=kind.guide.apart)
+            velocity = conditions.conditioned(dit, text, given, guide=kind.guide)
             guided = guidances.guided_velocity(velocity, config=kind.guide)
             solver = sampler.make_solver(guided, table, solver=kind.solver, model_times=told)
             at = jnp.clip(progress, 0, kind.steps - 1)

@@ -171,6 +171,7 @@ class Pipeline:
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float | None = None,
         guidance_blocks: Sequence[int] | None = None,
+        guidance_blocks_interval: tuple[float, float] | None = None,
         shift: float | None = None,
         solver: str | None = None,
         schedule: str | None = None,
@@ -189,6 +190,7 @@ class Pipeline:
           guidance_rescale: in [0, 1]; against over-saturation at large scales.
           guidance_blocks: blocks of the transformer, counted from 0, in which frames of what is
             steered away from do not see each other; () for none (`diffusion.guidance`).
+          guidance_blocks_interval: flow times between which that is so.
           schedule: "wan" and "flow_match_euler" are diffusers', "wan_official" is the official
             code's, "linear" is even in t.
           shift: moves steps towards noise; by default it follows from the number of tokens.
@@ -211,6 +213,7 @@ class Pipeline:
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
             guidance_blocks=guidance_blocks,
+            guidance_blocks_interval=guidance_blocks_interval,
             shift=shift,
             solver=solver,
             schedule=schedule,
@@ -407,7 +410,7 @@ class Pipeline:
         from sora_jax import __version__
 
         # Lists, as JSON gives back what the files hold.
-        names = ("guidance_interval", "guidance_blocks")
+        names = ("guidance_interval", "guidance_blocks", "guidance_blocks_interval")
         settings = {name: list(getattr(request, name)) for name in names}
         if request.cache_threshold:
             settings["cache_sha256"] = self.cache_hash

@@ -39,6 +39,7 @@ class Request:
     guidance_interval: tuple[float, float]
     guidance_rescale: float
     guidance_blocks: tuple[int, ...]
+    guidance_blocks_interval: tuple[float, float]
     shift: float
     solver: str
     schedule: str
@@ -52,6 +53,7 @@ class Request:
             interval=self.guidance_interval,
             rescale=self.guidance_rescale,
             blocks=self.guidance_blocks,
+            blocks_interval=self.guidance_blocks_interval,
         )
 
 
@@ -92,7 +94,11 @@ def of_settings(
         )
     if second is None and "guidance" not in given:
         second = defaults.guidance_2
-    lo, hi = chosen("guidance_interval")
+
+    def interval(name: str) -> tuple[float, float]:
+        lo, hi = chosen(name)
+        return float(lo), float(hi)
+
     return Request(
         prompt=prompt,
         negative_prompt=given.get("negative_prompt", ""),
@@ -103,9 +109,10 @@ def of_settings(
         steps=chosen("steps"),
         guidance=guidance,
         guidance_2=guidance if second is None else float(second),
-        guidance_interval=(float(lo), float(hi)),
+        guidance_interval=interval("guidance_interval"),
         guidance_rescale=float(chosen("guidance_rescale")),
         guidance_blocks=tuple(chosen("guidance_blocks")),
+        guidance_blocks_interval=interval("guidance_blocks_interval"),
         shift=float(given.get("shift", 1.0)),
         solver=chosen("solver"),
         schedule=chosen("schedule"),

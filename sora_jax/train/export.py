@@ -308,6 +308,7 @@ def _write_sampling(out: Path, config, stage) -> None:
         guidance_interval=config.sample.guidance_interval,
         guidance_rescale=config.sample.guidance_rescale,
         guidance_blocks=config.sample.get("guidance_blocks", ()),
+        guidance_blocks_interval=config.sample.get("guidance_blocks_interval", (0.0, 1.0)),
         shift=stage.token_shift,
         solver=config.sample.solver,
         schedule=config.sample.schedule,

@@ -53,17 +53,17 @@ def generations(stage, config, params, frozen, prompts: list[str]) -> list[np.nd
         interval=config.sample.guidance_interval,
         rescale=config.sample.guidance_rescale,
         blocks=tuple(config.sample.get("guidance_blocks", ())),
+        blocks_interval=tuple(config.sample.get("guidance_blocks_interval", (0.0, 1.0))),
     )
-    apart = {}
-    if guide.apart:
-        apart["frames_apart"] = (guide.apart, jnp.arange(2 * len(prompts)) >= len(prompts))
 
     @jax.jit
     def run(params, frozen, text_emb, mask, noise):
-        velocity = stage.velocity(params, text_emb, mask, **apart)
-        guided = guidance.guided_velocity(
-            lambda x, t: velocity(x, jnp.full(x.shape[:1], t)), config=guide
-        )
+        def velocity(x, t):
+            apart = guidance.frames_apart(guide, t, rows=len(x))
+            made = stage.velocity(params, text_emb, mask, frames_apart=apart)
+            return made(x, jnp.full(x.shape[:1], t))
+
+        guided = guidance.guided_velocity(velocity, config=guide)
         latents = sampler.sample(
             guided, noise, table, solver=config.sample.solver, model_times=told
         )

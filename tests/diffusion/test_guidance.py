@@ -85,6 +85,7 @@ def test_guidance_that_changes_nothing_runs_the_model_on_one_batch(config):
         ({"interval": (0.8, 0.2)}, "0 <= lo <= hi <= 1"),
         ({"interval": (0.0, 1.5)}, "0 <= lo <= hi <= 1"),
         ({"rescale": 1.2}, "must lie in"),
+        ({"blocks_interval": (0.8, 0.2)}, "blocks' interval"),
         ({"blocks": (-1,)}, "different numbers from 0"),
         ({"blocks": (2, 2)}, "different numbers from 0"),
     ],
@@ -92,3 +93,28 @@ def test_guidance_that_changes_nothing_runs_the_model_on_one_batch(config):
 def test_bad_settings_say_what_is_allowed(setting, message):
     with pytest.raises(ValueError, match=message):
         GuidanceConfig(**setting)
+
+
+def test_frames_are_apart_without_the_prompt_and_within_the_interval():
+    config = GuidanceConfig(blocks=(1, 3), blocks_interval=(0.2, 0.5))
+    for t, inside in ((0.1, False), (0.2, True), (0.5, True), (0.6, False)):
+        blocks, alone = guidance.frames_apart(config, jnp.float32(t), rows=4)
+        assert blocks == (1, 3)
+        np.testing.assert_array_equal(alone, [[False], [False], [inside], [inside]])
+    _, alone = guidance.frames_apart(config, jnp.array([0.1, 0.3, 0.9]), rows=2)
+    np.testing.assert_array_equal(alone, [[False] * 3, [False, True, False]])
+    off = dataclasses.replace(config, scale=1.0)
+    assert guidance.frames_apart(off, jnp.float32(0.3), rows=2) is None
+
+
+def test_blocks_of_a_step_are_those_of_its_times():
+    config = GuidanceConfig(blocks=(1,), blocks_interval=(0.2, 0.5), interval=(0.0, 0.8))
+
+    def of(*times):
+        made = guidance.at_times(config, np.array(times))
+        return made.apart, made.blocks_interval
+
+    assert of(0.3) == of(0.3, 0.4) == ((1,), (0.0, 1.0))
+    assert of(0.6) == of(0.9) == ((), (0.0, 1.0))
+    assert of(0.4, 0.6) == ((1,), (0.2, 0.5)), "within the program"
+    assert guidance.at_times(config, np.array([0.9])).scale == 1.0

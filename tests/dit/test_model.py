@@ -241,11 +241,11 @@ def test_scalar_time_equals_the_same_time_on_every_token(shape):
 def test_frames_that_are_apart_do_not_see_each_other(unroll):
     model = random_model(dataclasses.replace(TINY, unroll=unroll))
     latents, t, text_emb = inputs()
-    rows = jnp.array([True, False])
+    rows = jnp.array([[True], [False]])
     plain = apply(model, latents, t, text_emb)
 
-    def velocity(blocks, latents=latents):
-        return jax.jit(lambda x: model(x, t, text_emb, frames_apart=(blocks, rows)))(latents)
+    def velocity(blocks, latents=latents, alone=rows):
+        return jax.jit(lambda x: model(x, t, text_emb, frames_apart=(blocks, alone)))(latents)
 
     got = velocity((0, 1))
     # The other row is as it was, and a frame is as it would be alone, at its place in time.
@@ -266,6 +266,11 @@ def test_frames_that_are_apart_do_not_see_each_other(unroll):
     assert np.abs(first[0] - second[0]).max() > 1e-3
     np.testing.assert_allclose(velocity((0, 1), changed)[0, 1:], got[0, 1:], atol=1e-5)
     assert np.abs(velocity((0,), changed)[0, 1:] - first[0, 1:]).max() > 1e-3
+    # Of three frames one alone: it is as before, and the others see each other.
+    some = velocity((0, 1), alone=jnp.array([[False, True, False], [False, False, False]]))
+    np.testing.assert_allclose(some[0, 1], got[0, 1], atol=1e-5)
+    assert np.abs(some[0, 0] - got[0, 0]).max() > 1e-3
+    assert np.abs(some[0, 0] - plain[0, 0]).max() > 1e-3
 
 
 def test_shortened_text_equals_text_padded_to_its_full_length():

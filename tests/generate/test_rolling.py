@@ -19,6 +19,7 @@ from sora_jax.generate.video import to_bytes
 from sora_jax.generate.windows import Sweep
 
 PROMPT = "a red ball rolls left"
+UNTIL = 0.6  # time of some frames of a window, and not of others
 SWEEP = Sweep(17, 9, 5)  # 9 latent frames by windows of 5, of which 3 are finished
 
 
@@ -53,8 +54,13 @@ def by_hand(pipe, *, steps, guidance, blocks=()):
     table, told = times.schedule("wan", steps, shift=request.shift)
     emb, mask = pipe.encode_text([PROMPT], [""])
     dit = pipe.dit.module(pipe.dit.params)
-    apart = (blocks, jnp.array([False, True])) if blocks else None
-    velocity = jax.jit(lambda x, t: dit(x, t, text_emb=emb, text_mask=mask, frames_apart=apart))
+
+    @jax.jit
+    def velocity(x, t):
+        alone = jnp.array([[False], [True]]) & (t[:, :, 0, 0] <= UNTIL)
+        apart = (blocks, alone) if blocks else None
+        return dit(x, t, text_emb=emb, text_mask=mask, frames_apart=apart)
+
     first = np.asarray(pipe.noise([request]))[0]
     keys = [jax.random.fold_in(jax.random.key(0), j) for j in range(size, total)]
     rest = [np.asarray(jax.random.normal(key, (1, *first.shape[1:])))[0] for key in keys]
@@ -81,7 +87,8 @@ def by_hand(pipe, *, steps, guidance, blocks=()):
 @pytest.mark.parametrize("blocks", [(), (1,)])
 def test_a_film_is_what_a_loop_over_frames_makes(pipe, blocks):
     seen = []
-    settings = {"guidance": 2.0, "guidance_blocks": blocks, "solver": "euler", "schedule": "wan"}
+    settings = {"guidance": 2.0, "solver": "euler", "schedule": "wan"}
+    settings |= {"guidance_blocks": blocks, "guidance_blocks_interval": (0.0, UNTIL)}
     parts = film(pipe, on_step=lambda *told: seen.append(told), **settings)
     assert [part.shape[1] for part in parts] == [1] + 8 * [2], "each frame as soon as it is made"
     made = np.concatenate(parts, axis=1)[0].astype(int)
