@@ -27,9 +27,9 @@ class GuidanceConfig:
       blocks: of the transformer, counted from 0, in which frames of the unconditional branch do
         not see each other. What moves wrongly is then likelier without the prompt than with it,
         and is steered away from: spatiotemporal skip guidance (Hyung et al. 2024,
-        arXiv:2411.18664), for models whose attention is over space and time at once, and at no
-        cost, for it is the branch that there is. Whoever makes the velocity sees to it, by
-        `frames_apart`.
+        arXiv:2411.18664), for models whose attention is over space and time at once, and without
+        a further evaluation, for it is the branch that there is. Whoever makes the velocity sees
+        to it, by `frames_apart`.
       blocks_interval: (lo, hi) in flow time, between which that is so.
     """
 
