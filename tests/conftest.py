@@ -6,6 +6,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -69,6 +71,19 @@ def pipeline_folder(tmp_path_factory) -> Path:
     write_index(path, shift=1.0)
     folder.write_json(path / "sampling.json", dataclasses.asdict(defaults))
     return path
+
+
+@pytest.fixture(scope="session")
+def tasks_folder(pipeline_folder, tmp_path_factory) -> Path:
+    """The same as one that was trained for every task."""
+    from sora_jax.diffusion.tasks import FRAME_TIMES, MASKS
+
+    target = tmp_path_factory.mktemp("tasks") / "tiny"
+    shutil.copytree(pipeline_folder, target)
+    path = target / "sampling.json"
+    values = json.loads(path.read_text()) | {"tasks": [*MASKS, FRAME_TIMES], "frames": 9}
+    path.write_text(json.dumps(values))
+    return target
 
 
 def random_like(abstract, *, seed: int):

@@ -1,23 +1,9 @@
-"""The tiny pipeline as one that was trained for every task."""
-
-import json
-import shutil
+"""The tiny pipeline that was trained for every task, and a clip of its size."""
 
 import numpy as np
 import pytest
 
 import sora_jax
-from sora_jax.diffusion.tasks import FRAME_TIMES, MASKS
-
-
-@pytest.fixture(scope="session")
-def tasks_folder(pipeline_folder, tmp_path_factory):
-    target = tmp_path_factory.mktemp("tasks") / "tiny"
-    shutil.copytree(pipeline_folder, target)
-    path = target / "sampling.json"
-    values = json.loads(path.read_text()) | {"tasks": [*MASKS, FRAME_TIMES], "frames": 9}
-    path.write_text(json.dumps(values))
-    return target
 
 
 @pytest.fixture(scope="session")
