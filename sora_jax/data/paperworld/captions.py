@@ -88,7 +88,7 @@ class _Words:
     def name(self, actor: Actor, article: str = "a") -> str:
         """For example "a small red ball"."""
         size = self.pick(SIZE_WORDS[actor.size])
-        words = [size, "tilted" if actor.tilt else ""]
+        words = [size, "turning" if actor.turn else "tilted" if actor.tilt else ""]
         words += [self.pick(COLOUR_WORDS[actor.colour]), self.pick(SHAPE_WORDS[actor.shape])]
         phrase = " ".join(w for w in words if w)
         if article == "a" and phrase[0] in "aeiou":

@@ -63,7 +63,7 @@ def _body(space: pymunk.Space, actor: Actor) -> pymunk.Body:
         radius = cut.radius * actor.scale
         body = pymunk.Body(mass, pymunk.moment_for_circle(mass, 0, radius))
     else:
-        body = pymunk.Body(mass, math.inf)  # stays upright
+        body = pymunk.Body(mass, math.inf)  # stays upright, or turns as it began to
     body.position, body.angle = actor.start, actor.tilt
     if _is_round(actor):
         shape = pymunk.Circle(body, cut.radius * actor.scale)
@@ -87,6 +87,8 @@ def _push(body: pymunk.Body, actor: Actor) -> None:
         body.angular_velocity = speed / (silhouette(actor.shape).radius * actor.scale)
     elif actor.verb == "spins":
         body.angular_velocity = _TURNS * actor.tempo * 2 * math.pi / _ACTION
+    else:
+        body.angular_velocity = actor.turn
 
 
 def _hide_speed(time: float, depth: float) -> float:

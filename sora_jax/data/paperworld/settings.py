@@ -15,8 +15,9 @@ class PaperworldSettings:
     of a larger picture does. `turning`, `falling` and `small` add to the single subjects that roll
     or spin, fall, or are small, which are the hardest to make: that share of them is made so
     (`falling`, of those not made to turn), and the rest drawn as ever. `tilted` is the share of
-    single subjects that do what they do, unless they hide, at an angle, or begin to turn at one:
-    where turned drawings are seen in few verbs, a model draws them well in these alone.
+    single subjects that do what they do, unless they hide, at an angle, or begin to turn at one,
+    and half of which turn where they fall or bounce: where turned drawings are seen in few verbs,
+    a model draws them well in these alone.
     `time_stamps` is the share of the wordings of several shots that say when each is seen
     ("[0s-1s] ... [1s-2.125s] ...").
 

@@ -326,15 +326,24 @@ def test_tilted_subjects_lean_where_they_stand_move_and_begin_to_turn():
     )
     for scene in scenes[:60]:
         actor, path = scene.subject, trajectories(scene)[0][0]
-        assert (" tilted " in describe(scene)) == (actor.tilt != 0)
+        assert (" tilted " in describe(scene)) == (actor.tilt != 0 and actor.turn == 0)
+        assert (" turning " in describe(scene)) == (actor.turn != 0)
         assert path.angle[0] == pytest.approx(actor.tilt)
         turns = np.ptp(path.angle) > 0.5
-        assert turns == (actor.verb in ("rolls", "spins"))
+        assert turns == (actor.verb in ("rolls", "spins") or actor.turn != 0)
         if actor.tilt and actor.verb in ("slides", "stays", "rolls"):
             # On the circle around it, which touches the ground at any angle.
             height = 1 - GROUND - path.position[:, 1]
             radius = silhouette(actor.shape).radius * actor.scale
             np.testing.assert_allclose(height, radius, rtol=0.02)
+    tumbling = [s for s in scenes if s.subject.tilt and s.subject.verb in ("falls", "bounces")]
+    assert abs(np.mean([s.subject.turn != 0 for s in tumbling]) - 0.5) < 0.12
+    assert not any(s.subject.turn for s in scenes if s not in tumbling)
+    for scene in [s for s in tumbling if s.subject.turn][:8]:
+        # At an even rate, through every impact.
+        path, turn = trajectories(scene)[0][0], scene.subject.turn
+        seconds = np.arange(scene.frames) / scene.fps * scene.shots[0].rate
+        np.testing.assert_allclose(path.angle, scene.subject.tilt + turn * seconds, atol=0.01)
     drawn = next(s for s in scenes if s.subject.tilt and s.subject.verb == "stays")
     straight = dataclasses.replace(drawn.subject, tilt=0.0)
     shot = dataclasses.replace(drawn.shots[0], actors=(straight,))
