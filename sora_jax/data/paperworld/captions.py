@@ -6,6 +6,7 @@ import numpy as np
 
 from sora_jax.data.paperworld import vocab
 from sora_jax.data.paperworld.scene import Actor, Camera, Scene, Shot
+from sora_jax.data.paperworld.shapes import SCRAP
 
 # The plain sentence is the one that prompts are written in, so it is the most frequent.
 STYLES: Final[dict[str, float]] = {"plain": 0.6, "terse": 0.1, "free": 0.2, "detailed": 0.1}
@@ -23,6 +24,7 @@ SHAPE_WORDS: Final = {s: (s,) for s in vocab.SHAPES} | {
     "box": ("box", "gift box"),
     "boat": ("boat", "sailboat"),
     "tree": ("tree", "fir tree"),
+    SCRAP: ("scrap",),
 }
 PLACE_WORDS: Final = {
     "night": ("at night", "under the moon", "in the night"),
@@ -89,7 +91,10 @@ class _Words:
         """For example "a small red ball"."""
         size = self.pick(SIZE_WORDS[actor.size])
         words = [size, "turning" if actor.turn else "tilted" if actor.tilt else ""]
-        words += [self.pick(COLOUR_WORDS[actor.colour]), self.pick(SHAPE_WORDS[actor.shape])]
+        words += [
+            self.pick(COLOUR_WORDS[actor.colour]),
+            self.pick(SHAPE_WORDS[actor.shape.split()[0]]),
+        ]
         phrase = " ".join(w for w in words if w)
         if article == "a" and phrase[0] in "aeiou":
             article = "an"

@@ -6,7 +6,7 @@ import numpy as np
 
 from sora_jax.data.paperworld import vocab
 from sora_jax.data.paperworld.settings import DEFAULT_SETTINGS, PaperworldSettings
-from sora_jax.data.paperworld.shapes import silhouette
+from sora_jax.data.paperworld.shapes import SCRAP, silhouette
 
 SPLITS = ("train", "heldout", "seen")
 GROUND = 0.1  # height of the ground line above the lower edge of the view, world units
@@ -337,6 +337,8 @@ def _train_shots(rng: np.random.Generator, settings: PaperworldSettings) -> tupl
     elif settings.falling and rng.random() < settings.falling:
         verbs = ("falls",)
     cast = _train_cast(rng, verbs)
+    if settings.scraps and rng.random() < settings.scraps:
+        cast = dataclasses.replace(cast, shape=f"{SCRAP} {rng.integers(1 << 31)}")
     small = settings.small and rng.random() < settings.small
     size = "small" if small else _choice(rng, vocab.SIZES)
     shot = _single_shot(rng, cast, settings=settings, frames=frames, size=size)

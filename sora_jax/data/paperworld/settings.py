@@ -18,6 +18,8 @@ class PaperworldSettings:
     single subjects that do what they do, unless they hide, at an angle, or begin to turn at one,
     and half of which turn where they fall or bounce: where turned drawings are seen in few verbs,
     a model draws them well in these alone.
+    `scraps` is the share of single subjects that are cut at random and have no other name, so that
+    what turns must be drawn from how it looked before and not from what its word looks like.
     `time_stamps` is the share of the wordings of several shots that say when each is seen
     ("[0s-1s] ... [1s-2.125s] ...").
 
@@ -40,6 +42,7 @@ class PaperworldSettings:
     falling: float | int = 0.0
     tilted: float | int = 0.0
     small: float | int = 0.0
+    scraps: float | int = 0.0
     time_stamps: float | int = 0.0
 
     def __post_init__(self) -> None:
@@ -60,7 +63,8 @@ class PaperworldSettings:
                 "make the sides more equal."
             )
         shares = ("multi_shot", "collisions", "companions", "occlusion", "moving_camera")
-        shares += ("late", "near", "turning", "falling", "small", "tilted", "time_stamps")
+        shares += ("late", "near", "turning", "falling", "small", "tilted", "scraps")
+        shares += ("time_stamps",)
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"paperworld {name} {getattr(self, name)} is not in [0, 1].")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+SCRAP = "scrap"  # word of what is cut at random
 Polygon = Float[np.ndarray, "p 2"]
 
 
@@ -96,6 +97,27 @@ def _tree() -> tuple[list[np.ndarray], list[np.ndarray]]:
     return [top, middle, bottom, trunk], [_ellipse(0.12, 0.34, 0.15, 0.15)]
 
 
+def _scrap(seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """A star-shaped polygon of five to nine corners, sharp or cut round, with one or two holes."""
+    rng = np.random.default_rng([seed, 11])
+    corners = int(rng.integers(5, 10))
+    a = 2 * np.pi * (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) / corners
+    r = rng.uniform(0.45, 1.0, corners)
+    outline = np.stack([r * np.cos(a), r * np.sin(a)], axis=1)
+    for _ in range(int(rng.choice([0, 3]))):  # Chaikin's corner cutting
+        ahead = np.roll(outline, -1, axis=0)
+        outline = np.stack([0.75 * outline + 0.25 * ahead, 0.25 * outline + 0.75 * ahead], 1)
+        outline = outline.reshape(-1, 2)
+    holes = []
+    for _ in range(int(rng.integers(1, 3))):
+        turn, way = rng.uniform(0, 2 * np.pi, 2)
+        cos, sin = np.cos(turn), np.sin(turn)
+        size = rng.uniform(0.1, 0.2) * np.array([1.0, rng.choice([1.0, 2.0])])
+        hole = _ellipse(0, 0, *size) @ np.array([[cos, sin], [-sin, cos]])
+        holes.append(hole + rng.uniform(0.0, 0.3) * np.array([np.cos(way), np.sin(way)]))
+    return [outline], holes
+
+
 _BUILDERS = {
     "ball": _ball,
     "box": _box,
@@ -110,10 +132,14 @@ _BUILDERS = {
 _RELATIVE = {"ball": 0.94, "box": 0.86, "star": 1.06, "heart": 0.98, "tree": 1.04}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def silhouette(shape: str) -> Silhouette:
-    """The cut-out of a shape word, centred on its bounding box, largest extent about 1."""
-    outline, details = _BUILDERS[shape]()
+    """The cut-out of a shape word, centred on its bounding box, largest extent about 1.
+
+    "scrap 7" is the seventh of endlessly many outlines that have no name.
+    """
+    word, _, number = shape.partition(" ")
+    outline, details = _scrap(int(number)) if word == SCRAP else _BUILDERS[shape]()
     points = np.concatenate(outline)
     low, high = points.min(axis=0), points.max(axis=0)
     centre, scale = (low + high) / 2, _RELATIVE.get(shape, 1.0) / (high - low).max()

@@ -350,6 +350,32 @@ def test_tilted_subjects_lean_where_they_stand_move_and_begin_to_turn():
     assert (render(drawn) != render(dataclasses.replace(drawn, shots=(shot,)))).any()
 
 
+def test_scraps_are_cut_anew_for_every_clip_and_stay_themselves_within_it():
+    settings = dataclasses.replace(SINGLE, scraps=0.5)
+    scenes = [sample_scene(7, i, settings=settings) for i in range(400)]
+    scraps = [scene for scene in scenes if scene.subject.shape not in vocab.SHAPES]
+    assert abs(len(scraps) / len(scenes) - 0.5) < 0.08
+    assert len({scene.subject.shape for scene in scraps}) == len(scraps)
+    assert {scene.subject.verb for scene in scraps} == {*vocab.SOLO_VERBS}
+    assert all((" scrap " in describe(s)) == (s in scraps) for s in scenes)
+    # What is not a scrap is as without them, but for what is drawn after.
+    plain = [sample_scene(7, i, settings=SINGLE).subject.verb for i in range(400)]
+    assert [scene.subject.verb for scene in scenes] == plain
+    assert silhouette("scrap 5") is silhouette("scrap 5")
+    for number in range(200):
+        cut = silhouette(f"scrap {number}")
+        (outline,) = cut.outline
+        assert np.ptp(outline, axis=0).max() == pytest.approx(1)
+        assert len(outline) >= 5, "none has the four corners of a box"
+    assert len({silhouette(f"scrap {n}").outline[0].tobytes() for n in range(200)}) == 200
+    spun = next(s for s in scraps if s.subject.verb == "spins")
+    path, video = trajectories(spun)[0][0], render(spun).astype(int)
+    # The frame after one turn, or up to 14 degrees from it.
+    turn = int(np.argmin(np.abs(path.angle - path.angle[0] - 2 * np.pi)))
+    change = np.abs(video - video[0]).mean(axis=(1, 2, 3))
+    assert change[turn] < 0.7 * change[turn // 2]
+
+
 def test_source_survives_pickling_and_knows_its_length():
     source = PaperworldSource(4, SINGLE, "seen", length=10)
     copy = pickle.loads(pickle.dumps(source))
