@@ -14,7 +14,9 @@ _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]+m[0-9]+\w*)?)\[([0-9,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations)=\{?%([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(
+    r"\b(?:branch_computations|(?:true|false)_computation)=(\{[^}]*\}|%[\w.\-]+)"
+)
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OPERAND_TYPES = "operand_layout_constraints={"
@@ -45,16 +47,20 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> tuple[str, ...]:
-        names = _CALLED.findall(self.rest)
-        branches = _BRANCHES.search(self.rest)
-        return tuple(names + (_NAME.findall(branches.group(1)) if branches else []))
+        return (*_CALLED.findall(self.rest), *self.branches)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Of a conditional: computations of which one runs."""
+        return tuple(n for found in _BRANCHES.findall(self.rest) for n in _NAME.findall(found))
 
 
 class Program(NamedTuple):
     """A compiled program.
 
     Args:
-      runs: how often each computation runs in one step; those inside fusions are left out.
+      runs: how often each computation runs in one step; those inside fusions are left out, and
+        of a conditional's branches all but the one that is most work.
       unknown_loops: loops whose number of trips was not found, and counts as 1.
     """
 
@@ -192,10 +198,22 @@ def _count_runs(computations, name, times, runs) -> int:
             body = re.search(r"body=%([\w.\-]+)", instruction.rest)
             if body:
                 unknown += _count_runs(computations, body.group(1), times * (count or 1), runs)
-        elif instruction.opcode in ("call", "conditional", "async-start"):
+        elif instruction.branches:
+            most = max(instruction.branches, key=lambda branch: _work(computations, branch))
+            unknown += _count_runs(computations, most, times, runs)
+        elif instruction.opcode in ("call", "async-start"):
             for called in instruction.called:
                 unknown += _count_runs(computations, called, times, runs)
     return unknown
+
+
+def _work(computations, name) -> tuple[float, float, int]:
+    """Of one run, to tell branches by: kernels, the compiler's cycles of the rest, instructions."""
+    runs: dict[str, float] = {}
+    _count_runs(computations, name, 1.0, runs)
+    done = [(i, times) for called, times in runs.items() for i in computations[called]]
+    kernels = math.fsum(times for i, times in done if i.opcode == "custom-call")
+    return kernels, math.fsum(times * (i.cycles or 0) for i, times in done), len(done)
 
 
 def trips(computations, caller: str, loop: Instruction) -> int | None:

@@ -41,6 +41,32 @@ def test_loops_within_loops_multiply():
     assert max(program.runs.values()) == 15 and program.unknown_loops == 0
 
 
+@pytest.mark.parametrize("heavy_first", [True, False])
+def test_of_branches_the_one_that_is_most_work_counts(heavy_first):
+    def heavy(y):
+        return jax.lax.fori_loop(0, 3, lambda i, z: jnp.sin(z @ z), y)
+
+    def f(x):
+        branches = (heavy, jnp.cos) if heavy_first else (jnp.cos, heavy)
+        step = lambda y, i: (jax.lax.cond(i == 2, *branches, y), None)  # noqa: E731
+        return jax.lax.scan(step, x, jnp.arange(5))[0]
+
+    text = jax.jit(f).lower(jnp.zeros((64, 64))).compile().as_text()
+    program = hlo.parse(text)
+    assert program.unknown_loops == 0
+    (choice,) = [i for i, _ in program.scheduled() if i.opcode == "conditional"]
+    assert len(choice.branches) == 2
+    assert sum(branch in program.runs for branch in choice.branches) == 1
+    assert max(program.runs.values()) == 15
+    # As older programs write it.
+    names = choice.branches
+    listed = next(part for part in text.split("branch_computations=")[1:])
+    listed = listed[: listed.index("}") + 1]
+    older = f"true_computation=%{names[1]}, false_computation=%{names[0]}"
+    told = hlo.parse(text.replace(f"branch_computations={listed}", older))
+    assert told.runs == program.runs
+
+
 # Of a step compiled for v5p: a counter compared with a constant, an attribute over several lines.
 EXCERPT = """HloModule m, is_scheduled=true
 
