@@ -5,6 +5,7 @@ Ho & Salimans 2022 (arXiv:2207.12598), with the guidance interval of Kynkaanniem
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,17 @@ class GuidanceConfig:
     def apart(self) -> tuple[int, ...]:
         """`blocks`, where there is an unconditional branch."""
         return self.blocks if self.needs_uncond else ()
+
+
+def of_config(sample: Any) -> GuidanceConfig:
+    """Of a run's `config.sample`; runs from before there were blocks name none."""
+    return GuidanceConfig(
+        scale=float(sample.guidance),
+        interval=tuple(sample.guidance_interval),
+        rescale=sample.guidance_rescale,
+        blocks=tuple(sample.get("guidance_blocks", ())),
+        blocks_interval=tuple(sample.get("guidance_blocks_interval", (0.0, 1.0))),
+    )
 
 
 def at_times(config: GuidanceConfig, times: Float[np.ndarray, " r"]) -> GuidanceConfig:

@@ -1,5 +1,6 @@
 """What `sora-jax sample` runs, traced and compiled for one host: a denoising step, and decoding."""
 
+import dataclasses
 import time
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ def _on_host(config: Any, host: Slice) -> _Host:
 
 
 def denoise(config: Any, host: Slice) -> steps.Step:
-    """One denoising step of one video, with both branches of guidance.
+    """One denoising step of one video, with both branches where `config.sample` has guidance.
 
     Weights of transformer and text encoder are in config.dit.dtype. A picture that the model
     takes is among the arguments; what encodes it is not.
@@ -60,11 +61,15 @@ def denoise(config: Any, host: Slice) -> steps.Step:
     tokens = stage.tokens_of(latent[:3])
     shift = times.shift_for_tokens(tokens, stage.token_shift)
     table, told = times.schedule(config.sample.schedule, config.sample.steps, shift=float(shift))
-    guide = guidance.GuidanceConfig(scale=float(config.sample.guidance))
+    guide = guidance.of_config(config.sample)
+    branches = 2 if guide.needs_uncond else 1
+    if branches == 2:  # a step within its intervals, which takes most
+        always = (0.0, 1.0)
+        guide = dataclasses.replace(guide, interval=always, blocks_interval=always)
 
     def step(state, i, params, text, given):
         dit = nnx.merge(stage.dit_graphdef, params)
-        velocity = conditions.conditioned(dit, text, given)
+        velocity = conditions.conditioned(dit, text, given, guide=guide)
         guided = guidance.guided_velocity(velocity, config=guide)
         solver = sampler.make_solver(guided, table, solver=config.sample.solver, model_times=told)
         return solver.step(state, i)
@@ -75,7 +80,7 @@ def denoise(config: Any, host: Slice) -> steps.Step:
     solver = sampler.make_solver(lambda x, t: x, table, solver=config.sample.solver)
     state = jax.eval_shape(solver.init, x)
     state = _placed(state, jax.tree.map(lambda _: whole, state))
-    rows = (2, length)
+    rows = (branches, length)
     text = conditions.Text(array(*rows, stage.text.config.width), array(*rows, dtype=jnp.bool_))
     given, shown = conditions.Conditions(), stage.pictures
     if shown is not None:
@@ -92,10 +97,10 @@ def denoise(config: Any, host: Slice) -> steps.Step:
         traced = jitted.trace(*arguments)
         counts = count.of_jaxpr(traced.jaxpr.jaxpr)
         lowered = traced.lower()
-    flops = {name: 2 * v for name, v in steps.dit_flops(stage, tokens, length).items()}
+    flops = {name: branches * v for name, v in steps.dit_flops(stage, tokens, length).items()}
     return steps.compile_step(
         *("sample", mesh, lowered, host, memory, steps.device_bytes(state), counts, flops),
-        *(2 * tokens, begun),
+        *(branches * tokens, begun),
         beside=memory["frozen"],
     )
 

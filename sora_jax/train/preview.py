@@ -48,13 +48,7 @@ def generations(stage, config, params, frozen, prompts: list[str]) -> list[np.nd
     shape = stage.latent_shape(config.data.frames, config.data.height, config.data.width)
     shift = times.shift_for_tokens(stage.tokens_of(shape[:3]), stage.token_shift)
     table, told = times.schedule(config.sample.schedule, config.sample.steps, shift=shift)
-    guide = guidance.GuidanceConfig(
-        scale=config.sample.guidance,
-        interval=config.sample.guidance_interval,
-        rescale=config.sample.guidance_rescale,
-        blocks=tuple(config.sample.get("guidance_blocks", ())),
-        blocks_interval=tuple(config.sample.get("guidance_blocks_interval", (0.0, 1.0))),
-    )
+    guide = guidance.of_config(config.sample)
 
     @jax.jit
     def run(params, frozen, text_emb, mask, noise):

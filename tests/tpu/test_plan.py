@@ -76,19 +76,42 @@ def test_a_video_is_planned_for_one_host_as_the_command_makes_it(plan):
         assert memory["peak"] > memory["weights"] + memory["frozen"] > memory["weights"] > 0
 
 
+SMALL = [
+    *("dit.depth=2", "dit.width=256", "dit.num_heads=2", "dit.ffn_dim=256", "text.depth=1"),
+    *("vae.base_dim=16", "vae.decoder_base_dim=16", "text.vocab_size=384"),
+    *("data.frames=5", "data.width=64", "data.height=64"),
+]
+
+
 def test_models_that_take_pictures_are_planned_with_them():
-    small = ["dit.depth=1", "dit.width=256", "dit.num_heads=2", "dit.ffn_dim=256"]
-    small += ["vae.base_dim=16", "vae.decoder_base_dim=16", "data.frames=5"]
-    small += ["data.width=64", "data.height=64", "text.depth=1", "text.vocab_size=384"]
-    config = config_file.load("configs/wan.py:flf2v_14b", small)
+    config = config_file.load("configs/wan.py:flf2v_14b", SMALL)
     step = sampling.denoise(config, topology.describe("v5e:2x2"))
     text_alone = sampling.denoise(
-        config_file.load("configs/wan.py:t2v_14b", small), topology.describe("v5e:2x2")
+        config_file.load("configs/wan.py:t2v_14b", SMALL), topology.describe("v5e:2x2")
     )
     # 514 rows of CLIP's features of 1,280 channels, 20 more channels of latents.
     extra = 4 * (514 * 1280 + 2 * 8 * 8 * 20)
     assert step.memory["batch"] - text_alone.memory["batch"] == extra
     assert step.flops["cross-attention"] > text_alone.flops["cross-attention"]
+
+
+def test_steps_are_planned_with_the_guidance_of_the_config():
+    config = config_file.load("configs/t2v_1_3b.py", SMALL)
+    host = topology.describe("v5e:2x2")
+
+    def plan(**settings):
+        changed = config.copy_and_resolve_references()
+        changed.sample.update(settings)
+        step = sampling.denoise(changed, host)
+        opcodes = [i.opcode for i, _ in hlo.parse(step.text).scheduled()]
+        return step, opcodes.count("conditional")
+
+    (both, none), (apart, some) = plan(), plan(guidance_blocks=(1,))
+    assert (none, some) == (0, 1) and apart.flops == both.flops
+    for alone in ({"guidance": 1.0}, {"guidance_interval": (0.0, 0.0)}):
+        one, _ = plan(**alone)
+        assert both.flops == {name: 2 * value for name, value in one.flops.items()}
+        assert sum(one.counts.values()) < 0.7 * sum(both.counts.values())
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
