@@ -37,6 +37,8 @@ from tools.drawn_rows import (
     IMAGE_TEXT,
     IMAGES,
     IN_ROW,
+    TURNED_CLIPS,
+    TURNED_IMAGES,
     WORDS,
     Records,
     Rows,
@@ -64,6 +66,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=160_000, help="drawn at most")
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument(
+        "--turned", action="store_true", help="half of the clips lean, tumble or are scraps"
+    )
     parser.add_argument("--vae-rate", type=float, default=2e-3)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--shift", type=float, default=4.0, help="of times towards noise")
@@ -383,8 +388,11 @@ def draw(log: list[dict], path: Path) -> None:
 
 def main() -> None:
     args = parse()
-    clips = Records(CLIPS, FRAMES, count=args.clips, workers=args.workers)
-    images = Records(IMAGES, 1, count=args.images, workers=args.workers)
+    clip_kinds, image_kinds = CLIPS, IMAGES
+    if args.turned:
+        clip_kinds, image_kinds = CLIPS + TURNED_CLIPS, IMAGES + TURNED_IMAGES
+    clips = Records(clip_kinds, FRAMES, count=args.clips, workers=args.workers)
+    images = Records(image_kinds, 1, count=args.images, workers=args.workers)
     processes, stop = start_drawing((clips, images), args.init)
 
     import jax

@@ -21,10 +21,10 @@ def tool(load_tool):
 def test_rows_are_packed_as_the_loader_packs_them(tool, of_clips):
     tokenizer = folder.open_tokenizer(sora_jax.weights_folder("paperworld"))
     if of_clips:
-        records = tool.Records(tool.CLIPS, 17, count=40, workers=2)
+        records = tool.Records(tool.CLIPS + tool.TURNED_CLIPS, 17, count=40, workers=2)
         rows = tool.Rows(records, 64, in_row=1, text=tool.WORDS)
     else:
-        records = tool.Records(tool.IMAGES, 1, count=60, workers=2)
+        records = tool.Records(tool.IMAGES + tool.TURNED_IMAGES, 1, count=60, workers=2)
         rows = tool.Rows(records, 24, in_row=tool.IN_ROW, text=tool.IMAGE_TEXT)
     for worker in range(2):
         for _ in records.draw(worker, tokenizer):
