@@ -136,7 +136,7 @@ _RELATIVE = {"ball": 0.94, "box": 0.86, "star": 1.06, "heart": 0.98, "tree": 1.0
 def silhouette(shape: str) -> Silhouette:
     """The cut-out of a shape word, centred on its bounding box, largest extent about 1.
 
-    "scrap 7" is the seventh of endlessly many outlines that have no name.
+    "scrap 7" is one of endlessly many outlines that have no name, told apart by their number.
     """
     word, _, number = shape.partition(" ")
     outline, details = _scrap(int(number)) if word == SCRAP else _BUILDERS[shape]()
