@@ -318,6 +318,15 @@ def test_a_film_of_several_windows_goes_on_from_what_the_channels_show(given_fra
     np.testing.assert_array_equal(second.channels[:, 1, ..., temporal:], latents[:, -1])
 
 
+def test_windows_denoised_together_each_see_their_part_of_the_channels(given_frames):
+    film = tasks.long(given_frames, "a ball", frames=9, window=5, joint=True, image=RED, steps=2)
+    frames = np.concatenate(list(film.parts))
+    assert frames.shape == (9, 16, 16, 3)
+    np.testing.assert_array_equal(frames[0], RED)
+    blue = tasks.long(given_frames, "a ball", frames=9, window=5, joint=True, image=BLUE, steps=2)
+    assert (np.concatenate(list(blue.parts))[1:] != frames[1:]).any()
+
+
 def test_what_is_no_whole_frame_is_refused_by_a_model_that_goes_on_from_frames(given_frames):
     shown = canvas.blank(5, 16, 16)
     shown.known[:, :8] = True

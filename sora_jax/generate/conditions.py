@@ -146,6 +146,7 @@ def conditioned(
         if clean is not None:
             x = keep_clean(x, clean, keep, patch_size=dit.config.patch_size)
             time = jnp.where(keep, 0.0, t)
+        latents = x.shape[-1]  # without the channels beside them
         if channels is not None:
             x = jnp.concatenate([x, channels], axis=-1)
         known = _texts(text, x.shape[0]) | {"image_emb": features}
@@ -168,7 +169,7 @@ def conditioned(
 
         given = None if residual is None else residual.given
         x, stored = tiling.blended_with(
-            of_tile, x, time, given, tile=tiles.size, overlap=tiles.overlap
+            of_tile, x, time, given, tile=tiles.size, overlap=tiles.overlap, channels=latents
         )
         if residual is not None:
             residual.stored = stored

@@ -60,11 +60,13 @@ def blended_with(
     *,
     tile: Size,
     overlap: Size,
-) -> tuple[Latents, Any]:
+    channels: int | None = None,
+) -> tuple[Float[Array, "b f h w made"], Any]:
     """As `blended`, of a velocity that also takes, and gives, something of each tile.
 
     Args:
       given: a tree of arrays, tiles first, or None; so is what is given back.
+      channels: that `velocity` gives, where these are not as many as those of `x`.
     """
     tile = tuple(min(a, b) for a, b in zip(tile, x.shape[1:4], strict=True))
     axes = [begins(*sizes) for sizes in zip(x.shape[1:4], tile, overlap, strict=True)]
@@ -85,6 +87,7 @@ def blended_with(
         old = jax.lax.dynamic_slice(weights, at, weight.shape)
         return (sums, jax.lax.dynamic_update_slice(weights, old + weight, at)), made
 
-    empty = jnp.zeros(x.shape, x.dtype), jnp.zeros((1, *x.shape[1:4], 1), x.dtype)
+    made_shape = (*x.shape[:-1], channels or x.shape[-1])
+    empty = jnp.zeros(made_shape, x.dtype), jnp.zeros((1, *x.shape[1:4], 1), x.dtype)
     (sums, weights), made = jax.lax.scan(add, empty, (places, given))
     return sums / weights, made
