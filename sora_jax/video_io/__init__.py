@@ -14,7 +14,7 @@ from sora_jax.video_io.paths import (
 )
 from sora_jax.video_io.read import Clip, VideoInfo, frames_available, probe, read_video
 from sora_jax.video_io.sheet import contact_sheet, enlarge, fit, pad, save_image, tile_videos
-from sora_jax.video_io.write import read_metadata, write_video
+from sora_jax.video_io.write import check_rate, read_metadata, write_video
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -25,6 +25,7 @@ __all__ = [
     "VideoInfo",
     "atomic_path",
     "check_output_path",
+    "check_rate",
     "contact_sheet",
     "enlarge",
     "fit",

@@ -16,6 +16,7 @@ from sora_jax.video_io.paths import VIDEO_SUFFIXES, atomic_path, check_output_pa
 
 MAX_FPS = 240
 MAX_GIF_FPS = 50  # browsers slow down frames shorter than 2 hundredths of a second
+MIN_GIF_FPS = 0.002  # a frame is shown for at most 2**16 - 1 hundredths of a second
 BT709 = 1  # the code of its matrix, primaries and transfer curve alike
 LIMITED_RANGE = 1
 CODECS = {
@@ -42,7 +43,7 @@ def write_video(
     Args:
       frames: all of them, or parts that follow each other, (n, H, W, 3) each; .mp4 and .webm
         encode a part before they ask for the next, so that a film need not be in memory.
-      fps: frames a second, 0 < fps <= 240 (50 for .gif).
+      fps: frames a second, .001 <= fps <= 240 (.002 to 50 for .gif).
       metadata: anything JSON can hold; `read_metadata` gives it back.
 
     Raises:
@@ -51,7 +52,7 @@ def write_video(
     """
     path = check_output_path(path)
     suffix = path.suffix.lower()
-    rate = _frame_rate(fps, suffix)
+    rate = check_rate(path, fps)
     comment = None if metadata is None else _to_json(metadata)
     if isinstance(frames, np.ndarray):
         _check_frames(frames)
@@ -120,14 +121,22 @@ def _check_frames(frames: np.ndarray) -> np.ndarray:
     return frames
 
 
-def _frame_rate(fps: float | int, suffix: str) -> Fraction:
-    limit = MAX_GIF_FPS if suffix == ".gif" else MAX_FPS
+def check_rate(path: str | os.PathLike, fps: float | int) -> Fraction:
+    """`fps` as the format that the extension of `path` names can tell it.
+
+    Raises:
+      ValueError: more or fewer frames a second than that format can show.
+    """
+    suffix = Path(path).suffix.lower()
+    limit, least = (MAX_GIF_FPS, MIN_GIF_FPS) if suffix == ".gif" else (MAX_FPS, 0.001)
     if not (math.isfinite(fps) and 0 < fps <= limit):
         raise ValueError(f"fps {fps} for {suffix}; use more than 0 and at most {limit}.")
-    # 1001 keeps the television rates (30000/1001) exact.
+    # 1001 keeps the television rates (30000/1001) exact; PNG has 16 bits for each number.
     rate = Fraction(fps).limit_denominator(1001)
-    if rate == 0:
-        raise ValueError(f"fps {fps} for {suffix}; use at least 0.001.")
+    if suffix == ".png" and rate.numerator >= 2**16:
+        rate = Fraction(fps).limit_denominator((2**16 - 1) // math.ceil(fps))
+    if rate < Fraction(str(least)):
+        raise ValueError(f"fps {fps} for {suffix}; use at least {least}.")
     return rate
 
 

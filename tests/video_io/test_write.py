@@ -1,5 +1,7 @@
 """Every format keeps pixels, time and metadata, and appears whole or not at all."""
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -164,10 +166,19 @@ def test_bad_directories_are_named(tmp_path, monkeypatch):
         video_io.check_output_path(tmp_path / "x.mp4")
 
 
+@pytest.mark.parametrize("fps", [120000 / 1001, 100.123, 0.001, 240])
+def test_png_tells_any_rate_in_its_sixteen_bits(tmp_path, fps):
+    data = video_io.write_video(tmp_path / "x.png", moving_ball(2), fps=fps).read_bytes()
+    delay, second = struct.unpack_from(">HH", data, data.index(b"fcTL") + 4 + 20)
+    assert second / delay == pytest.approx(fps, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("frames", "fps", "suffix", "names"),
     [
         (moving_ball(2), 0, "mp4", "fps 0"),
+        (moving_ball(2), 0.001, "gif", "at least 0.002"),
+        (moving_ball(2), 0.0001, "png", "at least 0.001"),
         (moving_ball(2), float("nan"), "mp4", "fps nan"),
         (moving_ball(2), 60, "gif", "at most 50"),
         (moving_ball(2)[:0], 8, "mp4", "nothing to write"),
