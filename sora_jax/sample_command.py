@@ -43,6 +43,7 @@ def run(args: Namespace) -> list[Path]:
     arrays = {name: Path(path) for name, path in arrays.items() if path is not None}
     if writes():
         video_io.check_output_path(out)
+        check_beside(out, args.prompts_file, "--prompts-file")
         if args.preview is not None:
             check_preview(args.preview, out=out)
         for path in arrays.values():
@@ -117,6 +118,7 @@ def run(args: Namespace) -> list[Path]:
         for prompt in prompts
         for i in range(args.batch)
     ]
+    video_io.check_rate(out, requests[0].fps)
     together = again.get("batch_size", min(len(requests), AT_ONCE))
     if (arrays or noise is not None) and len(requests) > together:
         raise ValueError(
@@ -187,6 +189,15 @@ def save(made: Video | Film, path: Path, *, sheet: bool) -> Path:
         for _ in made.parts:  # made while they are asked for
             pass
     return path
+
+
+def check_beside(out: Path, given: str | None, name: str) -> None:
+    """Raises ValueError where the settings that are written beside `out` would replace a file."""
+    beside = out.with_suffix(".json")
+    if given is not None and beside.resolve() == Path(given).resolve():
+        raise ValueError(
+            f"--out {out}: its settings are written to {beside}, which is {name}; use another name."
+        )
 
 
 def writes() -> bool:

@@ -50,6 +50,7 @@ def run(args: Namespace) -> None:
     writes = sample_command.writes()
     if args.out is not None and writes:
         video_io.check_output_path(args.out)
+        sample_command.check_beside(Path(args.out), args.file, "the storyboard")
         if args.preview is not None:
             check_preview(args.preview, out=Path(args.out))
     begun = time.perf_counter()
@@ -61,6 +62,8 @@ def run(args: Namespace) -> None:
         mesh=args.mesh or "auto",
         weights=False,
     )
+    if args.out is not None:
+        video_io.check_rate(args.out, board.fps or pipe.sampling.fps)
     settings = {"steps": args.steps, "guidance": args.guidance, "window": args.window}
     settings["cache_threshold"] = args.cache_threshold
     storyboard.plan(pipe, board, **settings)  # refuses what cannot be before weights are read

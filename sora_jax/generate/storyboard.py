@@ -21,7 +21,7 @@ from sora_jax.generate.board import Board, Shot
 from sora_jax.generate.denoise import OnStep
 from sora_jax.generate.video import Film, array_hash, to_bytes
 from sora_jax.generate.windows import Sweep
-from sora_jax.prompts import timed
+from sora_jax.prompts import timed, weighted
 from sora_jax.video_io import read_video
 
 CUT = ". Cut to: "
@@ -55,6 +55,7 @@ def plan(pipe, board: Board, **settings: Any) -> list[Part]:
     parts = []
     for number, shot in enumerate(board.shots, start=1):
         request = _request(pipe, board, shot, number, **settings)
+        _check_prompts(board, shot, number)
         frames = max(1, round(shot.seconds * request.fps))
         ends = [at for at, _ in shot.spans[1:]] + [shot.seconds]
         least = 2 * pipe.vae.config.scale_factor_temporal / request.fps
@@ -76,6 +77,19 @@ def plan(pipe, board: Board, **settings: Any) -> list[Part]:
         passes = request.steps * (2 if request.guide().needs_uncond else 1)
         parts.append(Part(number, shot, frames, count, cost * passes * count / 1e12))
     return parts
+
+
+def _check_prompts(board: Board, shot: Shot, number: int) -> None:
+    """Raises ValueError for weights or stamps that no prompt, or none within a shot, may have."""
+    for _, text in shot.prompts(board.style):
+        if timed.is_timed(text):
+            raise ValueError(
+                f"shot {number}: {text!r} has a time stamp; write a list of at and text as prompt."
+            )
+        try:
+            weighted.parse(text)
+        except ValueError as error:
+            raise ValueError(f"shot {number}: {error}") from error
 
 
 def _needs(shot: Shot, number: int, long: bool) -> list[str]:

@@ -4,6 +4,7 @@ A stamp is [START-END] in seconds, with or without the s. Stamps stand in the or
 not overlap; what lies between two of them, and behind the last, belongs to the prompt before it.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -118,8 +119,9 @@ def parse(prompt: str, *, duration: float) -> tuple[Segment, ...]:
 
 
 def render(segments: Sequence[Segment]) -> str:
-    """The prompt that `split` reads as `segments`."""
-    return " ".join(f"{_stamp(segment)} {segment.text}" for segment in segments)
+    """The prompt that `split` reads as `segments`, their seconds to the last bit."""
+    seconds = functools.partial(np.format_float_positional, trim="-")
+    return " ".join(f"[{seconds(s.start)}s-{seconds(s.end)}s] {s.text}" for s in segments)
 
 
 def truncate(prompt: str, tokenizer: Tokenizer, max_length: int) -> tuple[str, bool]:

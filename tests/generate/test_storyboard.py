@@ -65,6 +65,29 @@ def test_prompts_change_within_a_shot(pipe, monkeypatch):
         made(pipe, {"prompt": short})
 
 
+@pytest.mark.parametrize("fps", [24, 30])
+def test_prompts_change_at_any_rate(pipe, fps):
+    """37 frames of 24 a second are 1.5416666666666667 s, which six digits round up."""
+    spans = [{"at": 0, "text": "it stays"}, {"at": 0.5, "text": "it rolls"}]
+    values = {"fps": fps, "shots": [{"prompt": spans, "seconds": 37 / fps}]}
+    film = storyboard.render(pipe, board.parse(values), **SETTINGS)
+    assert sum(len(part) for part in film.parts) == 37
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a (box:9)", "shot 2: weight 9 of 'box' is out of range"),
+        ("[0s-1s] a box", "shot 2: .* has a time stamp; write a list of at and text"),
+    ],
+)
+def test_every_prompt_is_read_before_the_first_shot_is_made(pipe, text, message):
+    later = [{"at": 0, "text": "it stays"}, {"at": 1, "text": text}]
+    shots = [{"prompt": "a red ball", "seconds": 1}, {"prompt": later, "seconds": 2}]
+    with pytest.raises(ValueError, match=message):
+        storyboard.plan(pipe, board.parse({"shots": shots}), **SETTINGS)
+
+
 def test_a_window_fits_the_memory_of_the_process_that_has_least(pipe, monkeypatch):
     shots = board.parse({"shots": [{"prompt": "a", "seconds": 1}]})
     whole = storyboard.window_of(pipe, shots)
@@ -116,3 +139,13 @@ def test_the_command_plans_and_renders(tasks_folder, tmp_path, capsys):
     file.write_text("shots: [{prompt: a red ball, seconds: 0}]")
     assert cli.main([*base, "--out", str(out)]) == 2
     assert "shot 1: seconds is 0" in capsys.readouterr().err
+
+
+def test_a_storyboard_is_not_replaced_by_the_settings_of_its_film(tasks_folder, tmp_path, capsys):
+    film = tmp_path / "film.json"
+    film.write_text(json.dumps({"shots": [{"prompt": "a ball", "seconds": 1}]}))
+    before = film.read_text()
+    arguments = ["storyboard", str(film), "--checkpoint", str(tasks_folder)]
+    assert cli.main([*arguments, "--out", str(tmp_path / "film.png")]) == 2
+    assert "which is the storyboard; use another name" in capsys.readouterr().err
+    assert film.read_text() == before and not (tmp_path / "film.png").exists()
