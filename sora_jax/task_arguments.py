@@ -19,6 +19,8 @@ GIVEN: dict[str, tuple[str, ...]] = {
 }
 _NEEDS_VIDEO = ("extend", "outpaint", "interpolate", "refine")
 _OWN_SIZE = ("outpaint", "refine")
+_OWN_FRAMES = ("extend", "join", "edit", "inpaint", "outpaint", "interpolate", "refine")
+_OF_NOISE = ("noise", "save_latents", "save_text_embeddings")
 _EXTRAS = ("video", "seconds", "window", "joint", "rolling", "mask", "strength")
 
 
@@ -86,6 +88,8 @@ def asked(args: Namespace) -> str | None:
         raise ValueError(
             f"--fit {args.fit}: {flag(task)} takes the video at its own size; leave it out."
         )
+    if task is not None:
+        _check_unused(task, args)
     if task in _NEEDS_VIDEO and args.video is None:
         raise ValueError(f"{flag(task)} needs --video FILE.")
     if task in ("extend",) and args.seconds is None:
@@ -95,6 +99,19 @@ def asked(args: Namespace) -> str | None:
     if task is not None and (args.prompts_file or args.again or args.batch != 1):
         raise ValueError(f"{flag(task)} makes one video of one --prompt; leave out the others.")
     return task
+
+
+def _check_unused(task: str, args: Namespace) -> None:
+    """Raises ValueError for a setting of other videos that has no part in those of `task`."""
+    own_frames = task in _OWN_FRAMES or (task == "loop" and args.video is not None)
+    decided = {"size": task in _OWN_SIZE, "frames": own_frames}
+    for name in (*decided, *_OF_NOISE):
+        value = getattr(args, name)
+        if value is not None and decided.get(name, True):
+            why = f"{flag(task)} makes a video " + (
+                "as long and large as its inputs say" if name in decided else "in parts"
+            )
+            raise ValueError(f"{flag(name)} {value}: {why}; leave it out.")
 
 
 def flag(name: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from sora_jax import video_io
 from sora_jax.generate import conditions, lengths, tasks, trained
+from sora_jax.generate.denoise import check_strength
 from sora_jax.generate.refine import refine
 from sora_jax.generate.request import MAX_FPS
 from sora_jax.generate.video import Film, Video
@@ -45,11 +46,16 @@ def prepare(
     given = {name: value for name, value in settings.items() if value is not None}
     given["seed"] = args.seed or 0
     read = _Reader(pipe, args, given)
+    if task != "interpolate":
+        video_io.check_rate(args.out, read.fps)
     if args.window is not None:
         given["window"] = args.window
     if args.strength is not None:
+        check_strength(args.strength)
         given["strength"] = args.strength
     seconds = {} if args.seconds is None else {"seconds": args.seconds}
+    if args.seconds is not None:
+        lengths.check_seconds(args.seconds)
 
     def of(function: Callable[..., Video | Film], *inputs: Any, **more: Any):
         return functools.partial(function, pipe, prompt, *inputs, **(given | more))
@@ -77,6 +83,7 @@ def prepare(
                 f"--interpolate {args.interpolate} of {fps:g} frames a second is more than "
                 f"{MAX_FPS}; use less, or read the video at a lower --fps."
             )
+        video_io.check_rate(args.out, fps * max(args.interpolate, 1))
         return of(tasks.interpolate, read(args.video, fps=fps), times=args.interpolate, fps=fps)
     if task == "refine":
         return of(refine, read.as_it_is(args.video), scale=args.refine)

@@ -23,10 +23,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sora_jax.generate.lengths import MOST_SECONDS
 from sora_jax.generate.request import MAX_FPS
 
 BEGINS = ("cut", "continue")
-MOST_SECONDS = 3600.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,12 @@ OnStep = Callable[[int, int, Moment], None]
 OnResidual = Callable[[float, jax.Array], None]
 
 
+def check_strength(strength: float | int) -> None:
+    """Raises ValueError for a strength that keeps or changes nothing that can be."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength {strength:g} is out of range; use more than 0, at most 1.")
+
+
 class Start(NamedTuple):
     """Latents to begin from instead of noise alone (SDEdit, Meng et al. 2022, arXiv:2108.01073).
 
@@ -105,6 +111,7 @@ class Denoiser:
         table, told = times.schedule(request.schedule, request.steps, shift=request.shift)
         first, x = 0, noise
         if start is not None:
+            check_strength(start.strength)
             first = first_step(table, start.strength)
             x = path.interpolate(start.latents, noise, t=jnp.float32(table[first]))
         state = sampler.make_solver(lambda x, t: x, table[first:], solver=request.solver).init(x)

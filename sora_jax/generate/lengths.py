@@ -3,14 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
+
 from sora_jax import agreement
 from sora_jax.generate import memory
+
+MOST_SECONDS = 3600.0
 
 
 def whole(pipe, frames: int) -> int:
     """The most frames, of `frames`, that the VAE takes: 1 + a multiple of its temporal factor."""
     step = pipe.vae.config.scale_factor_temporal
     return 1 + (frames - 1) // step * step
+
+
+def held(pipe, clip: UInt8[np.ndarray, "F H W 3"]) -> UInt8[np.ndarray, "G H W 3"]:
+    """`clip` with its last frame held until the VAE takes it."""
+    rest = -(len(clip) - 1) % pipe.vae.config.scale_factor_temporal
+    return np.concatenate([clip, np.repeat(clip[-1:], rest, axis=0)])
 
 
 def overlap_of(pipe, window: int) -> int:
@@ -44,13 +55,20 @@ def size_of(pipe, settings: Mapping[str, Any]) -> tuple[int, int]:
     return settings.get("size") or (pipe.sampling.width, pipe.sampling.height)
 
 
+def check_seconds(seconds: float | int) -> None:
+    """Raises ValueError for no time, or for more than an hour."""
+    if not 0 < seconds <= MOST_SECONDS:
+        raise ValueError(
+            f"seconds {seconds:g} is out of range; use more than 0, at most {MOST_SECONDS:g}."
+        )
+
+
 def seconds_to_frames(pipe, seconds: float | int, fps: float | None = None) -> int:
     """Frames of a film of about `seconds`, its first frame one more.
 
     Raises:
-      ValueError: no time.
+      ValueError: no time, or too much.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds {seconds:g} is not above 0; use, for example, 10.")
+    check_seconds(seconds)
     step = pipe.vae.config.scale_factor_temporal
     return 1 + max(1, round(seconds * (fps or pipe.sampling.fps) / step)) * step

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from sora_jax.generate import tasks, texts
+from sora_jax.generate import lengths, tasks, texts
 from sora_jax.generate.conditions import Tiles
-from sora_jax.generate.denoise import OnStep, Start
+from sora_jax.generate.denoise import OnStep, Start, check_strength
 from sora_jax.generate.video import Video, array_hash, to_bytes
 from sora_jax.prompts import timed
 
@@ -73,11 +73,8 @@ def refine(
     """
     if not 1 < scale <= MOST_SCALE:
         raise ValueError(f"scale {scale:g} is out of range; use more than 1, at most {MOST_SCALE}.")
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength {strength:g} is out of range; use more than 0, at most 1.")
-    step = pipe.vae.config.scale_factor_temporal
-    whole = 1 + -(-(len(clip) - 1) // step) * step
-    held = np.concatenate([clip, np.repeat(clip[-1:], whole - len(clip), axis=0)])
+    check_strength(strength)
+    held = lengths.held(pipe, clip)
     draft = enlarged(held, scale=scale, multiple=pipe.cell[1:])
     rows, columns = draft.shape[1:3]
     if not rows or not columns:
@@ -85,10 +82,16 @@ def refine(
             f"the video is {clip.shape[2]}x{clip.shape[1]}; {scale:g} times that is less than a "
             f"token of {pipe.cell[2]}x{pipe.cell[1]}."
         )
-    settings = settings | {"size": (columns, rows), "frames": whole}
+    settings = settings | {"size": (columns, rows), "frames": len(held)}
     request = pipe.request(prompt, **settings)
     words = timed.change(prompt, pipe.sampling.refine_prefix.__add__)
-    trained = pipe.request(words, **(settings | {"size": None, "frames": None}))
+    part = min(len(held), pipe.sampling.frames)
+    if part < len(held) and timed.is_timed(prompt):
+        raise ValueError(
+            f"time-stamped prompts are for one window: refine sees {part} of {len(held)} frames at "
+            "once; write a prompt without stamps, or refine shorter videos."
+        )
+    trained = pipe.request(words, **(settings | {"size": None, "frames": part}))
     request = dataclasses.replace(request, shift=trained.shift)
     tile = pipe.latent_shape(trained)[:3]
     start = Start(pipe.encode(draft[None]), strength)

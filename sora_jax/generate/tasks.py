@@ -19,9 +19,10 @@ from sora_jax.generate import lengths, texts, trained, windows
 from sora_jax.generate import rolling as rolling_of
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Picture
-from sora_jax.generate.denoise import OnStep
+from sora_jax.generate.denoise import OnStep, check_strength
 from sora_jax.generate.video import Film, Video, array_hash
 from sora_jax.generate.windows import Sweep
+from sora_jax.prompts import timed
 
 # Sizes differ from clip to clip, so they go without letters.
 Clip = UInt8[np.ndarray, "_ _ _ 3"]
@@ -60,13 +61,19 @@ def _render(
     *,
     draft: Clip | None = None,
     strength: float | int = 1.0,
+    shown: int | None = None,
     window: int | None = None,
     overlap: int | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Video:
-    """The film of a canvas (or of a draft), in one window or in several."""
+    """The film of a canvas (or of a draft), in one window or in several; its first `shown` frames.
+
+    Raises:
+      ValueError: as many frames as the VAE does not take.
+    """
     total = len(draft) if canvas is None else len(canvas.frames)
+    pipe.request(prompt, **(settings | {"frames": total}))
     window = lengths.whole(
         pipe, min(total, window or lengths.window_of(pipe, total, settings=settings))
     )
@@ -83,7 +90,7 @@ def _render(
         strength=strength,
         on_step=on_step,
     )
-    frames = np.concatenate(list(made), axis=1)[0]
+    frames = np.concatenate(list(made), axis=1)[0, :shown]
     return video_of(pipe, request, frames, task)
 
 
@@ -97,7 +104,8 @@ def keyframes(pipe, prompt: str, pictures: Mapping[int, Picture], **settings: An
     """A video that shows each picture at its frame; negative numbers count from the end.
 
     Raises:
-      ValueError: a frame outside the video, or twice; none at all.
+      ValueError: a frame outside the video, or twice; none at all; a number of frames that the
+        VAE does not take.
     """
     frames = settings.pop("frames", None) or pipe.sampling.frames
     placed: dict[int, Picture] = {}
@@ -132,25 +140,31 @@ def extend(
 ) -> Video:
     """`clip` with about `seconds` more at its end, its beginning, or both.
 
+    Time stamps count from the beginning of the video that is made.
+
     Raises:
       ValueError: an unknown direction, no time, or a clip without frames.
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction {direction!r} is unknown; use {', '.join(DIRECTIONS)}.")
-    if not seconds > 0:
-        raise ValueError(f"seconds {seconds:g} is not above 0; say how much is to be added.")
+    lengths.check_seconds(seconds)
     clip = _fitted(clip, lengths.size_of(pipe, settings))
     settings = settings | {"frames": window or lengths.window_of(pipe, settings=settings)}
     request = pipe.request(prompt, **settings)
     step = pipe.vae.config.scale_factor_temporal
     added = max(step, round(seconds * request.fps / step) * step)
     length = request.frames
-    made = clip
+    made, lead = clip, added if direction == "both" else 0
+    whole = len(clip) + added * (2 if direction == "both" else 1)
+    texts.check(pipe, prompt, frames=whole, fps=request.fps)
     if direction in ("forward", "both"):
         trained.check(pipe, "prefix")
         known = min(lengths.whole(pipe, len(clip)), lengths.overlap_of(pipe, length))
         canvas = canvas_of.of_clip(clip[-known:], max(known + added, length), at=0)
-        sweep = Sweep(len(canvas.frames), length, lengths.overlap_of(pipe, length))
+        sweep = Sweep(
+            *(len(canvas.frames), length, lengths.overlap_of(pipe, length)),
+            before=lead + len(clip) - known,
+        )
         film = windows.film(pipe, lambda *_: [request], sweep, canvases=[canvas], on_step=on_step)
         fresh = np.concatenate(list(film), axis=1)[0, known : known + added]
         made = np.concatenate([made, fresh])
@@ -162,11 +176,16 @@ def extend(
                 f"the video has {len(clip)} frames; to lead to its beginning takes {step}."
             )
         fresh = windows.before(
-            pipe, [request], clip[None], overlap=known, total=added, on_step=on_step
+            pipe, [request], made[None], overlap=known, total=added, on_step=on_step
         )[0]
         made = np.concatenate([fresh, made])
     task = {"name": "extend", "direction": direction, "clip": array_hash(clip), "added": added}
     return video_of(pipe, request, made, task)
+
+
+def _check_untimed(prompt: str) -> None:
+    if timed.is_timed(prompt):
+        raise ValueError("a join or a loop takes a prompt without time stamps; leave them out.")
 
 
 def bridge(
@@ -181,12 +200,14 @@ def bridge(
 ) -> tuple[Any, Clip]:
     """The request, and about `seconds` of frames that lead from `first` to `second`.
 
+    Of a `second` shorter than a latent frame the last frame is held, where it leads to.
+
     Raises:
-      ValueError: more than one window can bridge, or no time.
+      ValueError: more than one window can bridge, or no time; a prompt with time stamps.
     """
     trained.check(pipe, "middle")
-    if not seconds > 0:
-        raise ValueError(f"seconds {seconds:g} is not above 0; say how long the join takes.")
+    lengths.check_seconds(seconds)
+    _check_untimed(prompt)
     step, length = pipe.vae.config.scale_factor_temporal, lengths.window_of(pipe, settings=settings)
     request = pipe.request(prompt, **(settings | {"frames": length}))
     gap = max(step, round(seconds * request.fps / step) * step)
@@ -197,6 +218,8 @@ def bridge(
             f"{most} ({most / request.fps:g} s): extend the first video before."
         )
     before = lengths.whole(pipe, min(len(first), (length - gap + 1) // 2))
+    held = np.repeat(second[-1:], max(step - len(second), 0), axis=0)
+    second = np.concatenate([second, held])
     after = min(length - gap - before, len(second) // step * step)
     canvas = canvas_of.blank(before + gap + after, request.height, request.width)
     canvas_of.place(canvas, first[-before:], at=0)
@@ -228,6 +251,7 @@ def loop(
 ) -> Video:
     """A video whose end leads back to its beginning: `clip`, or one made first, and a bridge."""
     trained.check(pipe, "middle")
+    _check_untimed(prompt)
     if clip is None:
         clip = pipe.run([pipe.request(prompt, **settings)], on_step=on_step)[0].frames
     clip = _fitted(clip, lengths.size_of(pipe, settings))
@@ -243,11 +267,16 @@ def edit(pipe, prompt: str, clip: Clip, *, strength: float | int = 0.8, **settin
     Raises:
       ValueError: a strength outside (0, 1].
     """
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength {strength:g} is out of range; use more than 0, at most 1.")
-    clip = _fitted(clip, lengths.size_of(pipe, settings))[: lengths.whole(pipe, len(clip))]
+    check_strength(strength)
+    clip = _fitted(clip, lengths.size_of(pipe, settings))
     task = {"name": "edit", "clip": array_hash(clip), "strength": strength}
-    return _render(pipe, prompt, None, task, draft=clip, strength=strength, **settings)
+    return _render(
+        *(pipe, prompt, None, task),
+        draft=lengths.held(pipe, clip),
+        shown=len(clip),
+        strength=strength,
+        **settings,
+    )
 
 
 def inpaint(
@@ -273,14 +302,15 @@ def inpaint(
     size = lengths.size_of(pipe, settings)
     hole = np.broadcast_to(hole, clip.shape[:3])
     shown = np.repeat(hole[..., None], 3, axis=-1).astype(np.uint8) * 255
-    clip, hole = (_fitted(v, size)[: lengths.whole(pipe, len(v))] for v in (clip, shown))
-    hole = hole[..., 0] > 0
+    clip, hole = _fitted(clip, size), _fitted(shown, size)[..., 0] > 0
     if not hole.any() or hole.all():
         raise ValueError(
             "the mask marks " + ("all" if hole.any() else "nothing") + " of the video."
         )
     task = {"name": "inpaint", "clip": array_hash(clip), "mask": array_hash(hole)}
-    return _render(pipe, prompt, Canvas(clip, ~hole), task, **settings)
+    held = lengths.held(pipe, clip)
+    known = ~np.concatenate([hole, np.repeat(hole[-1:], len(held) - len(hole), axis=0)])
+    return _render(pipe, prompt, Canvas(held, known), task, shown=len(clip), **settings)
 
 
 def outpaint(
@@ -293,18 +323,18 @@ def outpaint(
     """
     trained.check(pipe, "border")
     width, height = size or (pipe.sampling.width, pipe.sampling.height)
-    clip = clip[: lengths.whole(pipe, len(clip))]
     rows, columns = clip.shape[1:3]
     if rows > height or columns > width or (rows, columns) == (height, width):
         raise ValueError(
             f"the video is {columns}x{rows}; --outpaint {width}x{height} must be larger."
         )
-    canvas = canvas_of.blank(len(clip), height, width)
+    held = lengths.held(pipe, clip)
+    canvas = canvas_of.blank(len(held), height, width)
     top, left = (height - rows) // 2, (width - columns) // 2
-    canvas.frames[:, top : top + rows, left : left + columns] = clip
+    canvas.frames[:, top : top + rows, left : left + columns] = held
     canvas.known[:, top : top + rows, left : left + columns] = True
     task = {"name": "outpaint", "clip": array_hash(clip)}
-    return _render(pipe, prompt, canvas, task, size=(width, height), **settings)
+    return _render(pipe, prompt, canvas, task, shown=len(clip), size=(width, height), **settings)
 
 
 def interpolate(
@@ -313,23 +343,27 @@ def interpolate(
     """`clip` at `times` its frame rate: frames between, blended and then drawn anew.
 
     Raises:
-      ValueError: `times` below 2.
+      ValueError: `times` below 2, or a strength outside (0, 1].
     """
     if times < 2:
         raise ValueError(f"interpolate {times} is out of range; use 2 or more.")
+    check_strength(strength)
     clip = _fitted(clip, lengths.size_of(pipe, settings))
     places = np.arange((len(clip) - 1) * times + 1) / times
     before = np.floor(places).astype(int)
     after, share = np.minimum(before + 1, len(clip) - 1), (places - before)[:, None, None, None]
     draft = np.rint(clip[before] * (1 - share) + clip[after] * share).astype(np.uint8)
-    rest = -(len(draft) - 1) % pipe.vae.config.scale_factor_temporal
-    padded = np.concatenate([draft, np.repeat(draft[-1:], rest, axis=0)])
     task = {"name": "interpolate", "clip": array_hash(clip), "times": times}
     fps = settings.pop("fps", None) or pipe.sampling.fps
     made = _render(
-        pipe, prompt, None, task, draft=padded, strength=strength, fps=fps * times, **settings
+        *(pipe, prompt, None, task),
+        draft=lengths.held(pipe, draft),
+        shown=len(draft),
+        strength=strength,
+        fps=fps * times,
+        **settings,
     )
-    frames = made.frames[: len(draft)].copy()
+    frames = made.frames.copy()
     frames[::times] = clip
     return dataclasses.replace(made, frames=frames)
 
@@ -353,16 +387,24 @@ def long(
       frames: of the film, 1 + a multiple of the VAE's temporal factor.
       window: frames that the model sees at once; by default what it was trained on, or what the
         memory holds.
-      overlap: frames that a window takes over from the one before; by default half.
+      overlap: frames that a window takes over from the one before, likewise; by default half.
       joint: denoise all windows together, blended where they overlap at every step, instead of one
         after the other; latents of the whole film are in memory then, and no model need have been
         trained to continue. Prompts without time stamps alone.
       rolling: one window that moves by a latent frame at a time, its noise rising along time, in
         place of one window after the other: see `generate.rolling`.
       image: picture that it begins with.
+
+    Raises:
+      ValueError: a number of frames that the VAE does not take; a task the checkpoint does not
+        know; settings that exclude each other.
     """
     if joint and rolling:
         raise ValueError("joint (--joint) and rolling (--rolling) exclude each other; use one.")
+    for name, count in (("frames", frames), ("overlap", overlap or 1)):
+        if count < 1 or lengths.whole(pipe, count) != count:
+            step = pipe.vae.config.scale_factor_temporal
+            raise ValueError(f"{name} {count} is not 1 + a multiple of {step}.")
     window = min(window or lengths.window_of(pipe, frames, settings=settings), frames)
     if frames > window and not joint:
         trained.check(pipe, "prefix")

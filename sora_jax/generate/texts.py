@@ -17,7 +17,8 @@ def embed(pipe, requests: Sequence[Request], *, begin: int = 0, total: int | Non
     attends to the one of its time.
 
     Args:
-      begin: first frame of these videos in a film of `total` frames, which time stamps are for.
+      begin: first frame of these videos in a film of `total` frames, which time stamps are for;
+        what lies outside the film follows its first or its last prompt.
 
     Raises:
       ValueError: stamps that do not fit the film.
@@ -59,7 +60,10 @@ def _spans(pipe, requests: Sequence[Request], begin: int, total: int):
         else (whole._replace(text=request.prompt),)
         for request in requests
     ]
-    first, latents = begin // step, 1 + (requests[0].frames - 1) // step
-    frames = slice(first, first + latents, pipe.dit.config.patch_size[0])
-    of_film = [timed.latent_prompts(row, frames=total, fps=fps, temporal=step) for row in rows]
-    return [[s.text for s in row] for row in rows], np.stack(of_film)[:, frames]
+    of_film = np.stack(
+        [timed.latent_prompts(row, frames=total, fps=fps, temporal=step) for row in rows]
+    )
+    first, latents = (begin + step // 2) // step, 1 + (requests[0].frames - 1) // step
+    frames = np.arange(first, first + latents, pipe.dit.config.patch_size[0])
+    at = np.clip(frames, 0, of_film.shape[1] - 1)
+    return [[s.text for s in row] for row in rows], of_film[:, at]

@@ -36,6 +36,7 @@ class Sweep:
       total: frames of the film, 1 + a multiple of the VAE's temporal factor.
       window: frames of a window; likewise.
       overlap: frames that a window takes over from the one before; likewise.
+      before: frames of the video in front of the sweep, which time stamps count too.
 
     Raises:
       ValueError: windows that do not move forward.
@@ -44,6 +45,7 @@ class Sweep:
     total: int
     window: int
     overlap: int
+    before: int = 0
 
     def __post_init__(self):
         if self.total > self.window and not 0 < self.overlap < self.window:
@@ -99,7 +101,9 @@ def film(
         latents = pipe.denoise(
             _noise(pipe, requests, number),
             requests[0],
-            texts.embed(pipe, requests, begin=begin, total=sweep.total),
+            texts.embed(
+                pipe, requests, begin=sweep.before + begin, total=sweep.before + sweep.total
+            ),
             given,
             start=start,
             on_step=_counted(on_step, number, len(begins)),
@@ -259,10 +263,11 @@ def before(
     made = clips[:, :overlap]
     for number in range(windows):
         canvases = [canvas_of.of_clip(clip, length, at=length - overlap) for clip in made]
+        begin = total - (number + 1) * (length - overlap)  # below 0 it is cut off in the end
         latents = pipe.denoise(
             _noise(pipe, requests, number),
             requests[0],
-            texts.embed(pipe, requests),
+            texts.embed(pipe, requests, begin=begin, total=total + clips.shape[1]),
             pipe.conditions(requests[0], canvases=canvases),
             on_step=_counted(on_step, number, windows),
         )

@@ -69,7 +69,12 @@ def test_a_mask_file_is_cut_as_its_video_is(sample, wide, tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (("--seconds", 0), "seconds 0 is not above 0"),
+        (("--seconds", 0), "seconds 0 is out of range"),
+        (("--seconds", "inf"), "seconds inf is out of range; use more than 0, at most 3600"),
+        (("--video", "VIDEO", "--interpolate", 2, "--strength", -1), "strength -1 is out of"),
+        (("--edit", "VIDEO", "--frames", 5), "--frames 5: --edit makes a video as long"),
+        (("--video", "VIDEO", "--refine", 2, "--size", "8x8"), "--size 8x8: --refine makes"),
+        (("--seconds", 1, "--save-latents", "x.npy"), "--save-latents x.npy: --seconds makes"),
         (("--video", "VIDEO", "--interpolate", 0), "interpolate 0 is out of range"),
         (("--video", "VIDEO", "--outpaint", "64x64", "--fit", "pad"), "--outpaint takes the video"),
         (
@@ -99,6 +104,22 @@ def test_files_are_read_before_weights(sample, wide, tmp_path, monkeypatch, args
     names = {"WIDE": str(wide), "MISSING": str(tmp_path / "missing.mp4")}
     status, err = sample(*("".join(names.get(p, p) for p in split(str(a))) for a in args))
     assert status == 2 and "missing.mp4" in err
+
+
+@pytest.mark.parametrize(
+    "args, out",
+    [
+        (("--fps", 60), "made.gif"),
+        (("--fps", 60, "--seconds", 1), "made.gif"),
+        (("--video", "WIDE", "--interpolate", 4), "made.gif"),
+    ],
+)
+def test_a_rate_that_the_file_cannot_have_is_told_before_weights(
+    sample, wide, monkeypatch, args, out
+):
+    monkeypatch.setattr(Pipeline, "load_weights", None)
+    status, err = sample(*(wide if a == "WIDE" else a for a in args), out=out)
+    assert status == 2 and "for .gif; use more than 0 and at most 50" in err
 
 
 def split(text: str) -> list[str]:

@@ -213,3 +213,103 @@ def test_tasks_of_other_checkpoints_are_refused(pipeline_folder, clip):
     ):
         with pytest.raises(ValueError, match=r"not trained for: .* It can: text to video"):
             call()
+
+
+def known_frames(pipe, monkeypatch, make):
+    """Which frames the model is given, of each canvas that `make` has drawn on."""
+    seen, run = [], type(pipe).run
+
+    def spy(self, requests, *, canvases=None, **options):
+        seen.extend(canvas.known.all(axis=(1, 2)).astype(int).tolist() for canvas in canvases or ())
+        return run(self, requests, canvases=canvases, **options)
+
+    monkeypatch.setattr(type(pipe), "run", spy)
+    make()
+    return seen
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_what_a_join_leads_to_may_be_a_picture(pipe, clip, monkeypatch, length):
+    """The tiny VAE's latent frames are of two: a shorter end is held until it is one."""
+    (join,) = known_frames(
+        pipe, monkeypatch, lambda: tasks.join(pipe, PROMPT, clip, clip[:length], seconds=0.5, **FEW)
+    )
+    assert join[-6:] == [0, 0, 0, 0, 1, 1]
+    (loop,) = known_frames(
+        pipe, monkeypatch, lambda: tasks.loop(pipe, PROMPT, clip[:length], seconds=0.5, **FEW)
+    )
+    assert loop == [1, 0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("length", [2, 8, 12])
+def test_every_frame_comes_back_from_clips_of_any_length(pipe, clip, length):
+    clip = np.concatenate([clip, clip[::-1]])[:length]
+    hole = np.zeros((16, 16), bool)
+    hole[4:12, 4:12] = True
+    made = tasks.inpaint(pipe, PROMPT, clip, hole, **FEW)
+    assert made.metadata["frames"] == length
+    same(made.frames[:, ~hole], clip[:, ~hole])
+    same(tasks.outpaint(pipe, PROMPT, clip, size=(24, 16), **FEW).frames[:, :, 4:20], clip)
+    assert len(tasks.edit(pipe, PROMPT, clip, strength=0.5, **FEW).frames) == length
+
+
+def test_numbers_that_make_no_sense_are_refused(pipe, clip):
+    with pytest.raises(ValueError, match=r"frames 10 is not 1 \+ a multiple of 2; use 9 or 11"):
+        tasks.keyframes(pipe, PROMPT, {-1: clip[0]}, frames=10, **FEW)
+    for name, settings in (("frames 18", {"frames": 18}), ("overlap 4", {"overlap": 4})):
+        with pytest.raises(ValueError, match=rf"{name} is not 1 \+ a multiple of 2"):
+            tasks.long(pipe, PROMPT, **({"frames": 17, "window": 9} | settings), **FEW)
+    for strength in (-1, 0, 1.5, float("nan")):
+        for make in (tasks.interpolate, tasks.edit, refine.refine):
+            with pytest.raises(ValueError, match=r"strength .* is out of range"):
+                make(pipe, PROMPT, clip, strength=strength, **FEW)
+        with pytest.raises(ValueError, match=r"strength .* is out of range"):
+            request = pipe.request(PROMPT, **FEW)
+            pipe.run([request], drafts=clip[None], strength=float(strength))
+    for seconds in (0, float("inf"), float("nan"), 1e9):
+        for make in (tasks.extend, tasks.loop):
+            with pytest.raises(ValueError, match=r"seconds .* is out of range; use more than 0"):
+                make(pipe, PROMPT, clip, seconds=seconds, **FEW)
+
+
+def spans_seen(pipe, monkeypatch, make):
+    """Which of the prompts each latent frame of each window follows."""
+    seen, embed = [], texts.embed
+
+    def spy(*args, **options):
+        made = embed(*args, **options)
+        seen.append(np.asarray(made.of_frames[0]).tolist())
+        return made
+
+    monkeypatch.setattr(texts, "embed", spy)
+    make()
+    return seen
+
+
+def test_stamps_count_from_the_beginning_of_what_is_made(pipe, clip, monkeypatch):
+    """Nine frames and eight more at 8 a second; latent frames of one, then of two."""
+    prompt = "[0s-1.5s] a red ball rolls left [1.5s-2.125s] it stays"
+    extend = functools.partial(tasks.extend, pipe, prompt, clip, seconds=1, **FEW)
+    # Frames 4 to 12 of 17, then 8 to 16; the middle of frames 11 and 12 is at 1.5 s.
+    assert spans_seen(pipe, monkeypatch, extend) == [[0, 0, 0, 0, 1], [0, 0, 1, 1, 1]]
+    backward = functools.partial(extend, direction="backward")
+    early = functools.partial(
+        *(tasks.extend, pipe, "[0s-.5s] a red ball rolls left [.5s-2.125s] it stays", clip),
+        **(FEW | {"seconds": 1, "direction": "backward"}),
+    )
+    # Frames 3 to 11, then -2 to 6, of which those before 0 are cut off.
+    assert spans_seen(pipe, monkeypatch, early) == [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
+    assert len(backward().frames) == 17
+    with pytest.raises(ValueError, match=r"ends behind the video, which lasts 2.125 s"):
+        tasks.extend(pipe, "[0s-3s] a red ball", clip, seconds=1, **FEW)
+
+
+def test_stamps_go_with_one_window_of_refining_and_with_no_join(pipe, clip, monkeypatch):
+    prompt = "[0s-.5s] a red ball rolls left [.5s-1s] it stays"
+    short = functools.partial(refine.refine, pipe, prompt, clip[:8], **FEW)
+    assert spans_seen(pipe, monkeypatch, short) == [[0, 0, 1, 1, 1]]
+    with pytest.raises(ValueError, match="refine sees 9 of 13 frames at once"):
+        refine.refine(pipe, prompt, np.concatenate([clip, clip])[:13], **FEW)
+    for make in (tasks.loop, functools.partial(tasks.join, second=clip)):
+        with pytest.raises(ValueError, match="takes a prompt without time stamps"):
+            make(pipe, prompt, clip, **FEW)
