@@ -17,7 +17,7 @@ _ACTION = 2.0  # seconds a verb takes: 17 frames at 8 per second
 _SHORTEST_ACTION = 1.25  # seconds; a shorter shot shows the beginning of its verb
 _ONGOING_VERBS = ("bounces", "spins", "stays")
 _TURNING_VERBS = ("rolls", "spins")
-_TUMBLING_VERBS = ("falls", "bounces")  # in which what is tilted may turn as well
+_TUMBLING_VERBS = ("falls", "bounces", "flies")  # in which what is tilted may turn as well
 _LATEST = 6.0  # action seconds at which a clip of an ongoing verb begins
 _RETURN = 1.6  # seconds of the action after which a hidden subject is back
 
@@ -36,7 +36,7 @@ class Actor:
     travel: float  # horizontal distance, signed, covered in one action of 2 s
     tempo: float  # multiplies the verb's own rate (gravity, spin); about 1
     tilt: float = 0.0  # clockwise from upright at the beginning, in radians
-    turn: float = 0.0  # of one that falls or bounces, clockwise in radians per action second
+    turn: float = 0.0  # of one that tumbles in the air, clockwise in radians per action second
 
     @property
     def facing(self) -> int:
@@ -259,7 +259,7 @@ def _with_camera(rng: np.random.Generator, shot: Shot) -> Shot:
 def _with_tilt(rng: np.random.Generator, shot: Shot, height: float | int) -> Shot:
     """The first actor stands, moves or begins at an angle, on the circle that it would roll on.
 
-    Of those that fall or bounce, half turn as they do.
+    Of those that fall, bounce or fly, half turn as they do.
     """
     actor = shot.actors[0]
     reach = silhouette(actor.shape).radius * actor.scale

@@ -16,8 +16,8 @@ class PaperworldSettings:
     or spin, fall, or are small, which are the hardest to make: that share of them is made so
     (`falling`, of those not made to turn), and the rest drawn as ever. `tilted` is the share of
     single subjects that do what they do, unless they hide, at an angle, or begin to turn at one,
-    and half of which turn where they fall or bounce: where turned drawings are seen in few verbs,
-    a model draws them well in these alone.
+    and half of which turn where they fall, bounce or fly: where turned drawings are seen in few
+    verbs, a model draws them well in these alone.
     `scraps` is the share of single subjects that are cut at random and have no other name, so that
     what turns must be drawn from how it looked before and not from what its word looks like.
     `time_stamps` is the share of the wordings of several shots that say when each is seen

@@ -336,7 +336,9 @@ def test_tilted_subjects_lean_where_they_stand_move_and_begin_to_turn():
             height = 1 - GROUND - path.position[:, 1]
             radius = silhouette(actor.shape).radius * actor.scale
             np.testing.assert_allclose(height, radius, rtol=0.02)
-    tumbling = [s for s in scenes if s.subject.tilt and s.subject.verb in ("falls", "bounces")]
+    tumbling = [
+        s for s in scenes if s.subject.tilt and s.subject.verb in ("falls", "bounces", "flies")
+    ]
     assert abs(np.mean([s.subject.turn != 0 for s in tumbling]) - 0.5) < 0.12
     assert not any(s.subject.turn for s in scenes if s not in tumbling)
     for scene in [s for s in tumbling if s.subject.turn][:8]:
