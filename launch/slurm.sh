@@ -38,17 +38,22 @@ do_or_show() { # COMMAND: as bash reads it, if --dry-run
 }
 
 in_job() { # RESTARTS COMMAND
-  local most=$1 status=0 again=${SLURM_RESTART_COUNT:-0}
+  local most=$1 status=0 crashes=0 count=".sora-jax-$SLURM_JOB_ID.crashes"
   shift
+  # A count of our own: Slurm's grows with every preemption too.
+  if [[ -f $count ]]; then crashes=$(<"$count"); fi
   # Slurm signals the processes; this shell only waits for them.
   trap : TERM
   srun --kill-on-bad-exit=1 --label "$@" || status=$?
-  if ((status == 75)) || { ((status == 1 || status > 128)) && ((status != 130 && again < most)); }; then
+  if ((status == 75)) || { ((status == 1 || status > 128)) && ((status != 130 && crashes < most)); }; then
+    if ((status != 75)); then echo $((crashes + 1)) >"$count"; fi
     # A job that was cancelled is not RUNNING, and stays away; one that was preempted comes by itself.
     if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
       echo "launch/slurm.sh: ended with $status; queued again." >&2
       scontrol requeue "$SLURM_JOB_ID"
     fi
+  else
+    rm -f "$count"
   fi
   exit "$status"
 }

@@ -56,11 +56,13 @@ class Fakes:
         path = self.folder / "calls"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def run(self, script: str, *args: str, **env) -> subprocess.CompletedProcess:
+    def run(
+        self, script: str, *args: str, cwd: Path = LAUNCH.parent, **env
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
             [LAUNCH / script, *args],
             env=self.env | env,
-            cwd=LAUNCH.parent,
+            cwd=cwd,
             text=True,
             capture_output=True,
             stdin=subprocess.DEVNULL,

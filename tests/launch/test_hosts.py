@@ -64,13 +64,22 @@ def test_secrets_are_read_on_the_host_and_written_nowhere(host, fakes, tmp_path)
         (130, 0, "RUNNING", False),
     ],
 )
-def test_a_slurm_job_queues_again_after_75_and_after_crashes(status, count, job, again, fakes):
+def test_a_slurm_job_queues_again_after_75_and_after_crashes(
+    status, count, job, again, fakes, tmp_path
+):
     fakes.answer([["srun"], "", status], [["squeue"], job, 0])
-    numbers = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(count)}
-    done = fakes.run("slurm.sh", "job", "3", *TRAIN, **numbers)
+    crashes = tmp_path / ".sora-jax-17.crashes"
+    if count:
+        crashes.write_text(str(count))
+    # Slurm's own count has the preemptions too.
+    numbers = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "99"}
+    done = fakes.run("slurm.sh", "job", "3", *TRAIN, cwd=tmp_path, **numbers)
     assert done.returncode == status
     assert fakes.calls[0] == ["srun", "--kill-on-bad-exit=1", "--label", *TRAIN]
     assert (["scontrol", "requeue", "17"] in fakes.calls) == again
+    if status != 75:  # one that ends for good leaves nothing behind
+        assert crashes.exists() == again
+        assert not again or int(crashes.read_text()) == count + 1
 
 
 def test_a_worker_installs_the_lock_with_a_python_of_its_own(host, fakes, tmp_path):
