@@ -85,7 +85,7 @@ def train(config: Any, slice_: Slice) -> Step:
         traced = built.step.trace(*arguments)
         counts = count.of_jaxpr(traced.jaxpr.jaxpr)
         lowered = traced.lower()
-    tokens = built.stage.tokens(batch) if hasattr(built.stage, "tokens") else 0
+    tokens = built.stage.tokens(batch) or 0  # a VAE has none
     flops = flops_by_part(config, built.stage, batch)
     state_bytes = device_bytes(state)
     return compile_step(

@@ -1,5 +1,6 @@
 """With libtpu: `make tpu`."""
 
+import inspect
 import json
 
 import jax
@@ -74,6 +75,24 @@ def test_a_video_is_planned_for_one_host_as_the_command_makes_it(plan):
     for part in (sample, decode):
         memory = part["memory_gib"]
         assert memory["peak"] > memory["weights"] + memory["frozen"] > memory["weights"] > 0
+
+
+def test_a_vae_is_planned_though_it_has_no_tokens(monkeypatch):
+    """Up to what compiles, which takes a minute."""
+
+    class Traced(Exception):
+        """Of the arguments that were to be compiled."""
+
+    def traced(*given, **_):
+        raise Traced(dict(zip(names, given, strict=False)))
+
+    names = list(inspect.signature(steps.compile_step).parameters)
+    monkeypatch.setattr(steps, "compile_step", traced)
+    config = config_file.load("configs/paperworld_vae.py:smoke", [])
+    with pytest.raises(Traced) as raised:
+        steps.train(config, topology.describe("v5e:2x2"))
+    (given,) = raised.value.args
+    assert given["tokens"] == 0 < given["state_bytes"]
 
 
 SMALL = [
