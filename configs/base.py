@@ -151,6 +151,8 @@ def get_config() -> ConfigDict:
     c.optim.freeze = ()  # parameter paths held as they are, such as ("vae/encoder",)
 
     c.sample = ConfigDict()  # previews, and the defaults written into exports
+    c.sample.width = c.sample.height = 0  # pixels; 0 is as config.data has them
+    c.sample.fps = 0.0  # frames a second; 0 is as config.data has them
     c.sample.steps = 30
     c.sample.guidance = 3.0
     c.sample.guidance_interval = (0.0, 1.0)  # flow times between which guidance acts

@@ -21,10 +21,9 @@ from sora_jax.checkpoint import Checkpointer
 from sora_jax.convert import folder, onnx, rewrite, stablehlo
 from sora_jax.convert.sampling import SamplingDefaults, of_family
 from sora_jax.data import loader as loaders
-from sora_jax.data import sources
 from sora_jax.diffusion import times
 from sora_jax.image import clip
-from sora_jax.train import frozen
+from sora_jax.train import batches, frozen, shown
 from sora_jax.train.program import STAGES
 from sora_jax.train.vae_stage import to_float
 
@@ -265,9 +264,13 @@ def with_statistics(stage, config, params):
     The standard deviation is that of the aggregate posterior: sqrt(E[variance] + Var[mean]), so
     that a channel which carries nothing is not blown up to unit variance.
     """
-    source = sources.make_source(config.data)
+    source, steps = batches.make_source(config, stage)
     loader = loaders.make_loader(
-        source, batch_size=8, seed=config.seed + 1, transforms=[stage.prepare], num_threads=2
+        source,
+        batch_size=8,
+        seed=config.seed + 1,
+        transforms=[*steps, stage.prepare],
+        num_threads=2,
     )
 
     @jax.jit
@@ -278,8 +281,8 @@ def with_statistics(stage, config, params):
         square = jnp.square(mean) + jnp.exp(logvar)
         return jnp.mean(mean, axes), jnp.mean(square, axes)
 
-    batches = itertools.islice(loader, max(1, STATISTICS_CLIPS // 8))
-    sums = [moments(params, batch["video"]) for batch in batches]
+    shown_clips = itertools.islice(loader, max(1, STATISTICS_CLIPS // 8))
+    sums = [moments(params, batch["video"]) for batch in shown_clips]
     mean, square = (np.mean([np.asarray(s[i], np.float64) for s in sums], 0) for i in (0, 1))
     std = np.sqrt(square - mean**2)
     return dataclasses.replace(stage.config, latents_mean=mean.tolist(), latents_std=std.tolist())
@@ -287,7 +290,7 @@ def with_statistics(stage, config, params):
 
 def write_pipeline(out: Path, config, stage) -> None:
     """The pipeline's index, its scheduler, and our sampling defaults."""
-    shape = (1, config.data.frames, config.data.height, config.data.width, 3)
+    shape = (1, *shown.of_config(config)[:3], 3)
     tokens = stage.tokens_per_clip({"video": jax.ShapeDtypeStruct(shape, jnp.uint8)})
     write_index(
         out,
@@ -298,11 +301,12 @@ def write_pipeline(out: Path, config, stage) -> None:
 
 
 def _write_sampling(out: Path, config, stage) -> None:
+    frames, height, width, fps = shown.of_config(config)
     defaults = SamplingDefaults(
-        width=config.data.width,
-        height=config.data.height,
-        frames=config.data.frames,
-        fps=config.data.fps,
+        width=width,
+        height=height,
+        frames=frames,
+        fps=fps,
         steps=config.sample.steps,
         guidance=config.sample.guidance,
         guidance_interval=config.sample.guidance_interval,

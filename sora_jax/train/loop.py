@@ -144,10 +144,6 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
                     writer.write(logged, values)
                     progress.update(step, loss=f"{values['train/loss']:.4f}")
                 clock.write()
-            if showing:
-                with clock.phase("preview"):
-                    preview.write(stage, config, state.averaged, frozen, batch, workdir, step=step)
-                    plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
             if saving or copying:
                 place = {"data": loader.get_state(), "meta": meta_of(config, skips)}
                 with clock.phase("save"):
@@ -156,6 +152,10 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
                         clock.saved(step)
                     else:
                         local.save(step, state, **place)
+            if showing:  # behind what is saved, which nothing that is shown may cost
+                with clock.phase("preview"):
+                    preview.write(stage, config, state.averaged, frozen, batch, workdir, step=step)
+                    plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
             if last:
                 with clock.phase("save"):
                     checkpointer.wait()
@@ -231,4 +231,5 @@ def check_room(config, workdir: Path, program: Program) -> None:
     if folder := config.get("local_checkpoint_dir", ""):
         key, room = "config.local_checkpoint_dir", local_checkpoint.ROOM
         folder = startup.folder(folder, key=key)
-        startup.check_room(folder, mine, key=key, room=room, everywhere=True)
+        kept = local_checkpoint.folder_of(folder)
+        startup.check_room(folder, mine, key=key, room=room, kept=kept, everywhere=True)

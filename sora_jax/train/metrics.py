@@ -3,9 +3,11 @@
 Rates, MFU and the picture of the loss.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ class MetricWriter:
             )
         if self._active:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            _end_line(self._path)
             if importlib.util.find_spec("tensorboardX"):
                 from tensorboardX import SummaryWriter
 
@@ -129,17 +132,27 @@ class Rates:
         return rates
 
 
+def _end_line(path: Path) -> None:
+    """Ends a last line that was cut off, so that the next row does not go on in it."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+
+
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """Columns of a metrics.jsonl as (k, 2) arrays of step and value, steps ascending.
 
     A run that died after its last checkpoint wrote steps that the next run repeated: the later
-    rows count. A last line that was cut off is left out.
+    rows count. A line that was cut off, as a full disk or a killed host leaves it, is left out.
     """
     rows: dict[int, dict[str, float]] = {}
     for line in Path(path).read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
+        with contextlib.suppress(ValueError):
             row = json.loads(line)
-            rows[row.pop("step")] = row
+            if line.endswith("\n") and isinstance(row, dict):
+                rows[row.pop("step")] = row
     columns: dict[str, list[tuple[int, float]]] = {}
     for step in sorted(rows):
         for name, value in rows[step].items():

@@ -10,6 +10,7 @@ from flax import nnx
 from sora_jax import video_io
 from sora_jax.diffusion import guidance, sampler, times
 from sora_jax.generate import to_bytes
+from sora_jax.train import shown
 
 COLUMNS = 9  # frames shown of each clip on the sheet
 
@@ -23,12 +24,13 @@ def write(stage, config, params, frozen, batch, workdir: Path, *, step: int) -> 
         clips = generations(stage, config, params, frozen, labels)
     if jax.process_index() != 0:
         return
+    fps = shown.of_config(config).fps
     folder = Path(workdir) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / f"{step:07d}"
     sheet = video_io.contact_sheet(clips, columns=COLUMNS, labels=labels)
     video_io.save_image(base.with_suffix(".png"), sheet)
-    video_io.write_video(base.with_suffix(".mp4"), video_io.tile_videos(clips), fps=config.data.fps)
+    video_io.write_video(base.with_suffix(".mp4"), video_io.tile_videos(clips), fps=fps)
 
 
 def reconstructions(stage, params, batch) -> tuple[list[np.ndarray], list[str]]:
@@ -36,8 +38,8 @@ def reconstructions(stage, params, batch) -> tuple[list[np.ndarray], list[str]]:
     video = batch["video"][:4]
     recon, _ = jax.jit(stage.reconstruct)(params, video)
     clips, labels = [], []
-    for original, shown in zip(np.asarray(video), to_bytes(recon), strict=True):
-        clips += [original, shown]
+    for original, made in zip(np.asarray(video), to_bytes(recon), strict=True):
+        clips += [original, made]
         labels += ["original", "reconstruction"]
     return clips, labels
 
@@ -45,7 +47,8 @@ def reconstructions(stage, params, batch) -> tuple[list[np.ndarray], list[str]]:
 def generations(stage, config, params, frozen, prompts: list[str]) -> list[np.ndarray]:
     """One clip a prompt, with the sampling settings of the config and a fixed seed."""
     text_emb, mask = stage.text.of_prompts(params, frozen, [*prompts, *[""] * len(prompts)])
-    shape = stage.latent_shape(config.data.frames, config.data.height, config.data.width)
+    frames, height, width, _ = shown.of_config(config)
+    shape = stage.latent_shape(frames, height, width)
     shift = times.shift_for_tokens(stage.tokens_of(shape[:3]), stage.token_shift)
     table, told = times.schedule(config.sample.schedule, config.sample.steps, shift=shift)
     guide = guidance.of_config(config.sample)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sora_jax import compile_options, sharding
-from sora_jax.train import storage
+from sora_jax.train import shown, storage
 from sora_jax.train.dit_stage import DiTStage
 from sora_jax.train.optimizer import OptimConfig, make_optimizer
 from sora_jax.train.state import TrainState, abstract_state, make_init
@@ -133,6 +133,7 @@ def check(config) -> None:
             raise ValueError(f"config.{name} {config[name]} must be 1 or more.")
     if config.sample_every < 0:
         raise ValueError(f"config.sample_every {config.sample_every} must be 0 (never) or more.")
+    shown.of_config(config)
 
 
 def check_batch(config, mesh: Mesh) -> None:

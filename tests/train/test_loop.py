@@ -8,11 +8,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from sora_jax.checkpoint import Checkpointer
+from sora_jax.data import sources
+from sora_jax.train import export as exporting
 from sora_jax.train import loop
 from sora_jax.train.export import export
 from sora_jax.train.loop import begin, train
+from sora_jax.train.vae_stage import VAEStage
 
 STOP_AFTER = 2
 ONE = jax.devices()[:1]  # what is no matter of the mesh compiles faster without one
@@ -153,6 +157,38 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(dit_config, tm
     step, state = saved_state(tmp_path)
     assert step < 4
     assert all(np.isfinite(v).all() for path, v in state.items() if path.startswith("ema/"))
+
+
+def test_what_cannot_be_shown_costs_no_checkpoint(dit_config, tmp_path, monkeypatch):
+    dit_config.num_steps = dit_config.checkpoint_every = dit_config.sample_every = 2
+
+    def fail(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(loop.preview, "write", fail)
+    with pytest.raises(OSError, match="no space left"):
+        train(dit_config, tmp_path, devices=ONE)
+    assert saved_state(tmp_path)[0] == 2
+
+
+def test_a_vae_is_exported_with_the_statistics_of_what_it_was_trained_on(vae_config, monkeypatch):
+    """Of the parts of a mixture, opened where clips start anywhere, as training opens them."""
+    vae_config.data.parts = ConfigDict(
+        {name: {"weight": 1.0, "seed": seed} for name, seed in (("a", 3), ("b", 4))}
+    )
+    seen, make = [], sources.make_source
+
+    def spy(settings, **options):
+        seen.append(settings["seed"])
+        return make(settings, **options)
+
+    monkeypatch.setattr(sources, "make_source", spy)
+    monkeypatch.setattr(exporting, "STATISTICS_CLIPS", 8)
+    stage = VAEStage(vae_config)
+    params = jax.jit(stage.init)(jax.random.key(0))
+    config = exporting.with_statistics(stage, vae_config, params["vae"])
+    assert seen == [3, 4]
+    assert len(config.latents_std) == config.z_dim and min(config.latents_std) > 0
 
 
 def test_a_run_starts_from_the_weights_of_a_folder(vae_config, tmp_path):

@@ -42,6 +42,17 @@ def test_steps_repeated_after_a_crash_count_once_and_a_cut_line_not_at_all(tmp_p
     np.testing.assert_array_equal(metrics.read_metrics(file)["x"], [[1, 1], [2, 2.5], [3, 3]])
 
 
+def test_a_run_goes_on_behind_a_line_that_was_cut_off(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "x": 1.0}\n{"step": 2, "tra')
+    with metrics.MetricWriter(tmp_path) as writer:
+        writer.write(2, {"x": 2.0})
+    np.testing.assert_array_equal(metrics.read_metrics(file)["x"], [[1, 1], [2, 2]])
+    # As earlier versions went on.
+    file.write_text('{"step": 1, "x": 1.0}\n{"step": 2, "tra{"step": 2, "x": 2.0}\n')
+    np.testing.assert_array_equal(metrics.read_metrics(file)["x"], [[1, 1]])
+
+
 def test_rates_are_those_since_the_last_call(clock):
     rates = metrics.Rates()
     clock[0] += 50  # compilation
