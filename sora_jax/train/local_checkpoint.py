@@ -28,6 +28,11 @@ _DIGEST = 64  # bytes
 ROOM = 3.2  # free space wanted, in sizes of what a process holds: one more is written beside two
 
 
+def folder_of(directory: str | Path) -> Path:
+    """Where this process keeps its copies under `directory`."""
+    return Path(directory) / f"sora_jax-{jax.process_index()}-of-{jax.process_count()}"
+
+
 class LocalCheckpointer:
     """The copies of this process under `directory`.
 
@@ -36,8 +41,7 @@ class LocalCheckpointer:
     """
 
     def __init__(self, directory: Path, *, run: str):
-        number, count = jax.process_index(), jax.process_count()
-        self._folder = Path(directory) / f"sora_jax-{number}-of-{count}"
+        self._folder = folder_of(directory)
         self._run = run
         self._background = Background("local")
 

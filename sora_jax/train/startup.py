@@ -1,5 +1,6 @@
 """What is found before the first step: hosts that differ, another config's workdir, no room."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -19,6 +20,7 @@ import sora_jax
 from sora_jax import agreement
 
 ROOM = 2.2  # free space wanted, in sizes of the state: a new checkpoint beside the last one
+_NEW = 1.1  # of it, what a new one takes; the rest may be taken by what a run has kept already
 _SHOWN = 6  # differing keys that are listed
 
 # A workdir goes on with other values of any key but these: they change the state, or the order of
@@ -125,7 +127,7 @@ def check_same_run(config, saved: str, *, workdir: Path) -> list[str]:
             f"{workdir} holds a run of another config: {_listed(rows)}; set config as it was, or "
             "start from the run's export (config.init_from) in another workdir."
         )
-    return [f"{key} {old[key]!r} -> {given[key]!r}" for key in differ]
+    return [f"{k} {old.get(k, 'nothing')!r} -> {given.get(k, 'nothing')!r}" for k in differ]
 
 
 def _is_fixed(key: str) -> bool:
@@ -167,12 +169,20 @@ def state_bytes(shapes, placement) -> tuple[int, int]:
 
 
 def check_room(
-    folder: Path, needed: int, *, key: str, room: float = ROOM, everywhere: bool = False
+    folder: Path,
+    needed: int,
+    *,
+    key: str,
+    room: float = ROOM,
+    kept: Path | None = None,
+    everywhere: bool = False,
 ) -> None:
     """Makes `folder` and tries whether `room` times `needed` bytes can be written to it.
 
     Args:
       needed: bytes of what is to be saved.
+      kept: folder of what was saved before and will be replaced, which needs no room again; None:
+        `folder`.
       key: what names the folder, for the message.
       everywhere: each process tries for itself, since the folder is on its own disk; else the
         first one tries for all.
@@ -182,10 +192,20 @@ def check_room(
     """
     problem = None
     if everywhere or jax.process_index() == 0:
+        room = max(_NEW * needed, room * needed - _bytes_in(folder if kept is None else kept))
         problem = _no_room(Path(folder), needed, room, key)
     problems = [p for p in agreement.gather(problem) if p]
     if problems:
         raise ValueError(problems[0])
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of the files below `folder`; some may go meanwhile."""
+    found = 0
+    for file in Path(folder).rglob("*"):
+        with contextlib.suppress(OSError):
+            found += file.stat().st_size if file.is_file() else 0
+    return found
 
 
 def _no_room(folder: Path, needed: int, room: float, key: str) -> str | None:
@@ -194,7 +214,7 @@ def _no_room(folder: Path, needed: int, room: float, key: str) -> str | None:
         there = there.parent
     try:
         free = shutil.disk_usage(there).free
-        if free >= room * needed:
+        if free >= room:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
@@ -204,7 +224,7 @@ def _no_room(folder: Path, needed: int, room: float, key: str) -> str | None:
         return f"{key} {folder}: {error.strerror}; give a folder that this process may write to."
     return (
         f"{key} {folder} has {free / 1e9:.1f} GB free, checkpoints of {needed / 1e9:.2f} GB want "
-        f"{room * needed / 1e9:.1f} GB; make room, or give another folder."
+        f"{room / 1e9:.1f} GB; make room, or give another folder."
     )
 
 

@@ -1,15 +1,17 @@
 """What is found before the first step: other configs, other hosts, no room; runs told apart."""
 
 import shutil
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from configs import base
 from sora_jax import sharding
-from sora_jax.train import loop, startup
+from sora_jax.train import local_checkpoint, loop, startup
 
 
 @pytest.fixture
@@ -103,6 +105,46 @@ def test_hosts_with_another_config_code_or_jax_are_named(config, monkeypatch, ch
     monkeypatch.setattr(startup.agreement, "gather", gather)
     with pytest.raises(ValueError, match=rf"process 2 differs from process 0 in {words}.*; start"):
         startup.check_hosts(config)
+
+
+def test_a_part_of_a_mixture_may_get_a_place_and_lose_it(config):
+    config.data.parts = ConfigDict({"a": {"kind": "clips", "weight": 1.0}})
+    placed = changed(config)
+    placed.data.parts.a.path = "elsewhere"
+    for old, new, row in (
+        (config, placed, "data.parts.a.path 'nothing' -> 'elsewhere'"),
+        (placed, config, "data.parts.a.path 'elsewhere' -> 'nothing'"),
+    ):
+        saved = old.to_json_best_effort()
+        assert startup.check_same_run(new, saved, workdir=Path("a")) == [row]
+
+
+def test_what_a_run_has_kept_needs_no_room_again(tmp_path, monkeypatch):
+    """A disk of four states: the run that filled it with two must start again there."""
+    free = [4000]
+    monkeypatch.setattr(startup.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free[0]))
+    run, own = tmp_path / "run", tmp_path / "local" / "own"
+    for folder, options in (
+        (run, {}),
+        (tmp_path / "local", {"room": local_checkpoint.ROOM, "kept": own}),
+    ):
+        free[0] = 4000
+        startup.check_room(folder, 1000, key="a", **options)
+        kept = options.get("kept", folder)
+        for step in (1, 2):
+            (kept / str(step)).mkdir(parents=True)
+            (kept / str(step) / "state").write_bytes(bytes(1000))
+        free[0] = 2000
+        startup.check_room(folder, 1000, key="a", **options)
+        free[0] = 1000  # less than a new one takes
+        with pytest.raises(ValueError, match="make room"):
+            startup.check_room(folder, 1000, key="a", **options)
+    # What others keep beside a host's copies is not replaced.
+    (tmp_path / "local" / "others").write_bytes(bytes(9000))
+    shutil.rmtree(own)
+    free[0] = 2000
+    with pytest.raises(ValueError, match="make room"):
+        startup.check_room(tmp_path / "local", 1000, key="a", room=local_checkpoint.ROOM, kept=own)
 
 
 def test_too_little_space_or_no_permission_is_one_line(tmp_path, monkeypatch):
