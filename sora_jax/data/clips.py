@@ -1,6 +1,7 @@
 """Clips of a set that `sora-jax data build` made: at their own sizes, or all fitted to one."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,15 @@ class ClipSource:
         manifest = json.loads((self.path / "manifest.json").read_text("utf-8"))
         self._files = [str(self.path / shard["file"]) for shard in manifest["shards"]]
         self._reader = None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a cache of these records is made of: the set, and what of its clips is read."""
+        manifest = (self.path / "manifest.json").read_bytes()
+        told = dataclasses.asdict(self.settings) | {
+            "set": hashlib.sha256(manifest).hexdigest()[:16]
+        }
+        return json.loads(json.dumps(told))  # as a file gives it back
 
     def __len__(self) -> int:
         return len(self._number)

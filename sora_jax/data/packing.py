@@ -225,7 +225,7 @@ class BucketPlan:
                 f"into a batch of {tokens}; raise config.data.bucket_tokens."
             )
         self.lengths, self.buckets, self.seed = lengths, list(buckets), seed
-        self.tokens = tokens
+        self.tokens, self.multiple = tokens, multiple
         self._size = {
             bucket: tokens // int(lengths.tokens[i]) // multiple * multiple
             for i, bucket in enumerate(self.buckets)
@@ -237,7 +237,9 @@ class BucketPlan:
         return len(self.buckets)
 
     def __repr__(self) -> str:
-        return f"buckets of {self.tokens} tokens"
+        # Which records a batch has depends on it, and so what is left of an epoch does.
+        shared = f", batches of a multiple of {self.multiple}" if self.multiple > 1 else ""
+        return f"buckets of {self.tokens} tokens{shared}"
 
     def batch(self, n: int) -> list[Row]:
         epoch, members = self._batches[n]

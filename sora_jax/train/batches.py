@@ -92,6 +92,11 @@ def make_source(config, stage) -> tuple[Any, list]:
 
 
 def make_pick(config, stage) -> latent_cache.PickCaption:
+    if config.data.get("caption_fps", False) and config.data.get("text_embeddings", False):
+        raise ValueError(
+            "config.data.caption_fps adds to captions, whose embeddings config.data."
+            "text_embeddings reads as they were made; set one of them to False."
+        )
     return latent_cache.PickCaption(
         stage.text.tokenizer,
         config.text_tokens,
@@ -313,7 +318,7 @@ def _planned(config, stage, source, steps, options):
             [tuple(size) for size in sizes.tolist()],
             tokens=config.data.bucket_tokens,
             seed=config.seed,
-            multiple=sharding.axis_size(options["mesh"], "batch"),
+            multiple=config.optim.accumulate * sharding.axis_size(options["mesh"], "batch"),
         )
         collate = StackRows(stage.prepare)
     if is_cached(mixture.parts_of(source)[0]):

@@ -35,7 +35,7 @@ class PickCaption(RandomTransform):
 
     Args:
       fps: adds the frames a second to the caption ("..., 8 fps"), for a model that is to follow
-        them; prompts then say them too.
+        them; prompts then say them too. Images have none, and what has no caption gets none.
       embedding: keeps that of the caption, which a cache may hold; those of the others go.
     """
 
@@ -46,7 +46,7 @@ class PickCaption(RandomTransform):
 
     def _choices(self, captions: list[str], fps: float) -> tuple[list[str], list[int]]:
         def told(text: str) -> str:
-            return f"{text}, {fps:g} fps" if self.fps else text
+            return f"{text}, {fps:g} fps" if self.fps and fps and text else text
 
         if self.embedding:  # one for each caption
             captions = [timed.as_one(c) for c in captions]
@@ -125,6 +125,8 @@ def build(
         "clip_shape": list(source[0]["video"].shape),
         "shard_clips": shard_clips,
     }
+    if text_folder:
+        wanted["text_tokens"] = text_tokens
     if origin := getattr(source, "origin", None):
         wanted["origin"] = origin
     check_meta(path, wanted)
@@ -166,6 +168,8 @@ def check_meta(path: Path, wanted: dict[str, Any]) -> None:
     if "origin" in wanted and "origin" in found:  # caches did not always tell
         _check_origin(path, found["origin"], wanted["origin"])
     for name, value in wanted.items():
+        if name == "text_tokens" and name not in found:
+            continue  # caches did not always tell
         if name != "origin" and found.get(name) != value:
             raise ValueError(
                 f"the latents in {path} have {name} {found.get(name)}, the config asks for "
@@ -197,11 +201,12 @@ def _encode(
     path.mkdir(parents=True, exist_ok=True)
     rank, processes = jax.process_index(), jax.process_count()
     if rank == 0 and not (path / latents.META).is_file():
-        folder.write_json(path / latents.META, meta)
+        with atomic_path(path / latents.META) as part:
+            folder.write_json(part, meta)
     shards = -(-clips // size)
     names = [path / f"latents-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
     mine = list(range(rank, shards, processes))
-    done = [i for i in mine if names[i].is_file() and _sidecar(names[i]).is_file()]
+    done = [i for i in mine if names[i].is_file() and _is_told(_sidecar(names[i]))]
     step = encode.config.scale_factor_temporal
     finished = min(len(done) * size, clips)
     with Progress("encoding", total=clips // processes, unit="clips", start=finished) as bar:
@@ -224,9 +229,9 @@ def _encode(
                 bar.update(finished + len(rows))
             finished += len(rows)
             _write_shard(names[i], rows)
-            folder.write_json(
-                _sidecar(names[i]), {"sizes": sizes, "fps": rates, "captions": captions}
-            )
+            with atomic_path(_sidecar(names[i])) as part:
+                told = {"sizes": sizes, "fps": rates, "captions": captions}
+                part.write_text(json.dumps(told) + "\n")
     if processes > 1:
         multihost_utils.sync_global_devices("latent cache encoded")
     if rank == 0:
@@ -237,6 +242,15 @@ def _encode(
 
 def _sidecar(shard: Path) -> Path:
     return shard.with_name(f".{shard.stem}.json")
+
+
+def _is_told(sidecar: Path) -> bool:
+    """Whether what a shard says of its records is there, and whole."""
+    try:
+        json.loads(sidecar.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _write_shard(path: Path, rows: Sequence[bytes]) -> None:

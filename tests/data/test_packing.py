@@ -90,6 +90,9 @@ def test_buckets_hold_one_size_each_and_every_record_comes():
     assert len(seen) < 2000 + most, "only the last batch of a bucket is filled up"
     again = BucketPlan(lengths, lengths.tokens.tolist(), tokens=2048, seed=0, multiple=2)
     assert again.batch(n + 5) == plan.batch(n + 5)
+    # Other shards make other batches: a run on them must not go on in the middle of these.
+    other = BucketPlan(lengths, lengths.tokens.tolist(), tokens=2048, seed=0, multiple=4)
+    assert other.batch(n) != plan.batch(n) and repr(other) != repr(plan) == repr(again)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,11 @@ def test_buckets_of_pixels_hold_one_size(config, mesh, monkeypatch):
     shapes = {next(loader)["latents"].shape for _ in range(6)}
     loader.close()
     assert shapes == {(8, 1, 2, 2, 4), (2, 2, 2, 4, 4)}
+    config.data.bucket_tokens, config.optim.accumulate = 48, 2  # twelve and three, halved evenly
+    loader = make_loader(config, stage, mesh)
+    shapes = {next(loader)["latents"].shape for _ in range(6)}
+    loader.close()
+    assert shapes == {(12, 1, 2, 2, 4), (2, 2, 2, 4, 4)}
 
 
 def test_captions_can_say_the_rate():
@@ -126,6 +131,8 @@ def test_captions_can_say_the_rate():
     record = {"captions": ["a ball"], "fps": 12.5}
     assert pick(record, np.random.default_rng(0))["caption"] == "a ball, 12.5 fps"
     assert pick.longest(["a ball"], 12.5) == (len("a ball, 12.5 fps") + 1, 1)
+    for record in ({"caption": "a cat", "fps": 0.0}, {"caption": "", "fps": 8.0}):
+        assert pick(record, np.random.default_rng(0))["caption"] == record["caption"]
     cut, _ = pick.longest(["a ball that is far too long"], 12.5)
     assert cut == 30, "embeddings are cut there"
     stamped = "[0-1] a ball [1-2] a box"
@@ -163,6 +170,7 @@ def test_mistakes_are_told(config, mesh, tmp_path, vae_folder):
             r"has 16 video tokens, a row takes 3; raise config.data.pack.tokens",
         ),
         ({"kind": "latents", "path": str(tmp_path), "parts": {}}, "no complete cache of latents"),
+        ({"caption_fps": True, "text_embeddings": True}, "reads as they were made; set one of"),
     ]
     for changes, message in cases:
         changed = config.copy_and_resolve_references()

@@ -90,6 +90,14 @@ def test_all_can_be_fitted_to_one_size(built):
     assert source[0]["video"].shape == (9, 32, 48, 3)
 
 
+def test_clips_read_otherwise_are_not_added_to_a_cache(built, cached, capsys):
+    arguments = ["--data", str(built), "--checkpoint", "paperworld", "--out", str(cached)]
+    again = ["data", "cache", *arguments, "--frames", "9"]
+    assert cli.main([*again, "--fps", "8"]) == 0
+    assert cli.main([*again, "--fps", "4"]) == 2
+    assert "are of clips with fps 8.0 (asked for: 4.0); delete" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("batching", ["pack", "bucket"])
 def test_ten_steps_on_cached_latents_then_a_sample(cached, tmp_path, batching):
     latents = LatentSource(cached)

@@ -124,6 +124,18 @@ def test_interrupted_build_goes_on_where_it_stopped(cache, vae_folder, tmp_path)
     assert len(got) == CLIPS
 
 
+@pytest.mark.parametrize("text", ["", '{"sizes": [[1, 2'])
+def test_a_shard_whose_list_was_cut_off_is_made_again(cache, vae_folder, tmp_path, text):
+    with pytest.raises(InterruptedError):
+        build(SourceOfManyCaptions(fail_at=9), vae_folder, tmp_path)
+    sorted(tmp_path.glob(".latents-*.json"))[0].write_text(text)
+    source = SourceOfManyCaptions()
+    build(source, vae_folder, tmp_path)
+    assert set(source.read) == {0, 1, 2, 3, 8, 9}
+    for name in sorted(path.name for path in cache[0].iterdir()):
+        assert (tmp_path / name).read_bytes() == (cache[0] / name).read_bytes()
+
+
 def test_a_missing_shard_is_told(cache, tmp_path):
     copy = shutil.copytree(cache[0], tmp_path / "copy")
     next(copy.glob("latents-00001*")).unlink()
