@@ -75,7 +75,8 @@ def train(config: Any, slice_: Slice) -> Step:
     mesh = mesh_of(config, slice_)
     begun = time.perf_counter()
     built = program.build(config, mesh, abstract=True)
-    batch = program.abstract_batch(config, built.stage)
+    shards = config.optim.accumulate * sharding.axis_size(mesh, "batch")
+    batch = program.abstract_batch(config, built.stage, shards=shards)
     arguments = program.abstract_arguments(built, batch)
     state, frozen, placed, _ = arguments
     kinds = {_KINDS.get(name, name): value for name, value in state._asdict().items()}

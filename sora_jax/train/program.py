@@ -85,10 +85,13 @@ def abstract_arguments(program: Program, batch: dict[str, jax.ShapeDtypeStruct])
     return placed(program.shapes, program.placement), frozen, batch, key
 
 
-def abstract_batch(config, stage) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config, stage, *, shards: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the largest batch that `config`'s loader gives `stage`, over all devices.
 
     Cached latents and embeddings where the config reads them ("latents", `text_embeddings`).
+
+    Args:
+      shards: devices that rows are cut over, times `optim.accumulate`: buckets divide over them.
     """
     data, rows = config.data, config.batch_size
     array = jax.ShapeDtypeStruct
@@ -97,7 +100,7 @@ def abstract_batch(config, stage) -> dict[str, jax.ShapeDtypeStruct]:
     latent = stage.latent_shape(data.frames, data.height, data.width)
     packed = data.batching == "pack"
     if data.batching == "bucket":
-        rows = max(1, data.bucket_tokens // stage.tokens_of(latent[:3]))
+        rows = max(1, data.bucket_tokens // stage.tokens_of(latent[:3]) // shards) * shards
     length = data.pack.text_tokens if packed else config.text_tokens
     if stage.text.is_cached:
         text = {"text_emb": array((rows, length, stage.text.config.width), jnp.bfloat16)}

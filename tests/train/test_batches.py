@@ -124,6 +124,9 @@ def test_buckets_of_pixels_hold_one_size(config, mesh, monkeypatch):
     shapes = {next(loader)["latents"].shape for _ in range(6)}
     loader.close()
     assert shapes == {(12, 1, 2, 2, 4), (2, 2, 2, 4, 4)}
+    config.data.update(kind="latents", width=64)  # what a plan compiles is the wide clips' batch
+    latents = abstract_batch(config, stage, shards=2)["latents"].shape
+    assert latents == (2, 2, 2, 4, 4)
 
 
 def test_captions_can_say_the_rate():
