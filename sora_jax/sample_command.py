@@ -13,7 +13,7 @@ from sora_jax import agreement, task_command, video_io
 from sora_jax.convert import folder
 from sora_jax.generate import Pipeline, Request, Video, array_hash, conditions
 from sora_jax.generate.preview import check_preview, watched
-from sora_jax.generate.video import Film
+from sora_jax.generate.video import Film, check_beside
 from sora_jax.progress import LearnedProgress, Progress
 from sora_jax.prompts import timed, writers
 
@@ -43,7 +43,8 @@ def run(args: Namespace) -> list[Path]:
     arrays = {name: Path(path) for name, path in arrays.items() if path is not None}
     if writes():
         video_io.check_output_path(out)
-        check_beside(out, args.prompts_file, "--prompts-file")
+        if task is not None:
+            check_beside(out)
         if args.preview is not None:
             check_preview(args.preview, out=out)
         for path in arrays.values():
@@ -119,6 +120,9 @@ def run(args: Namespace) -> list[Path]:
         for i in range(args.batch)
     ]
     video_io.check_rate(out, requests[0].fps)
+    if writes():
+        for i in range(len(requests)):
+            check_beside(_numbered(out, i, len(requests)))
     together = again.get("batch_size", min(len(requests), AT_ONCE))
     if (arrays or noise is not None) and len(requests) > together:
         raise ValueError(
@@ -189,15 +193,6 @@ def save(made: Video | Film, path: Path, *, sheet: bool) -> Path:
         for _ in made.parts:  # made while they are asked for
             pass
     return path
-
-
-def check_beside(out: Path, given: str | None, name: str) -> None:
-    """Raises ValueError where the settings that are written beside `out` would replace a file."""
-    beside = out.with_suffix(".json")
-    if given is not None and beside.resolve() == Path(given).resolve():
-        raise ValueError(
-            f"--out {out}: its settings are written to {beside}, which is {name}; use another name."
-        )
 
 
 def writes() -> bool:

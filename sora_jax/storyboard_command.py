@@ -40,6 +40,7 @@ def run(args: Namespace) -> None:
     from sora_jax.generate import board as boards
     from sora_jax.generate import storyboard
     from sora_jax.generate.preview import check_preview, watched
+    from sora_jax.generate.video import check_beside
     from sora_jax.progress import LearnedProgress
 
     board = boards.read(args.file)
@@ -50,7 +51,7 @@ def run(args: Namespace) -> None:
     writes = sample_command.writes()
     if args.out is not None and writes:
         video_io.check_output_path(args.out)
-        sample_command.check_beside(Path(args.out), args.file, "the storyboard")
+        check_beside(args.out)
         if args.preview is not None:
             check_preview(args.preview, out=Path(args.out))
     begun = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from sora_jax.convert import folder
+
+_VERSION = "sora_jax"  # the key of metadata that every video made here has
 
 
 def to_bytes(video: Float[Array, "*b F H W 3"]) -> UInt8[np.ndarray, "*b F H W 3"]:
@@ -22,6 +25,25 @@ def array_hash(array: np.ndarray) -> str:
     """First 16 hexadecimal digits of the SHA-256 of an array's values as float32."""
     data = np.ascontiguousarray(array, np.float32).tobytes()
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def check_beside(path: str | Path) -> None:
+    """Raises ValueError where NAME.json beside a video NAME.mp4 is there and of another program.
+
+    A video's metadata are written there.
+    """
+    beside = Path(path).with_suffix(".json")
+    if not beside.is_file():
+        return
+    try:
+        there = json.loads(beside.read_text("utf-8"))
+    except (OSError, ValueError):
+        there = None
+    if not isinstance(there, dict) or (there and _VERSION not in there):
+        raise ValueError(
+            f"{path}: its settings are written to {beside}, and what is there is none of a video; "
+            "use another name, or move that file away."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +66,7 @@ class Video:
 
         path = Path(path)
         video_io.check_output_path(path)
+        check_beside(path)
         written = video_io.write_video(path, self.frames, fps=self.fps, metadata=self.metadata)
         folder.write_json(path.with_suffix(".json"), self.metadata)
         return written
@@ -88,6 +111,7 @@ class Film:
         from sora_jax import video_io
 
         path = Path(path)
+        check_beside(path)
         written = video_io.write_video(path, self.parts, fps=self.fps, metadata=self.metadata)
         folder.write_json(path.with_suffix(".json"), self.metadata)
         return written

@@ -147,5 +147,5 @@ def test_a_storyboard_is_not_replaced_by_the_settings_of_its_film(tasks_folder, 
     before = film.read_text()
     arguments = ["storyboard", str(film), "--checkpoint", str(tasks_folder)]
     assert cli.main([*arguments, "--out", str(tmp_path / "film.png")]) == 2
-    assert "which is the storyboard; use another name" in capsys.readouterr().err
+    assert "what is there is none of a video; use another name" in capsys.readouterr().err
     assert film.read_text() == before and not (tmp_path / "film.png").exists()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import sora_jax
 from sora_jax import cli, video_io
 from sora_jax.generate import Pipeline, Video
 
@@ -104,6 +105,26 @@ def test_files_are_read_before_weights(sample, wide, tmp_path, monkeypatch, args
     names = {"WIDE": str(wide), "MISSING": str(tmp_path / "missing.mp4")}
     status, err = sample(*("".join(names.get(p, p) for p in split(str(a))) for a in args))
     assert status == 2 and "missing.mp4" in err
+
+
+@pytest.mark.parametrize("text", ['{"name": "my package"}', "one prompt a line", "[1]"])
+def test_a_file_of_another_program_is_not_replaced_by_settings(
+    sample, tasks_folder, tmp_path, monkeypatch, text
+):
+    other = tmp_path / "made.json"
+    other.write_text(text)
+    video = sora_jax.load(tasks_folder)("a ball", steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "load_weights", None)
+        for task in ((), ("--seconds", 1)):
+            status, err = sample(*task)
+            assert status == 2 and "made.json, and what is there is none of a video" in err
+    with pytest.raises(ValueError, match="none of a video"):
+        video.save(tmp_path / "made.mp4")
+    assert other.read_text() == text and not (tmp_path / "made.mp4").exists()
+    other.unlink()
+    for _ in range(2):  # its own are replaced
+        video.save(tmp_path / "made.mp4")
 
 
 @pytest.mark.parametrize(
