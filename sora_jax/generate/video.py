@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,11 @@ def check_beside(path: str | Path) -> None:
     if not beside.is_file():
         return
     try:
-        there = json.loads(beside.read_text("utf-8"))
-    except (OSError, ValueError):
-        there = None
-    if not isinstance(there, dict) or (there and _VERSION not in there):
+        there = folder.read_json(beside)
+        ours = not there or _VERSION in there
+    except ValueError:
+        ours = False
+    if not ours:
         raise ValueError(
             f"{path}: its settings are written to {beside}, and what is there is none of a video; "
             "use another name, or move that file away."

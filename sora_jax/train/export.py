@@ -281,8 +281,8 @@ def with_statistics(stage, config, params):
         square = jnp.square(mean) + jnp.exp(logvar)
         return jnp.mean(mean, axes), jnp.mean(square, axes)
 
-    shown_clips = itertools.islice(loader, max(1, STATISTICS_CLIPS // 8))
-    sums = [moments(params, batch["video"]) for batch in shown_clips]
+    some = itertools.islice(loader, max(1, STATISTICS_CLIPS // 8))
+    sums = [moments(params, batch["video"]) for batch in some]
     mean, square = (np.mean([np.asarray(s[i], np.float64) for s in sums], 0) for i in (0, 1))
     std = np.sqrt(square - mean**2)
     return dataclasses.replace(stage.config, latents_mean=mean.tolist(), latents_std=std.tolist())

@@ -247,8 +247,8 @@ def _sidecar(shard: Path) -> Path:
 def _is_told(sidecar: Path) -> bool:
     """Whether what a shard says of its records is there, and whole."""
     try:
-        json.loads(sidecar.read_text())
-    except (OSError, ValueError):
+        folder.read_json(sidecar)
+    except ValueError:
         return False
     return True
 

@@ -192,8 +192,9 @@ def check_room(
     """
     problem = None
     if everywhere or jax.process_index() == 0:
-        room = max(_NEW * needed, room * needed - _bytes_in(folder if kept is None else kept))
-        problem = _no_room(Path(folder), needed, room, key)
+        there = _bytes_in(folder if kept is None else kept)
+        wanted = max(_NEW * needed, room * needed - there)
+        problem = _no_room(Path(folder), needed, wanted, key)
     problems = [p for p in agreement.gather(problem) if p]
     if problems:
         raise ValueError(problems[0])
@@ -208,13 +209,13 @@ def _bytes_in(folder: Path) -> int:
     return found
 
 
-def _no_room(folder: Path, needed: int, room: float, key: str) -> str | None:
+def _no_room(folder: Path, needed: int, wanted: float, key: str) -> str | None:
     there = folder
     while not there.exists():
         there = there.parent
     try:
         free = shutil.disk_usage(there).free
-        if free >= room:
+        if free >= wanted:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
@@ -224,7 +225,7 @@ def _no_room(folder: Path, needed: int, room: float, key: str) -> str | None:
         return f"{key} {folder}: {error.strerror}; give a folder that this process may write to."
     return (
         f"{key} {folder} has {free / 1e9:.1f} GB free, checkpoints of {needed / 1e9:.2f} GB want "
-        f"{room / 1e9:.1f} GB; make room, or give another folder."
+        f"{wanted / 1e9:.1f} GB; make room, or give another folder."
     )
 
 

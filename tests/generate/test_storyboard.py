@@ -65,13 +65,13 @@ def test_prompts_change_within_a_shot(pipe, monkeypatch):
         made(pipe, {"prompt": short})
 
 
-@pytest.mark.parametrize("fps", [24, 30])
-def test_prompts_change_at_any_rate(pipe, fps):
+@pytest.mark.parametrize("fps, frames", [(24, 37), (30, 77)])
+def test_prompts_change_at_any_rate(pipe, fps, frames):
     """37 frames of 24 a second are 1.5416666666666667 s, which six digits round up."""
     spans = [{"at": 0, "text": "it stays"}, {"at": 0.5, "text": "it rolls"}]
-    values = {"fps": fps, "shots": [{"prompt": spans, "seconds": 37 / fps}]}
+    values = {"fps": fps, "shots": [{"prompt": spans, "seconds": frames / fps}]}
     film = storyboard.render(pipe, board.parse(values), **SETTINGS)
-    assert sum(len(part) for part in film.parts) == 37
+    assert sum(len(part) for part in film.parts) == frames
 
 
 @pytest.mark.parametrize(
