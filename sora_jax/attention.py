@@ -67,7 +67,7 @@ def select(
         return implementation
     if platform == "cpu":
         return "blocked"
-    if platform in ("gpu", "cuda") and cudnn_fits and not kv_bias:
+    if platform in layers.GPUS and cudnn_fits and not kv_bias:
         return "cudnn"
     if not many:
         return "xla"

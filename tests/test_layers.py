@@ -1,12 +1,15 @@
 """Matrix products and norms: values and gradients against plain jnp."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from sora_jax import layers
+from sora_jax import layers, sharding
 
 
 def normal(*shape, seed=0):
@@ -52,6 +55,52 @@ def test_bfloat16_operands_keep_float32_results_and_gradients():
     for a, b in zip(got, value_and_gradients(jnp.matmul, x, w), strict=True):
         assert a.dtype == jnp.float32
         assert 1e-4 < relative_error(a, b) < 2 * 2**-9
+
+
+def test_results_may_be_rounded():
+    """The sums that are rounded are float32's; so are those for the weights, which are not."""
+    x, w, dy = normal(64, 256), normal(256, 32, seed=1), normal(64, 32, seed=2)
+    y, pullback = jax.vjp(lambda x, w: layers.dot(x, w, "bfloat16", (), "bfloat16"), x, w)
+    want, want_pullback = jax.vjp(lambda x, w: layers.dot(x, w, "bfloat16"), x, w)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, want.astype(jnp.bfloat16))
+    (dx, dw), (want_dx, want_dw) = pullback(dy.astype(y.dtype)), want_pullback(dy)
+    np.testing.assert_array_equal(dx, want_dx.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_equal(dw, want_dw)
+
+
+@pytest.mark.parametrize(
+    "platform, dtype, expected",
+    [
+        ("gpu", "bfloat16", "bfloat16"),
+        ("cuda", "int8", "bfloat16"),
+        ("gpu", "float32", "float32"),
+        ("tpu", "bfloat16", "float32"),
+        ("cpu", "bfloat16", "float32"),
+    ],
+)
+def test_rounded_layers_round_on_gpus_alone(monkeypatch, platform, dtype, expected):
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    make = functools.partial(layers.Linear, 8, 4, axes=("embed", "mlp"), dtype=dtype)
+    assert make(rngs=nnx.Rngs(0), rounded=True)(normal(2, 8)).dtype == expected
+    assert make(rngs=nnx.Rngs(0))(normal(2, 8)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+def test_gradients_of_rounded_biases_are_summed_in_float32(monkeypatch, held):
+    """As traced: CPUs sum bfloat16 in float32 by themselves."""
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    linear = layers.Linear(
+        2, 3, axes=("embed", "mlp"), rngs=nnx.Rngs(0), dtype="bfloat16", rounded=True
+    )
+    graph, params = nnx.split(linear, nnx.Param)
+    params = jax.tree.map(lambda p: p.astype(held), params)
+    x = jnp.zeros((2, 2048, 2))
+    grad = jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(x).astype(jnp.float32)))
+    bias = grad(params)["bias"][...]
+    assert bias.dtype == held
+    np.testing.assert_array_equal(bias.astype(jnp.float32), 4096)
+    assert re.findall(r"(\w+)\[3\] = reduce_sum", str(jax.make_jaxpr(grad)(params))) == ["f32"]
 
 
 def test_gradients_have_the_dtypes_of_the_operands():
@@ -115,7 +164,8 @@ def test_norms_of_bfloat16_are_computed_in_float32(norm):
 
 
 def test_programs_for_every_platform_contract_in_float32(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    # The platform of the mesh, for that of a plan is not here.
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     x, y = normal(2, 3, 4), normal(2, 4, 5)
 
     def traced():

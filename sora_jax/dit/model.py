@@ -58,7 +58,12 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, out_init=None, image: bool = False):
         linear = functools.partial(
-            layers.Linear, config.width, config.width, rngs=rngs, dtype=config.linear_dtype
+            layers.Linear,
+            config.width,
+            config.width,
+            rngs=rngs,
+            dtype=config.linear_dtype,
+            rounded=True,
         )
         self.q = linear(axes=("embed", "heads"))
         self.k = linear(axes=("embed", "heads"))
@@ -125,24 +130,15 @@ class MLP(nnx.Module):
     """Linear, GELU (tanh), linear."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        self.up = layers.Linear(
-            config.width,
-            config.ffn_dim,
-            axes=("embed", "mlp"),
-            rngs=rngs,
-            dtype=config.linear_dtype,
+        linear = functools.partial(
+            layers.Linear, rngs=rngs, dtype=config.linear_dtype, rounded=True
         )
-        self.down = layers.Linear(
-            config.ffn_dim,
-            config.width,
-            axes=("mlp", "embed"),
-            rngs=rngs,
-            dtype=config.linear_dtype,
-        )
+        self.up = linear(config.width, config.ffn_dim, axes=("embed", "mlp"))
+        self.down = linear(config.ffn_dim, config.width, axes=("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         y = sharding.constrain(self.up(x), "batch", "tokens", "act_mlp")
-        return self.down(jax.nn.gelu(y, approximate=True))
+        return self.down(jax.nn.gelu(y.astype(jnp.float32), approximate=True))
 
 
 def _to_tokens(

@@ -206,6 +206,30 @@ def test_bfloat16_operands_stay_near_float32():
     assert 1e-4 < error < 3e-2
 
 
+def test_rounded_results_of_gpus_stay_near_float32(monkeypatch):
+    """Velocity, which is not rounded, and gradients; by XLA's attention, for cuDNN is not here."""
+
+    def value_and_gradients(config):
+        graph, params = nnx.split(random_model(config), nnx.Param)
+        loss = lambda p: jnp.mean(jnp.square(nnx.merge(graph, p)(*inputs())))  # noqa: E731
+        velocity = apply(random_model(config), *inputs())
+        grads = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+        return velocity, jnp.concatenate([g.ravel() for g in grads])
+
+    expected = value_and_gradients(TINY)
+    config = dataclasses.replace(TINY, dtype="bfloat16", attention="xla")
+    wide = value_and_gradients(config)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    got = value_and_gradients(config)
+    model = random_model(config)
+    assert model.blocks.mlp.up.rounded and model.blocks.cross_attention.out.rounded
+    assert got[0].dtype == jnp.float32
+    assert np.any(got[0].astype(jnp.bfloat16).astype(jnp.float32) != got[0])
+    for a, b, c in zip(got, wide, expected, strict=True):
+        error, wide_error = (np.linalg.norm(x - c) / np.linalg.norm(c) for x in (a, b))
+        assert 1e-4 < error < max(3e-2, 2 * wide_error)
+
+
 def test_text_with_its_padding_equals_one_key_for_all_of_it(monkeypatch):
     model, (latents, t, text_emb) = random_model(), inputs()
     mask = jnp.array([[True] * 5, [True] * 2 + [False] * 3])
