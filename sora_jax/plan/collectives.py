@@ -218,7 +218,9 @@ def seconds(collective: Collective, chip: Chip, places: np.ndarray, extent: Sequ
         longest = int(np.where(np.array(extent) >= chip.wraps, wrapped, steps).sum(axis=1).max())
         return collective.sent * max(1, longest) / link
     if collective.kind.endswith("all-to-all"):
-        # Through the middle of a dimension goes what one half has for the other.
+        # Through the middle of a dimension goes what one half has for the other: a half of what
+        # each member has, of which it sends all but its own part.
+        size = collective.group_size
         crossing = [n / 8 if wraps else n / 4 for n, wraps in dimensions]
-        return collective.sent * max(crossing) / link
+        return collective.sent * size / (size - 1) * max(crossing) / link
     return collective.sent / (link * sum(2 if wraps else 1 for _, wraps in dimensions))

@@ -276,8 +276,12 @@ def test_time_over_the_torus():
     # Four in a row that is joined at its ends: two links; two by two, not joined: one a dimension.
     assert seconds("all-gather", ((0, 1, 2, 3),), (1, 1, 4)) == pytest.approx(1e9 / (2 * link))
     assert seconds("all-gather", ((0, 1, 2, 3),), (2, 2, 1)) == pytest.approx(1e9 / (2 * link))
-    # Through the middle of a ring goes an eighth of what all its members send, by either way.
-    assert seconds("all-to-all", ((0, 1, 2, 3),), (1, 1, 4)) == pytest.approx(1e9 / 2 / link)
+    # Of the 4/3 GB that each of a ring has, two send a half of it through either middle.
+    assert seconds("all-to-all", ((0, 1, 2, 3),), (1, 1, 4)) == pytest.approx(
+        4 / 3 * 1e9 / 2 / link
+    )
+    # What two neighbours send goes through the one link between them.
+    assert seconds("all-to-all", ((0, 1),), (2, 1, 1)) == pytest.approx(1e9 / link)
     ring = tuple((i, (i + 1) % 4) for i in range(4))
     assert seconds("collective-permute", ring, (1, 1, 4)) == pytest.approx(1e9 / link)
     assert seconds("collective-permute", ((0, 2), (2, 0)), (1, 1, 4)) == pytest.approx(2e9 / link)
