@@ -22,8 +22,9 @@ Judgement = dict[str, Any]
 def judge(video: UInt8[np.ndarray, "F H W 3"], scene: Scene) -> Judgement:
     """What `scene` asks for, what the oracle reads in `video`, and which of it is right.
 
-    A verb carries its direction, as in "rolls left". "shots" counts the shots that are seen, so
-    that a video which changes its place half-way is not taken for its first half alone.
+    A verb carries its direction, as in "rolls left", or what is hidden behind. "shots" counts the
+    shots that are seen: of a video that changes its place half-way no verb is read, so that it is
+    not taken for its first half alone.
     """
     from sora_jax.data.paperworld import oracle
 
@@ -34,16 +35,17 @@ def judge(video: UInt8[np.ndarray, "F H W 3"], scene: Scene) -> Judgement:
         "colour": subject.colour,
         "shape": subject.shape,
         "place": shot.place,
-        "verb": _action(subject.verb, subject.direction),
+        "verb": _action(subject.verb, subject.direction, shot.occluder),
         "size": subject.size,
         "number": scene.number,
         "shots": len(scene.shots),
     }
+    verb = reading.verb if len(readings) == len(scene.shots) else None
     read = {
         "colour": reading.colour or NOTHING,
         "shape": reading.shape or NOTHING,
         "place": reading.place or NOTHING,
-        "verb": _action(reading.verb, reading.direction),
+        "verb": _action(verb, reading.direction, reading.occluder),
         "size": reading.size or NOTHING,
         "number": int(reading.number),
         "shots": len(readings),
@@ -51,8 +53,10 @@ def judge(video: UInt8[np.ndarray, "F H W 3"], scene: Scene) -> Judgement:
     return {"asked": asked, "read": read, "right": {name: bool(right[name]) for name in asked}}
 
 
-def _action(verb: str | None, direction: str | None) -> str:
-    return " ".join(word for word in (verb or NOTHING, direction) if word)
+def _action(verb: str | None, direction: str | None, occluder: str | None) -> str:
+    if verb == "hides":
+        return f"hides behind {occluder}"
+    return " ".join(word for word in (verb or NOTHING, verb and direction) if word)
 
 
 def rate(right: int, total: int) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def _paint(case: Case, made: Made) -> Outcome:
 
 def _permanence(case: Case, made: Made) -> Outcome:
     path = motion.subject_path(made.frames)
-    hides = motion.hidden(path) is not None
+    wall = oracle.read(made.frames).occluder
+    hides = motion.hidden(path) is not None and wall == case.scene.shots[0].occluder
     return {
         "hides": hides,
         "subject": hides and _same_subject(made.frames[-_LAST:], case.scene),

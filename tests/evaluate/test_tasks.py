@@ -103,6 +103,26 @@ def elsewhere(case):
     return np.where(case.canvas.known[..., None], case.truth, other)
 
 
+def cut_away(case):
+    shot = dataclasses.replace(case.scene.shots[0], place="city")
+    other = render(dataclasses.replace(case.scene, shots=(shot,)))
+    return np.concatenate([case.truth[:9], other[9:]])
+
+
+def remove_what_hides(case):
+    """The wall or the rock is gone, and the subject is out of sight for as long."""
+    actor = case.scene.subject
+    shots = [
+        dataclasses.replace(case.scene.shots[0], occluder=None, actors=(each,))
+        for each in (
+            dataclasses.replace(actor, verb="spins", tempo=0.0),
+            dataclasses.replace(actor, start=(9.0, 9.0)),
+        )
+    ]
+    clip, empty = (render(dataclasses.replace(case.scene, shots=(shot,))) for shot in shots)
+    return np.concatenate([clip[:7], empty[7:12], clip[12:]])
+
+
 def stay_hidden(case):
     return np.concatenate([case.truth[:9], np.repeat(case.truth[8:9], 8, axis=0)])
 
@@ -157,6 +177,7 @@ def the_other_strikes(case):
         ("animate", ["slides"], recolour_last, {"subject"}),
         ("animate", ["slides"], reshape_last, {"subject"}),
         ("animate", ["slides"], stand_still, {"motion"}),
+        ("animate", ["slides"], cut_away, {"motion"}),
         ("animate", ["slides"], forget_given, {"kept"}),
         ("keyframes", ["slides"], forget_a_keyframe, {"met", "seamless"}),
         ("extend forward", ["slides"], jump, {"seam", "seamless", "speed change", "speed steady"}),
@@ -172,6 +193,7 @@ def the_other_strikes(case):
         ("outpaint", ["slides"], elsewhere, {"prompt", "place"}),
         ("permanence", [], recolour_end, {"subject"}),
         ("permanence", [], stay_hidden, {"hides", "subject", "place"}),
+        ("permanence", [], remove_what_hides, {"hides", "subject", "place"}),
         ("permanence extended", [], come_out_elsewhere, {"place"}),
         ("shots", [], cut_late, {"cut"}),
         ("shots", [], no_cut, {"cut", "place", "motion"}),
@@ -295,7 +317,7 @@ def test_printed_table_fits_into_80_columns(run):
 
 def test_defects_fail_their_targets_and_leave_their_videos(fake_task_pipeline, tmp_path):
     def defect(frames, scene):
-        """Made frames are darker from the fourth on, and the last has another colour."""
+        """Made frames are darker from the fourth on, a meadow like snow, the last of another colour."""
         frames = frames.copy()
         frames[4:] = frames[4:] // 8 * 7
         frames[-1:] = other_colour(scene)[-1:]
@@ -308,7 +330,7 @@ def test_defects_fail_their_targets_and_leave_their_videos(fake_task_pipeline, t
     stale.touch()
     result = run_suite("tasks", pipeline, out, prompts=3, batch_size=2, ceilings=1, tasks=groups)
     wrong = {name for name, row in result["targets"].items() if not row["passed"]}
-    assert wrong == {"animate/subject", "inpaint/latents"}
+    assert wrong == {"animate/subject", "animate/motion", "inpaint/latents"}
     assert not result["passed"] and list(result["tasks"]) == groups
     row = result["tasks"]["animate"]["measures"]["subject"]
     assert (row["right"], row["cases"], row["truth"]) == (0, 3, 1)

@@ -19,6 +19,7 @@ _CELLS = 10  # a place is recognised from this many cells along the shorter side
 _INK_SHARES = (1.0, 0.85, 0.7)  # the rest is paper
 _FAR = 90.0  # RGB distance beyond which a pixel belongs to no colour
 _LEAST = 12  # solid pixels of an object in a frame
+_UNLIKE = 20.0  # grey levels from a drawn occluder; blurred ones differ by 6, all else by 30
 
 
 class Track(NamedTuple):
@@ -72,6 +73,22 @@ def classify_places(video: UInt8[np.ndarray, "F H W 3"]) -> Int[np.ndarray, " F"
         score = np.partition(error, kept, axis=1)[:, :kept].mean(axis=1)
         found.append(names[score.argmin()])
     return np.array(found)
+
+
+def find_occluder(video: UInt8[np.ndarray, "F H W 3"]) -> str | None:
+    """What stands in the middle of a shot at working resolution to hide behind, if anything does.
+
+    It stands before all else and still, so that the median over time shows it.
+    """
+    height, width = video.shape[1:3]
+    middle = np.median(video, axis=0)
+    unlike = {}
+    for kind in vocab.OCCLUDERS:
+        alpha, colour = places.occluder(kind, width=width, height=height)
+        body = alpha > 0.99
+        unlike[kind] = float(np.abs(middle[body] - colour[body]).max(axis=-1).mean())
+    nearest = min(unlike, key=unlike.__getitem__)
+    return nearest if unlike[nearest] < _UNLIKE else None
 
 
 def _mix(first: RGB, second: RGB, share: float) -> tuple[float, ...]:

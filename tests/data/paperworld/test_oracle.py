@@ -1,6 +1,7 @@
 """The oracle reads rendered clips back, and does not read what is not there."""
 
 import collections
+import dataclasses
 
 import cv2
 import numpy as np
@@ -123,3 +124,102 @@ def test_score_wants_the_direction_with_the_verb():
     assert oracle.score(reading, scene)["verb"]
     flipped = oracle.read(render(scene)[:, :, ::-1].copy())
     assert flipped.verb == "slides" and not oracle.score(flipped, scene)["verb"]
+
+
+@pytest.fixture(scope="module")
+def scene_of():
+    """A scene of a verb."""
+    scenes = [sample_scene(4, i, split="seen") for i in range(8)]
+    return {scene.subject.verb: scene for scene in scenes}.__getitem__
+
+
+def without_subject(scene):
+    """The clip of a scene whose subject is far out of view."""
+    return changed(scene, verb="stays", start=(9.0, 9.0))
+
+
+def changed(scene, *, place=None, occluder=None, **changes):
+    """The clip of a scene of one shot, with other words."""
+    shot = scene.shots[0]
+    shot = dataclasses.replace(
+        shot,
+        place=place or shot.place,
+        occluder=occluder or shot.occluder,
+        actors=(dataclasses.replace(scene.subject, **changes),),
+    )
+    return render(dataclasses.replace(scene, shots=(shot,)))
+
+
+def gone(begin, end=17):
+    """Takes the subject out of frames."""
+
+    def plant(scene):
+        clip = render(scene)
+        clip[begin:end] = without_subject(scene)[begin:end]
+        return clip
+
+    return plant
+
+
+def cut_away(scene):
+    place = "city" if scene.shots[0].place != "city" else "sea"
+    return np.concatenate([render(scene)[:10], changed(scene, place=place)[10:]])
+
+
+def recolour(scene):
+    colour = "green" if scene.subject.colour != "green" else "pink"
+    return np.concatenate([render(scene)[:10], changed(scene, colour=colour)[10:]])
+
+
+def rise(scene):
+    """What stays goes from the ground to the top."""
+    fall = changed(scene, verb="falls", start=(0.5, scene.subject.scale / 2 + 0.03))
+    return fall[::-1].copy()
+
+
+def blink_in_the_air(scene):
+    clip = changed(scene, verb="spins", tempo=0.0, start=(0.5, 0.24))
+    clip[7:12] = without_subject(scene)[7:12]
+    return clip
+
+
+def hide_behind_nothing(scene):
+    shot = dataclasses.replace(scene.shots[0], occluder=None)
+    bare = dataclasses.replace(scene, shots=(shot,))
+    clip = changed(bare, verb="stays")
+    clip[7:12] = without_subject(bare)[7:12]
+    return clip
+
+
+def hide_behind_another(scene):
+    (other,) = set(vocab.OCCLUDERS) - {scene.shots[0].occluder}
+    return changed(scene, occluder=other)
+
+
+SHOWN = [verb for verb in vocab.SOLO_VERBS if verb != "hides"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "plant"),
+    [
+        *((verb, gone(begin)) for verb in vocab.SOLO_VERBS for begin in (9, 15)),
+        *((verb, gone(7, 9)) for verb in SHOWN),
+        *((verb, recolour) for verb in vocab.SOLO_VERBS),
+        *((verb, cut_away) for verb in vocab.SOLO_VERBS),
+        ("stays", rise),
+        ("hides", blink_in_the_air),
+        ("hides", hide_behind_nothing),
+        ("hides", hide_behind_another),
+    ],
+)
+def test_a_planted_defect_is_no_verb_that_was_asked(scene_of, verb, plant):
+    scene = scene_of(verb)
+    assert all(oracle.score(oracle.read(render(scene)), scene).values())
+    assert not oracle.score(oracle.read(plant(scene)), scene)["verb"]
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 3), (8, 9), (16, 17)])
+def test_a_late_beginning_and_a_frame_without_a_subject_change_no_verb(scene_of, begin, end):
+    for verb in ("stays", "falls", "slides"):
+        scene = scene_of(verb)
+        assert oracle.score(oracle.read(gone(begin, end)(scene)), scene)["verb"]
