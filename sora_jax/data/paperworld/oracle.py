@@ -104,7 +104,7 @@ def _vertical(track: Track) -> tuple[float, float]:
 def _solo_verb(
     track: Track, *, turned: bool, occluder: str | None
 ) -> tuple[str | None, str | None]:
-    """Verb and direction; no verb of one that is lost, vanishes with nothing before it, or rises."""
+    """Verb and direction; no verb of one that is lost, vanishes before nothing, or rises."""
     if _is_lost(track):
         return None, None
     if _vanishes(track):
@@ -220,7 +220,8 @@ def score(reading: Reading, scene: Scene, *, shot: int = 0) -> dict[str, bool]:
     """Which attributes of a scene's shot were read.
 
     A verb counts only with its direction, or behind what it hides, and where the clip has as many
-    shots as the scene. Of two that both stay still, or in an image, either may be taken for the subject.
+    shots as the scene. Of two that both stay still, or in an image, either may be taken for the
+    subject.
     """
     expected = scene.shots[shot]
     subject, *others = expected.actors
