@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+_FEWEST = 6  # values between whose ends a median lies 19 times of 20: 1 - 2 / 2**6
 Z_95 = statistics.NormalDist().inv_cdf(0.975)
 
 
@@ -39,8 +40,10 @@ def wilson(right: int, total: int, *, z: float | int = Z_95) -> Interval:
     return Interval(low, high)
 
 
-def median_interval(values: Sequence[float | int]) -> tuple[float, float]:
-    """Interval of a median, between the values whose ranks are the ends of Wilson's around half.
+def median_interval(values: Sequence[float | int]) -> tuple[float, float] | None:
+    """95 % interval of a median: between the values at the ranks of Wilson's ends around half.
+
+    None of fewer than six values, between any of which it lies less often.
 
     How many values lie below the true median is binomial with p = 1/2, whatever they are
     distributed like, so that their order alone decides. Ranks are rounded outwards.
@@ -51,6 +54,8 @@ def median_interval(values: Sequence[float | int]) -> tuple[float, float]:
     if not values:
         raise ValueError("a median of nothing; give at least one value.")
     ordered, total = sorted(values), len(values)
+    if total < _FEWEST:
+        return None
     # Wilson's lower end at exactly half, which an odd number of values has no count for.
     low = 0.5 - Z_95 / 2 / math.sqrt(total + Z_95**2)
     rank = max(1, math.floor(low * total))

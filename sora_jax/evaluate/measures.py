@@ -46,7 +46,10 @@ class Measure:
 
 
 def summarise(measure: Measure, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """{"kind", "cases", "value", "interval"} of one measure; both last are None without a case."""
+    """{"kind", "cases", "value", "interval"} of one measure; both last are None without a case.
+
+    The least of numbers has no interval, nor has the median of fewer than six.
+    """
     values = [v for outcome in outcomes if (v := outcome[measure.name]) is not None]
     result = {"kind": measure.kind, "cases": len(values), "value": None, "interval": None}
     if not values:
@@ -60,9 +63,10 @@ def summarise(measure: Measure, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         }
     if measure.kind == "least":
         return result | {"value": float(min(values))}
+    interval = median_interval(values)
     return result | {
         "value": float(statistics.median(values)),
-        "interval": list(median_interval(values)),
+        "interval": None if interval is None else list(interval),
     }
 
 

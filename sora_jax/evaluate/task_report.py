@@ -77,7 +77,7 @@ def table(result: dict[str, Any]):
             shown.add_row(
                 f"  {measure.name}" + (f", {measure.unit}" if measure.unit else ""),
                 _number(row["value"]),
-                " to ".join(map(_number, row["interval"] or ())),
+                _interval(row),
                 _number(row["truth"]),
                 _number(row["vae"]),
                 _target(measure, result["targets"].get(f"{task}/{measure.name}")),
@@ -93,6 +93,13 @@ def table(result: dict[str, Any]):
 def _seconds(result: dict[str, Any]) -> str:
     each = [section["seconds_per_video"] for section in result["tasks"].values()]
     return f"{np.mean(each):.2f} s a video on {result['device']}." if each else "Nothing was run."
+
+
+def _interval(row: dict[str, Any]) -> str:
+    """A dash where there are values of which none can be told."""
+    if row["interval"] is None:
+        return "" if row["value"] is None else "-"
+    return " to ".join(map(_number, row["interval"]))
 
 
 def _number(value: float | int | None) -> str:

@@ -46,9 +46,21 @@ def test_interval_of_a_median_is_of_values_around_it_whatever_their_distances():
     # Of 100 tosses of a coin 40 to 60 are heads 96 times of 100, 41 to 59 only 94 times.
     assert median_interval(range(1, 101)) == (40, 61)
     assert median_interval([x**3 for x in range(1, 101)]) == (40**3, 61**3)
-    assert median_interval([5, 1, 3]) == (1, 5) and median_interval([2]) == (2, 2)
+    assert median_interval([5, 1, 3, 9, 7, 4]) == (1, 9)
     with pytest.raises(ValueError, match="median of nothing"):
         median_interval([])
+
+
+@pytest.mark.parametrize("count", range(1, 21))
+def test_interval_of_a_median_is_given_where_it_is_one_of_95_percent(count):
+    found = median_interval(range(1, count + 1))
+    # It misses where fewer values than its lower rank, or than its upper one, lie below the median.
+    widest = 1 - 2 / 2**count
+    if found is None:
+        assert widest < 0.95
+        return
+    low, high = map(int, found)
+    assert sum(math.comb(count, below) for below in range(low, high)) / 2**count >= 0.95
 
 
 def test_interval_of_a_median_holds_it_nineteen_times_of_twenty():

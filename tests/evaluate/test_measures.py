@@ -28,7 +28,9 @@ def test_a_rate_is_the_share_of_yes_among_the_cases_that_say_something():
 def test_numbers_have_a_median_or_the_least():
     values = (1.0, None, 9.0, 1.1)
     summary = summarise(RATIO, outcomes("seam", *values))
-    assert (summary["cases"], summary["value"], summary["interval"]) == (3, 1.1, [1.0, 9.0])
+    assert (summary["cases"], summary["value"], summary["interval"]) == (3, 1.1, None)
+    summary = summarise(RATIO, outcomes("seam", *values, 1.05, 1.2, 1.3))
+    assert (summary["cases"], summary["interval"]) == (6, [1.0, 9.0])
     summary = summarise(LEAST, outcomes("kept", *values))
     assert (summary["cases"], summary["value"], summary["interval"]) == (3, 1.0, None)
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -312,12 +313,13 @@ def test_printed_table_fits_into_80_columns(run):
     printed = console.file.getvalue()
     for words in ("physics collision", "kept, dB", "126.0", ">= 0.93", "<= 1.2", "0.207 to 1.000"):
         assert words in printed
+    assert re.search(r"seam +│ +\d\.\d+ │ +- │", printed)  # one case gives a median no interval
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
 
 
 def test_defects_fail_their_targets_and_leave_their_videos(fake_task_pipeline, tmp_path):
     def defect(frames, scene):
-        """Made frames are darker from the fourth on, a meadow like snow, the last of another colour."""
+        """Frames are darker from the fourth on, a meadow like snow; the last has another colour."""
         frames = frames.copy()
         frames[4:] = frames[4:] // 8 * 7
         frames[-1:] = other_colour(scene)[-1:]
