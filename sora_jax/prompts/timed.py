@@ -19,8 +19,14 @@ from sora_jax.text.tokenizer import Tokenizer
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)\s*s?"
 STAMP = re.compile(rf"\[\s*{_NUMBER}\s*[-–]\s*{_NUMBER}\s*\]")
-# A number behind a bracket, and then what no other text in brackets has there.
-_LIKE_A_STAMP = re.compile(r"\[\s*-?(?:\d+\.?\d*|\.\d+)\s*(?:s\b|sec|to\b|[-–,:.])[^\[\]]*\]?")
+# From one time to another, or a time with its unit, and nothing else in the brackets; those of the
+# first may lack their end. So [16:9], [80s style] and [3 to 5 children] are text.
+_TIME, _UNIT = r"-?[\d.,:]+", r"\s*(?:s|secs?|seconds?)"
+_LIKE_A_STAMP = re.compile(
+    rf"\[\s*(?:{_TIME}(?:{_UNIT})?\s*(?:[-–—]|to)\s*{_TIME}(?:{_UNIT})?"
+    rf"(?:\s*\]|[^\[\]]*(?=\[|\Z))|{_TIME}{_UNIT}\s*\])"
+)
+_SLACK = 1e-3  # seconds, as of a time that is rounded
 _SHAPE = "write [START-END] in seconds, such as [0s-1.5s]"
 
 
@@ -90,7 +96,7 @@ def spans(caption: str) -> tuple[Segment, ...]:
     try:
         return split(caption)
     except ValueError:
-        return (Segment(0.0, math.inf, without_stamps(caption)),)
+        return (Segment(0.0, math.inf, caption),)
 
 
 def parse(prompt: str, *, duration: float) -> tuple[Segment, ...]:
@@ -106,13 +112,13 @@ def parse(prompt: str, *, duration: float) -> tuple[Segment, ...]:
     if segments[0].start > 0:
         raise ValueError(
             f"{_stamp(segments[0])} comes first, and nothing says what is seen before; begin with "
-            f"[0s-{segments[0].start:g}s] or [0s-{segments[0].end:g}s]."
+            f"[0s-{_told(segments[0].start)}s] or [0s-{_told(segments[0].end)}s]."
         )
     for segment in segments:
-        if segment.end > duration + 1e-6:
+        if segment.end > duration + _SLACK:
             raise ValueError(
-                f"{_stamp(segment)} ends behind the video, which lasts {duration:g} s; shorten it, "
-                "or ask for more frames."
+                f"{_stamp(segment)} ends behind the video, which lasts {_told(duration)} s; "
+                "shorten it, or ask for more frames."
             )
     ends = [*(after.start for after in segments[1:]), duration]
     return tuple(s._replace(end=float(end)) for s, end in zip(segments, ends, strict=True))
@@ -144,10 +150,15 @@ def without_stamps(text: str) -> str:
 
 
 def as_one(caption: str) -> str:
-    """A training caption without stamps, for a model that is to see a single text."""
-    if not is_timed(caption):
+    """A training caption without stamps, for a model that is to see a single text.
+
+    As in `spans`, what `split` refuses is only text.
+    """
+    try:
+        segments = split(caption)
+    except ValueError:
         return caption
-    return ". ".join(segment.text.rstrip(".") for segment in spans(caption))
+    return ". ".join(segment.text.rstrip(".") for segment in segments)
 
 
 def latent_prompts(
@@ -197,4 +208,9 @@ def _of_latents(segments, *, frames, fps, temporal) -> Int[np.ndarray, " f"]:
 
 
 def _stamp(segment: Segment) -> str:
-    return f"[{segment.start:g}s-{segment.end:g}s]"
+    return f"[{_told(segment.start)}s-{_told(segment.end)}s]"
+
+
+def _told(seconds: float) -> str:
+    """Seconds for a reader, no further off than what `parse` lets pass."""
+    return np.format_float_positional(seconds, precision=3, trim="-")

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from sora_jax.data.paperworld.captions import stamped
+from sora_jax.data.paperworld.scene import sample_scene
+from sora_jax.data.paperworld.settings import PaperworldSettings
 from sora_jax.prompts import timed
 from sora_jax.prompts.timed import Segment
 
@@ -36,8 +39,9 @@ def test_every_sentence_is_changed():
         ("[.5-1] a [1-2] b", ["a", "b"], [0] * 4 + [1] * 5),
         ("[0-1] a [1.05-1.1] b [1.1-2] c", ["a", "c"], [0] * 5 + [1] * 4),
         ("[0-1] a [3-4] b", ["a"], [0] * 9),
-        ("from [0:05] on a ball", ["from on a ball"], [0] * 9),
-        ("first [0-1] a", ["first a"], [0] * 9),
+        ("from [0:05-0:07] on a ball", ["from [0:05-0:07] on a ball"], [0] * 9),
+        ("first [0-1] a", ["first [0-1] a"], [0] * 9),
+        ("[1990s film] [0s] a dog.", ["[1990s film] [0s] a dog."], [0] * 9),
     ],
 )
 def test_captions_that_are_found_are_read_as_far_as_they_make_sense(caption, texts, of_latents):
@@ -48,6 +52,22 @@ def test_captions_that_are_found_are_read_as_far_as_they_make_sense(caption, tex
 def test_a_caption_for_one_text_has_no_stamps():
     assert timed.as_one("a red ball.") == "a red ball."
     assert timed.as_one("[0-1] a red ball. [1-2] a box") == "a red ball. a box"
+    for wrong in ("first [0-1] a.", "[0-1] a [0.5-2]  b.", "[0 to 1] a."):
+        assert timed.as_one(wrong) == wrong  # only text
+
+
+@pytest.mark.parametrize(("frames", "fps"), [(17, 8), (49, 24), (17, 12), (121, 24), (4801, 24)])
+def test_stamps_that_this_program_prints_are_read(frames, fps):
+    shots = PaperworldSettings(frames=frames, fps=fps, multi_shot=1.0, collisions=0, companions=0)
+    scene = sample_scene(0, 0, settings=shots)
+    segments = timed.parse(stamped(scene), duration=frames / fps)
+    ends = np.cumsum([shot.frames for shot in scene.shots]) / fps
+    assert [s.end for s in segments] == ends.tolist() and len(segments) > 1
+    with pytest.raises(ValueError) as error:
+        timed.parse("[0-9999] a", duration=frames / fps)
+    told = str(error.value).split("lasts ")[1].split(" s;")[0]
+    assert len(told) < 9
+    assert timed.parse(f"[0-{told}] a", duration=frames / fps)[0].end == frames / fps
 
 
 def test_what_no_stamp_covers_belongs_to_the_prompt_before():
@@ -64,7 +84,8 @@ def test_what_no_stamp_covers_belongs_to_the_prompt_before():
         ("[0s] a red ball", "time stamp '[0s]'"),
         ("[-1-2] a", "time stamp '[-1-2]'"),
         ("[0:00-0:05] a", "time stamp '[0:00-0:05]'"),
-        ("[0-1] a [1-x] b", "time stamp '[1-x]'"),
+        ("[0-1] a [1 to 2] b", "time stamp '[1 to 2]'"),
+        ("[0-1 sec] a", "time stamp '[0-1 sec]'"),
         ("first [0-1] a", "'first' stands before the first time stamp"),
         ("[1-1] a", "[1s-1s] ends before it has begun"),
         ("[0-1] a [1.5-1.2] b", "[1.5s-1.2s] ends before it has begun"),
@@ -82,8 +103,11 @@ def test_mistakes_are_told_in_one_line(prompt, words):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a red ball", "a [small] ball", "[2 cats] play", "[a-b] x", "array[0]", "[x:1]", ""]
-)
+    "prompt",
+    ["a red ball", "a [small] ball", "[2 cats] play", "[a-b] x", "array[0]", "[x:1]", "",
+     "a [1990s film] of a dog", "[3 to 5 children] play", "a screen of [16:9]", "[80s style] x",
+     "see [1, 2]", "[35mm] a cat", "a [2.39:1] shot"],
+)  # fmt: skip
 def test_brackets_of_other_kinds_are_no_stamps(prompt):
     assert not timed.is_timed(prompt)
     assert timed.without_stamps(prompt) == prompt

@@ -1,5 +1,6 @@
 """Sentences for scenes: a canonical one, and styles from terse to detailed with synonyms."""
 
+import functools
 from typing import Final
 
 import numpy as np
@@ -181,14 +182,17 @@ def _near(scene: Scene) -> str:
 def stamped(scene: Scene, *, plain: bool = True) -> str:
     """The sentence of each shot behind a stamp that says when it is seen (`prompts/timed.py`).
 
+    Seconds are to the last bit: a rounded cut would come behind the latent frame that begins there.
+
     Args:
       plain: as `describe` words it, else with synonyms chosen by `scene.wording`.
     """
     clauses = _clauses(scene, _Words(None if plain else _generator(scene)))
     ends = np.cumsum([shot.frames for shot in scene.shots]) / scene.fps
     starts = [0.0, *ends[:-1].tolist()]
+    seconds = functools.partial(np.format_float_positional, trim="-")
     return " ".join(
-        f"[{start:g}s-{end:g}s] {_near(scene)}{clause}"
+        f"[{seconds(start)}s-{seconds(end)}s] {_near(scene)}{clause}"
         for start, end, clause in zip(starts, ends.tolist(), clauses, strict=True)
     )
 
