@@ -1,8 +1,8 @@
 """Weighted prompts: `(a red ball:1.4) rolls left`, where 1 is as it was and 0 is nothing.
 
 Parentheses without a weight behind a colon are plain text, as in "(orange)", and so are ratios, as
-in "(16:9)", where (16:9.0) would weigh; `\\(`, `\\)` and `\\\\` are plain anywhere. Groups may lie
-in one another; then their weights multiply.
+in "(16:9)", where (16:9.0) would weigh, and times of the day, as in "(at 4:00)"; `\\(`, `\\)` and
+`\\\\` are plain anywhere. Groups may lie in one another; then their weights multiply.
 
 The embedding of a weighted token is multiplied by its weight, and then the whole text's by one
 number that restores its size, as Stable Diffusion's web UI does ("emphasis mode: original", which
@@ -26,7 +26,8 @@ _PLAIN = r"write \( and \) for parentheses that are text"
 _SYNTAX = re.compile(r"\\[()\\]|[()]")
 _WEIGHT = re.compile(r":(\s*)([^\s:]+)\s*$")  # at the end of a group: its last colon, one word
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
-_RATIO = re.compile(r"[\d.,\s]*:\s*\d+\s*")  # (16:9), not (16:9.0)
+# (16:9), not (16:9.0); and a time of the day behind any words.
+_RATIO = re.compile(r"[\d.,\s]*:\s*\d+\s*|.*\d:\d\d\s*", re.DOTALL)
 # A weight whose group has no end, and no beginning.
 _UNCLOSED = re.compile(r":[-+]?(\d+\.?\d*|\.\d+)(?!\S)")
 _UNOPENED = re.compile(r"\w+:[-+]?(\d+\.?\d*|\.\d+)\s*$")
@@ -82,7 +83,8 @@ def render(spans: Sequence[Span]) -> str:
         escaped, inner = _escape(text), _escape(text.strip())
         if weight != 1 and inner:
             before, after = escaped.split(inner, 1)
-            number = f"{weight:g}"
+            # Without an exponent, which is no number here.
+            number = np.format_float_positional(float(f"{weight:g}"), trim="-")
             if _RATIO.fullmatch(f"{inner}:{number}"):
                 number = f"{number}.0"
             escaped = f"{before}({inner}:{number}){after}"

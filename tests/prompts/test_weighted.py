@@ -41,6 +41,7 @@ def test_spans_are_read(prompt, spans):
 @pytest.mark.parametrize(
     "prompt",
     ["a cat (orange) sleeps", "smile :)", "(: x", "(note: this)", "at (10:30 pm)", "(16:9)",
+     "a clock (at 4:00) ticks", "(4:00:30)", "at (10:30)",
      "a ) b (", "(a sign: STOP)", "f(x)", "((", "(1.85:1) film"],
 )  # fmt: skip
 def test_other_parentheses_are_text(prompt):
@@ -94,6 +95,12 @@ def test_any_text_is_read_or_refused_and_what_is_rendered_is_read_alike():
         if not weighted.is_weighted(text) and "\\" not in text and ":" not in text:
             assert weighted.render(spans) == text
     assert read > 1000
+
+
+def test_a_tiny_weight_is_rendered_so_that_it_is_read():
+    prompt = weighted.render(weighted.parse("((((a:0.05):0.05):0.05):0.05) b"))
+    assert prompt == "(a:0.00000625) b"
+    assert weighted.parse(prompt) == (Span("a", 6.25e-6), Span(" b", 1.0))
 
 
 def test_each_word_s_token_gets_its_weight(words):
