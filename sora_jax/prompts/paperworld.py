@@ -10,16 +10,18 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from sora_jax.data.paperworld import vocab
-from sora_jax.data.paperworld.captions import describe
+from sora_jax.data.paperworld.captions import NEAR, describe
 from sora_jax.data.paperworld.scene import Actor, Camera, Scene, Shot
 from sora_jax.prompts import paperworld_words as words
 
 _CUT = re.compile(r"[\s.,;:]*\b(?:then )?cut to\b[\s:,]*")
+_NEAR = re.compile(rf"\s*{NEAR.strip()}", re.IGNORECASE)  # at the beginning
 _TO = r"(?: slowly)?(?: to| towards?)?(?: the)?"
 _CAMERA = (
     (re.compile(rf"\bpan(?:s|ning|ned)?{_TO} (left|right)\b"), "pan {}"),
@@ -30,6 +32,7 @@ _CAMERA = (
 )
 _LIKENESS = 0.8  # of a slip to the word that was meant
 _SHORTEST_SLIP = 4  # letters; shorter words are too much alike
+_TRAITS = ("colour", "size", "pose")  # kinds of words for how a thing looks
 _CALM = ("bounces", "spins", "falls", "stays")  # verbs that training shows beside a second cut-out
 
 
@@ -50,6 +53,7 @@ class _Thing:
     shape: str | None = None
     colour: str | None = None
     size: str | None = None
+    pose: str | None = None  # "tilted" or "turning", of one that is not upright
 
 
 @dataclasses.dataclass
@@ -71,7 +75,9 @@ def rewrite(text: str, *, picture: bool = False) -> str:
       picture: leaves out what things do, as captions of single images do.
     """
     clauses, understood = [], False
-    for part in _CUT.split(" ".join(text.replace("\u2019", "'").lower().split())):
+    near = _NEAR.match(text)
+    said_of_shots = text[near.end() :] if near else text
+    for part in _CUT.split(" ".join(said_of_shots.replace("\u2019", "'").lower().split())):
         part, camera = _read_camera(part)
         meanings = _read_words(part)
         understood = understood or bool(meanings) or camera is not None
@@ -85,7 +91,10 @@ def rewrite(text: str, *, picture: bool = False) -> str:
         _fill(clause, shots, f"{len(shots)} {seed}", said=said)
         shots.append(_shot(clause))
     frames = 1 if picture else 2
-    return describe(Scene(shots=tuple(shots), width=1, height=1, frames=frames, fps=1.0))
+    window = (0.0, 0.0) if near else None
+    return describe(
+        Scene(shots=tuple(shots), width=1, height=1, frames=frames, fps=1.0, near=window)
+    )
 
 
 def _read_camera(part: str) -> tuple[str, str | None]:
@@ -139,6 +148,10 @@ def _interpret(meanings: Sequence[_Meaning], camera: str) -> _Clause:
             m = meanings[plural]
             shape = m._replace(kind="shape", value=words.PLURALS[m.word])
             meanings = [*meanings[:plural], shape, *meanings[plural + 1 :]]
+    meanings = [
+        m._replace(kind="pose", value="turning") if _is_pose(m, after) else m
+        for m, after in itertools.zip_longest(meanings, meanings[1:])
+    ]
     verbs: list[str] = []
     pending, hiding = _Thing(), False
     for i, m in enumerate(meanings):
@@ -146,8 +159,8 @@ def _interpret(meanings: Sequence[_Meaning], camera: str) -> _Clause:
             if not hiding:  # behind a tree: no place to hide here, but no cut-out either
                 clause.things.append(dataclasses.replace(pending, shape=m.value))
             pending, hiding = _Thing(), False
-        elif m.kind in ("colour", "size"):
-            after = next((n for n in meanings[i + 1 :] if n.kind not in ("colour", "size")), None)
+        elif m.kind in _TRAITS:
+            after = next((n for n in meanings[i + 1 :] if n.kind not in _TRAITS), None)
             if after and after.kind == "place" and after.first == m.last + 1:
                 continue  # a green meadow
             of_next = after is not None and after.kind == "shape"
@@ -168,6 +181,13 @@ def _interpret(meanings: Sequence[_Meaning], camera: str) -> _Clause:
     if clause.verb is None and clause.direction:
         clause.verb = "moves"
     return clause
+
+
+def _is_pose(meaning: _Meaning, after: _Meaning | None) -> bool:
+    """Whether it is how a thing looks, as in "a turning red ball falls", and not what it does."""
+    if meaning.word != "turning" or after is None:
+        return False
+    return after.kind in ("colour", "shape") and after.first == meaning.last + 1
 
 
 def _main_verb(verbs: Sequence[str], *, pair: bool) -> str | None:
@@ -258,6 +278,8 @@ def _shot(clause: _Clause) -> Shot:
             start=(0.0, 0.0),
             travel=0.0,
             tempo=1.0,
+            tilt=float(thing.pose is not None),
+            turn=float(thing.pose == "turning"),
         )
         for thing in clause.things
     )

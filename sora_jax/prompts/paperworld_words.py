@@ -28,6 +28,7 @@ _SIZES: Final = {
     "medium": "medium, medium-sized, mid-sized, normal-sized",
     "large": "big, large, huge, giant, gigantic, enormous, massive",
 }
+_POSES: Final = {"tilted": "tilted, slanted, at an angle"}
 _VERBS: Final = {
     "rolls": "roll, rolls, rolling, rolled, tumble, tumbles, tumbling",
     "slides": "slide, slides, sliding, slid, glide, glides, gliding, skid, skids, skidding, "
@@ -82,6 +83,7 @@ _KINDS: Final = {
     "colour": _COLOURS,
     "shape": _SHAPES,
     "size": _SIZES,
+    "pose": _POSES,
     "verb": _VERBS,
     "place": _PLACES,
     "direction": _DIRECTIONS,

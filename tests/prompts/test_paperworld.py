@@ -10,10 +10,11 @@ from sora_jax.prompts import paperworld_words as words
 from sora_jax.prompts.paperworld import rewrite
 
 
+@pytest.mark.parametrize("shares", [{}, {"near": 0.3, "tilted": 0.5}], ids=["usual", "rare"])
 @pytest.mark.parametrize("frames", [1, 17, 33])
-def test_every_caption_becomes_its_scene_s_plain_sentence(frames):
-    settings = PaperworldSettings(frames=frames)
-    for i in range(600):
+def test_every_caption_becomes_its_scene_s_plain_sentence(frames, shares):
+    settings = PaperworldSettings(frames=frames, **shares)
+    for i in range(300 if shares else 600):
         scene = sample_scene(11, i, settings=settings)
         plain = describe(scene)
         assert rewrite(plain, picture=frames == 1) == plain
@@ -48,6 +49,9 @@ def test_every_caption_becomes_its_scene_s_plain_sentence(frames):
          "a big black tree stays still in the meadow, the camera pans left"),
         ("red ball spins, snow, slowly zooming out",
          "a red ball spins in the snow, the camera zooms out"),
+        ("Close view: a ball, slanted and red, falls at night",
+         "close view: a tilted red ball falls at night"),
+        ("a turning red ball is turning in the snow", "a turning red ball spins in the snow"),
         ("Red ball falls at night; then cut to it spins by the beach",
          "a red ball falls at night. Cut to: the red ball spins by the sea"),
     ],
