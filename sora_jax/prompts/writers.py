@@ -10,7 +10,9 @@ import functools
 import http.client
 import json
 import os
+import queue
 import re
+import threading
 import time
 import unicodedata
 import urllib.error
@@ -18,11 +20,13 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from sora_jax import __version__
 from sora_jax.prompts import timed, weighted
 
 Writer = Callable[[str], str]
+T = TypeVar("T")
 
 AUTO = "auto"
 INSTRUCTION = (
@@ -40,6 +44,7 @@ TIMEOUT = 60.0  # seconds for an answer
 _PAUSE = 1.0  # seconds before the second try
 _MOST_BYTES = 1 << 20  # of an answer, its JSON around it
 _ASK_AGAIN = (408, 429, 500, 502, 503, 504)  # statuses of a server that may be well in a moment
+_SENTENCES = re.compile(r".*[.!?][\"'\u201d\u2019*]*(?=\s|$)", re.DOTALL)  # whole ones
 _THOUGHTS = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
 _QUOTES = (
     *(('"', '"'), ("'", "'"), ("`", "`"), ("**", "**")),
@@ -155,7 +160,10 @@ def ask_endpoint(
     try:
         data = _fetch(request, timeout)
     except urllib.error.HTTPError as error:
-        detail = _error_message(error)
+        try:
+            detail = _within(timeout, functools.partial(_error_message, error))
+        except TimeoutError:
+            detail = _line(error.reason)
         raise ValueError(f"{url} refused, status {error.code}: {detail}.") from error
     except TimeoutError as error:
         raise ValueError(f"{url} gave no answer in {timeout:g} s, asked twice.") from error
@@ -185,17 +193,8 @@ def _endpoint(spec: str) -> tuple[str, str]:
 def _fetch(request: urllib.request.Request, timeout: float) -> bytes:
     """The body of the answer; a second try where the first found nobody, or nobody ready."""
     for last in (False, True):
-        deadline = time.monotonic() + timeout
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                data = b""
-                while part := response.read1(1 << 16):
-                    data += part
-                    if len(data) > _MOST_BYTES:
-                        raise ValueError(f"{request.full_url} answered more than a mebibyte.")
-                    if time.monotonic() > deadline:
-                        raise TimeoutError
-                return data
+            return _within(timeout, functools.partial(_read, request, timeout))
         except urllib.error.HTTPError as error:
             if last or error.code not in _ASK_AGAIN:
                 raise
@@ -210,8 +209,47 @@ def _fetch(request: urllib.request.Request, timeout: float) -> bytes:
     raise AssertionError
 
 
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` returns or raises; it is left alone after `seconds`.
+
+    A socket's own limit is of each piece that comes, and a server may send them for ever.
+
+    Raises:
+      TimeoutError: it took longer.
+    """
+    done: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except Exception as error:  # raised where it is waited for
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return result
+
+
+def _read(request: urllib.request.Request, timeout: float) -> bytes:
+    deadline = time.monotonic() + timeout
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        data = b""
+        while part := response.read1(1 << 16):
+            data += part
+            if len(data) > _MOST_BYTES:
+                raise ValueError(f"{request.full_url} answered more than a mebibyte.")
+            if time.monotonic() > deadline:  # nobody waits for it any more
+                raise TimeoutError
+        return data
+
+
 def _content(data: bytes, url: str) -> str:
-    """The text of a chat completion."""
+    """The text of a chat completion; of one that was broken off, its whole sentences."""
     try:
         choice = json.loads(data)["choices"][0]
         message = choice["message"]
@@ -224,8 +262,19 @@ def _content(data: bytes, url: str) -> str:
         ) from error
     if refusal or choice.get("finish_reason") == "content_filter":
         raise ValueError(f"{url} refused to write the prompt: {_line(refusal or 'filtered')}.")
-    if not isinstance(content, str):
+    if isinstance(content, list):
+        parts = (part for part in content if isinstance(part, dict) and part.get("type") == "text")
+        content = "".join(text for part in parts if isinstance(text := part.get("text"), str))
+    if not isinstance(content, str) or not content:
         raise ValueError(f"{url} answered without text; try another model.")
+    if choice.get("finish_reason") == "length":
+        whole = _SENTENCES.match(content)
+        if whole is None:
+            raise ValueError(
+                f"{url} broke off within its first sentence; allow it more tokens, or try another "
+                "model."
+            )
+        return whole[0]
     return content
 
 
