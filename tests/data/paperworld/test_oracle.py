@@ -70,7 +70,9 @@ def test_every_attribute_of_the_training_world_is_read():
 )
 def test_other_kinds_of_clips_are_read(changes):
     found = accuracy(24, **changes)
-    assert min(found.values()) >= 0.95, found
+    # No error in 24 clips, but one in 24 pictures: a red ball that touches a pink heart passes for
+    # its edge, so that one thing is counted.
+    assert min(found.values()) >= (0.95 if changes == {"frames": 1} else 0.99), found
 
 
 def test_both_objects_of_a_pair_are_named():
