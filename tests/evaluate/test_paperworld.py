@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sora_jax.data.paperworld import vocab
-from sora_jax.data.paperworld.source import heldout_prompts
+from sora_jax.data.paperworld.render import render
+from sora_jax.data.paperworld.source import heldout_prompts, seen_prompts
 from sora_jax.evaluate import paperworld, scores
 from sora_jax.evaluate.paperworld import evaluate, psnr, score_prompts
 
@@ -140,6 +141,27 @@ def test_a_verb_in_the_wrong_direction_is_wrong(fake_pipeline):
     assert result["confusions"]["verb"] == [
         {"asked": f"{verb} left", "read": f"{verb} right", "count": 1}
     ]
+
+
+def test_what_is_read_of_a_verb_names_what_hides_and_is_nothing_where_the_place_changes():
+    scene = next(p.scene for p in seen_prompts(8) if p.scene.subject.verb == "hides")
+    shot = scene.shots[0]
+    (other,) = set(vocab.OCCLUDERS) - {shot.occluder}
+
+    def shown(**changes):
+        return render(dataclasses.replace(scene, shots=(dataclasses.replace(shot, **changes),)))
+
+    cut = np.concatenate([shown()[:9], shown(place="city")[9:]])
+    for clip, verb in (
+        (shown(), f"hides behind {shot.occluder}"),
+        (shown(occluder=other), f"hides behind {other}"),
+        (cut, "nothing"),
+    ):
+        judgement = scores.judge(clip, scene)
+        assert judgement["asked"]["verb"] == f"hides behind {shot.occluder}"
+        assert judgement["read"]["verb"] == verb
+        assert judgement["right"]["verb"] == (verb == judgement["asked"]["verb"])
+    assert list(scores.breakdown([judgement], "verb")) == ["hides"]
 
 
 def _result(rates: dict[str, float], *, decibels: float):
