@@ -65,7 +65,7 @@ def _costs(pipe, request) -> Table:
         text_tokens=pipe.sampling.text_tokens,
         image_rows=pipe.image_rows,
     )
-    evaluations = request.steps * (2 if request.guide().needs_uncond else 1)
+    forwards = pipe.denoise.forwards(request)
     table = Table(
         title=f"{request.width}x{request.height}, {request.frames} frames, {request.steps} steps",
         show_header=False,
@@ -75,7 +75,5 @@ def _costs(pipe, request) -> Table:
     for name, value in cost._asdict().items():
         table.add_row(f"forward, {name.replace('_', ' ')}", f"{value / 1e9:,.3f} GFLOP")
     table.add_row("forward, in all", f"{cost.total / 1e9:,.3f} GFLOP")
-    table.add_row(
-        f"denoising, {evaluations} forwards", f"{cost.total * evaluations / 1e12:,.3f} TFLOP"
-    )
+    table.add_row(f"denoising, {forwards} forwards", f"{cost.total * forwards / 1e12:,.3f} TFLOP")
     return table

@@ -201,6 +201,15 @@ def test_info_shows_parts_and_costs(pipeline_folder, capsys):
         assert word in out
 
 
+def test_info_counts_the_forward_passes_of_the_solver(pipeline_folder, capsys, tmp_path):
+    shutil.copytree(pipeline_folder, tmp_path / "heun")
+    path = tmp_path / "heun" / "sampling.json"
+    told = {"steps": 7, "guidance": 3.0, "guidance_interval": [0.0, 1.0], "solver": "heun"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    _, out, _ = run("info", "--checkpoint", tmp_path / "heun", capsys=capsys)
+    assert "denoising, 28 forwards" in out
+
+
 def test_an_unknown_suite_is_refused_before_anything_is_loaded(capsys, tmp_path):
     args = ("eval", "--suite", "paperwrld", "--checkpoint", "none", "--out", tmp_path / "a.json")
     status, _, err = run(*args, capsys=capsys)

@@ -67,6 +67,23 @@ def test_guidance_one_is_the_conditional_velocity(pipe):
     assert np.abs(frames.astype(int) - nearly).max() <= 1
 
 
+@pytest.mark.parametrize(
+    "settings, forwards",
+    [
+        ({"guidance": 3.0}, 12),
+        ({"guidance": 1.0}, 6),
+        ({"guidance": 3.0, "solver": "heun"}, 24),
+        # Of t = 1, 5/6, 4/6, 3/6, 2/6, 1/6 the last three.
+        ({"guidance": 3.0, "guidance_interval": (0.0, 0.55)}, 9),
+        # Heun's steps end where the next begins: that from 4/6 has its second half guided.
+        ({"guidance": 3.0, "guidance_interval": (0.0, 0.55), "solver": "heun"}, 2 * (6 + 4)),
+    ],
+)
+def test_forward_passes_are_those_of_the_solver_and_of_guided_steps(pipe, settings, forwards):
+    request = pipe.request("a ball", steps=6, schedule="linear", shift=1.0, **settings)
+    assert pipe.denoise.forwards(request) == forwards
+
+
 def test_an_empty_guidance_interval_is_no_guidance(pipe):
     frames = pipe("a red ball", guidance=5.0, guidance_interval=(1.0, 1.0)).frames
     np.testing.assert_array_equal(frames, pipe("a red ball", guidance=1.0).frames)

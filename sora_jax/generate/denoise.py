@@ -200,6 +200,12 @@ class Denoiser:
             fresh=np.array([True, *(a != b for a, b in itertools.pairwise(of))]),
         )
 
+    def forwards(self, request: Request) -> int:
+        """Forward passes of a transformer in a request's steps, where no step reuses another's."""
+        _, told = times.schedule(request.schedule, request.steps, shift=request.shift)
+        branches = [1 + self._guide(request, told, i).needs_uncond for i in range(request.steps)]
+        return sum(branches) * sampler.num_evaluations(request.solver, 1)
+
     def _guide(self, request: Request, told: np.ndarray, i: int) -> guidances.GuidanceConfig:
         """Guidance of step i, at the times that it evaluates."""
         seen = told[i : i + sampler.num_evaluations(request.solver, 1)]

@@ -74,8 +74,8 @@ def plan(pipe, board: Board, **settings: Any) -> list[Part]:
             image_rows=pipe.image_rows,
         ).total
         count = _windows(pipe, shot, number, frames, request.frames)
-        passes = request.steps * (2 if request.guide().needs_uncond else 1)
-        parts.append(Part(number, shot, frames, count, cost * passes * count / 1e12))
+        work = cost * pipe.denoise.forwards(request) * count
+        parts.append(Part(number, shot, frames, count, work / 1e12))
     return parts
 
 

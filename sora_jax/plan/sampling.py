@@ -97,7 +97,8 @@ def denoise(config: Any, host: Slice) -> steps.Step:
         traced = jitted.trace(*arguments)
         counts = count.of_jaxpr(traced.jaxpr.jaxpr)
         lowered = traced.lower()
-    flops = {name: branches * v for name, v in steps.dit_flops(stage, tokens, length).items()}
+    forwards = branches * sampler.num_evaluations(config.sample.solver, 1)
+    flops = {name: forwards * v for name, v in steps.dit_flops(stage, tokens, length).items()}
     return steps.compile_step(
         *("sample", mesh, lowered, host, memory, steps.device_bytes(state), counts, flops),
         *(branches * tokens, begun),
