@@ -1,6 +1,7 @@
 """Reads clips of videos and images: any start, any frame rate, any size."""
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -11,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from sora_jax.video_io import pictures
 from sora_jax.video_io.paths import IMAGE_SUFFIXES, READABLE_SUFFIXES
 from sora_jax.video_io.sheet import fit
 
 SCALED_BELOW = 0.5  # of a frame's size: there its chroma is no coarser than what is wanted
-DEFAULT_FRAME_SECONDS = 0.1  # what browsers give a GIF frame without a delay
 
 
 class Clip(NamedTuple):
@@ -26,7 +27,10 @@ class Clip(NamedTuple):
 
 
 class VideoInfo(NamedTuple):
-    """What a file holds. A still image has one frame, fps 0 and duration 0 (seconds)."""
+    """What a file shows: its size upright, with square pixels; hidden frames do not count.
+
+    A still image has one frame, fps 0 and duration 0 (seconds).
+    """
 
     num_frames: int
     fps: float
@@ -133,9 +137,7 @@ def _one_line_errors(path: Path, kinds: tuple[type[Exception], ...]) -> Iterator
 
 def _decoder_errors(path: Path) -> contextlib.AbstractContextManager[None]:
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        from PIL import Image
-
-        kinds = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+        kinds = pictures.image_errors()
     else:
         import av
 
@@ -160,21 +162,14 @@ def _probe_image(path: Path) -> VideoInfo:
 
 
 def _image_frames(path: Path) -> Iterator[tuple[float, float, np.ndarray]]:
-    """Start and length in seconds, and pixels, of each frame; alpha is put on white."""
-    from PIL import Image, ImageOps, ImageSequence
+    """Start and length in seconds, and pixels, of each frame."""
+    from PIL import Image
 
     with Image.open(path) as image:
         at = 0.0
-        for frame in ImageSequence.Iterator(image):
-            frame.load()  # WebP tells a frame's length only after decoding it
-            duration = frame.info.get("duration", 0) / 1000 or DEFAULT_FRAME_SECONDS
-            upright = ImageOps.exif_transpose(frame)
-            if upright.has_transparency_data:
-                rgba = upright.convert("RGBA")
-                white = Image.new("RGBA", rgba.size, "white")
-                upright = Image.alpha_composite(white, rgba)
-            yield at, duration, np.asarray(upright.convert("RGB"))
-            at += duration
+        for length, pixels in pictures.stills(image):
+            yield at, length, pixels
+            at += length
 
 
 def _video_stream(container: Any, path: Path) -> Any:
@@ -191,12 +186,11 @@ def _probe_video(path: Path) -> VideoInfo:
         frame = next(container.decode(stream), None)
         if frame is None:
             raise ValueError(f"{path}: holds no video frame; replace or remove it.")
-        height, width = (
-            (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
-        )
-        num_frames, duration = stream.frames, stream.duration
-        rate = stream.average_rate
-    if not (num_frames and duration and rate):  # a WebM states none of them
+        height, width = pictures.Upright().size(frame, stream.sample_aspect_ratio)
+        num_frames, rate = stream.frames, stream.average_rate
+        seconds = (stream.duration or 0) * stream.time_base
+    # A WebM states none of them, and what an edit list hides is counted though it is not shown.
+    if not (num_frames and rate and abs(num_frames / rate - seconds) <= 1 / rate):
         num_frames, rate = _count_packets(path)
     return VideoInfo(num_frames, float(rate), width, height, float(num_frames / rate))
 
@@ -206,7 +200,8 @@ def _count_packets(path: Path) -> tuple[int, Fraction]:
 
     with av.open(str(path)) as container:
         stream = _video_stream(container, path)
-        times = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
+        packets = container.demux(stream)
+        times = sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
         rate = stream.average_rate or stream.guessed_rate or Fraction(1)
         if len(times) > 1 and times[-1] > times[0]:
             measured = (len(times) - 1) / ((times[-1] - times[0]) * stream.time_base)
@@ -263,19 +258,20 @@ def _pick(
     """The frame on show at each of `times`, from frames given as (start, length, frame)."""
     # A quarter of a frame forgives time stamps rounded to milliseconds or hundredths.
     slack = 0.25 / max(rate, info.fps, 1.0)
+    to_rgb = functools.partial(_to_rgb, upright=pictures.Upright(), size=size, info=info)
     picked: list[np.ndarray] = []
     shown, pixels, end = None, None, 0.0
     for start, length, frame in frames:
         while shown is not None and len(picked) < len(times):
             if times[len(picked)] + slack >= start:
                 break
-            pixels = _to_rgb(shown, size) if pixels is None else pixels
+            pixels = to_rgb(shown) if pixels is None else pixels
             picked.append(pixels)
         if len(picked) == len(times):
             return picked
         shown, pixels, end = frame, None, start + length
     while shown is not None and len(picked) < len(times) and times[len(picked)] < end + slack:
-        pixels = _to_rgb(shown, size) if pixels is None else pixels
+        pixels = to_rgb(shown) if pixels is None else pixels
         picked.append(pixels)
     if len(picked) < len(times):
         raise ValueError(
@@ -285,27 +281,22 @@ def _pick(
     return picked
 
 
-def _to_rgb(frame: Any, size: tuple[int, int] | None) -> np.ndarray:
+def _to_rgb(
+    frame: Any, *, upright: pictures.Upright, size: tuple[int, int] | None, info: VideoInfo
+) -> np.ndarray:
     """An upright RGB array of a decoded frame, of `size` already where that is much smaller.
 
     Arrays pass through.
     """
     if isinstance(frame, np.ndarray):
         return frame
-    from av.video.reformatter import Interpolation
-
-    # Without these flags swscale truncates, which darkens every pixel by 1/255.
-    flags = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-    scale = 1.0 if size is None else max(size[0] / frame.height, size[1] / frame.width)
-    if frame.rotation or scale > SCALED_BELOW:
-        pixels = frame.to_ndarray(format="rgb24", interpolation=Interpolation.BICUBIC | flags)
-        return np.rot90(pixels, k=frame.rotation // 90)
-    # Areas are averaged while colours are converted: a twelfth of the time of doing it after.
+    whole = info.height, info.width
+    scale = 1.0 if size is None else max(size[0] / info.height, size[1] / info.width)
+    if scale > SCALED_BELOW:
+        return upright.rgb(frame, whole)
     # As much too large on both sides: a pixel more on one would move the picture by half of one.
     height, width = (
-        want + 2 * round((have * scale - want) / 2)
-        for have, want in zip((frame.height, frame.width), size, strict=True)
+        want + 2 * round((have * scale - want) / 2) for have, want in zip(whole, size, strict=True)
     )
-    scaled = frame.reformat(width, height, format="rgb24", interpolation=Interpolation.AREA | flags)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    return scaled.to_ndarray()[top : top + size[0], left : left + size[1]]
+    return upright.rgb(frame, (height, width))[top : top + size[0], left : left + size[1]]

@@ -1,8 +1,7 @@
 """Opens a video or image and streams its frames, upright, with the times at which they show.
 
-What a file is goes by its contents, not its extension: PNG, JPEG, GIF and WebP are read by Pillow
-(transparent pixels on white), everything else by FFmpeg. Square pixels come out of anamorphic
-video, 8 bits out of deeper ones. Only one frame is in memory at a time.
+What a file is goes by its contents, not its extension: PNG, JPEG, GIF and WebP are read by Pillow,
+everything else by FFmpeg. Only one frame is in memory at a time.
 """
 
 import contextlib
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from sora_jax.video_io import pictures
+
 MAGIC = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF"}
 # Demuxers that read one local file; playlists (HLS, DASH, concat) would open others.
 DEMUXERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf,h264,hevc,mxf,nut"
@@ -22,7 +23,6 @@ SUFFIXES = {"PNG": (".png", ".apng"), "JPEG": (".jpg", ".jpeg"), "GIF": (".gif",
 HDR_CURVES = {16: "PQ", 18: "HLG"}  # ITU-T H.273 table 3
 MAX_FPS = 240
 MAX_GAP_SECONDS = 30.0  # from one frame to the next; beyond, the time stamps are damaged
-DEFAULT_FRAME_SECONDS = 0.1  # what browsers give a GIF frame without a delay
 
 
 class MediaInfo(NamedTuple):
@@ -40,10 +40,15 @@ class Frame:
     """One decoded frame; converted only when asked for."""
 
     def __init__(
-        self, time: float, length: float, source: Any, size: tuple[int, int], converter: Any = None
+        self,
+        time: float,
+        length: float,
+        source: Any,
+        size: tuple[int, int],
+        upright: pictures.Upright | None = None,
     ) -> None:
         self.time, self.length = time, length
-        self._source, self._size, self._converter = source, size, converter
+        self._source, self._size, self._upright = source, size, upright
 
     def rgb(self) -> UInt8[np.ndarray, "H W 3"]:
         """Upright pixels at the size that the file's info states."""
@@ -53,11 +58,7 @@ class Frame:
         """Upright pixels resized to `size` (height, width)."""
         if isinstance(self._source, np.ndarray):
             return _resized(self._source, size)
-        turns = self._source.rotation // 90
-        height, width = size[::-1] if turns % 2 else size
-        return np.ascontiguousarray(
-            np.rot90(_converted(self._source, height, width, self._converter), k=turns)
-        )
+        return self._upright.rgb(self._source, size)
 
 
 class Media:
@@ -111,10 +112,8 @@ class _Video:
 
     def __init__(self, media: Media) -> None:
         self._media = media
-        from av.video.reformatter import VideoReformatter
-
         self._container: Any = None
-        self._converter = VideoReformatter()  # one for all frames: making it takes a millisecond
+        self._upright = pictures.Upright()
         self._exact_times = True  # every frame so far had a time stamp
         try:
             self._open()
@@ -160,9 +159,7 @@ class _Video:
 
     def _describe(self, frame: Any) -> MediaInfo:
         media, stream = self._media, self._stream
-        width, height = _square_pixels(frame.width, frame.height, stream.sample_aspect_ratio)
-        if frame.rotation % 180:
-            width, height = height, width
+        height, width = self._upright.size(frame, stream.sample_aspect_ratio)
         media.check_size(width, height)
         if frame.color_trc in HDR_CURVES:
             media.warnings.append(f"HDR ({HDR_CURVES[frame.color_trc]}) is not tone-mapped")
@@ -238,7 +235,7 @@ class _Video:
                 if at <= previous:  # time stamps that stand still or go back
                     at = previous + min(step, 1e-3)
             previous = at
-            yield Frame(at, min(length, MAX_GAP_SECONDS), frame, size, self._converter)
+            yield Frame(at, min(length, MAX_GAP_SECONDS), frame, size, self._upright)
 
     def close(self) -> None:
         if self._container is not None:
@@ -256,8 +253,9 @@ class _Images:
             media.warnings.append(f"named {suffix or 'without extension'}, but holds {kind}")
         with self._opened() as image:
             media.check_size(*image.size)
-            count = getattr(image, "n_frames", 1)
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on a side
+            count = pictures.count_stills(image)
+            # EXIF orientations 5 to 8 lie on a side.
+            turned = image.getexif().get(pictures.ORIENTATION) in range(5, 9)
             width, height = image.size[::-1] if turned else image.size
         self.info = MediaInfo(width, height, 0.0, 0.0, kind.lower(), is_image=count == 1)
 
@@ -265,31 +263,21 @@ class _Images:
     def _opened(self) -> Iterator[Any]:
         from PIL import Image
 
-        kinds = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
         try:
             with Image.open(self._media.path) as image:
                 yield image
-        except kinds as error:
+        except pictures.image_errors() as error:
             if type(error) is ValueError and str(error).startswith("declares"):
                 raise
             raise ValueError(f"cannot be read ({_reason(error)}): damaged, or no image.") from error
 
     def frames(self, start: float) -> Iterator[Frame]:
-        from PIL import Image, ImageOps, ImageSequence
-
         del start  # an animation has no key frames but the first
         at, size = 0.0, (self.info.height, self.info.width)
         try:
             with self._opened() as image:
-                for frame in ImageSequence.Iterator(image):
-                    frame.load()  # WebP tells a frame's length only after decoding it
-                    length = frame.info.get("duration", 0) / 1000 or DEFAULT_FRAME_SECONDS
-                    upright = ImageOps.exif_transpose(frame)
-                    if upright.has_transparency_data:
-                        rgba = upright.convert("RGBA")
-                        white = Image.new("RGBA", rgba.size, "white")
-                        upright = Image.alpha_composite(white, rgba)
-                    yield Frame(at, length, np.asarray(upright.convert("RGB")), size)
+                for length, pixels in pictures.stills(image):
+                    yield Frame(at, length, pixels, size)
                     at += length
         except ValueError as error:
             self._media.damage = f"breaks off at {at:.2f} s ({error})"
@@ -349,33 +337,6 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     if first is not None:
         yield first
     yield from rest
-
-
-def _square_pixels(width: int, height: int, aspect: Fraction | None) -> tuple[int, int]:
-    """The size with square pixels that loses none and invents none: the longer side shrinks."""
-    if not aspect or not Fraction(1, 8) <= aspect <= 8:
-        return width, height
-    if aspect > 1:
-        return width, max(1, round(height / aspect))
-    return max(1, round(width * aspect)), height
-
-
-def _converted(frame: Any, height: int, width: int, converter: Any) -> np.ndarray:
-    """RGB of an FFmpeg frame at a size, not yet upright."""
-    from av.video.reformatter import Interpolation
-
-    smaller = height < frame.height or width < frame.width
-    method = Interpolation.AREA if smaller else Interpolation.BICUBIC
-    # Without these flags swscale truncates, which darkens every pixel by 1/255.
-    method |= Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-    has_alpha = any(component.is_alpha for component in frame.format.components)
-    layout = "rgba" if has_alpha or frame.format.has_palette else "rgb24"
-    converted = converter.reformat(frame, width, height, layout, interpolation=method)
-    pixels = converted.to_ndarray()
-    if layout == "rgb24":
-        return pixels
-    alpha = pixels[..., 3:].astype(np.uint16)
-    return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

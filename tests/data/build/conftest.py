@@ -29,7 +29,7 @@ def moving() -> Callable[..., np.ndarray]:
 
 @pytest.fixture
 def turn_clockwise() -> Callable[[Path], None]:
-    return write_turn
+    return write_matrix
 
 
 def moving_frames(
@@ -87,10 +87,24 @@ def write_video(
     return path
 
 
-def write_turn(path: Path) -> None:
-    """Writes into an MP4 that players turn it by 90 degrees, as telephones do."""
+def write_matrix(path: Path, a: int = 0, b: int = 1, c: int = -1, d: int = 0) -> None:
+    """Writes into an MP4 that (x, y) is shown at (ax + cy, bx + dy); turned clockwise as it is."""
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 4 + 40
-    one, whole = 1 << 16, 1 << 30
-    data[at : at + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, whole)
+    data[at : at + 36] = struct.pack(">9i", *(v << 16 for v in (a, b, 0, c, d, 0, 0, 0)), 1 << 30)
     path.write_bytes(data)
+
+
+def write_trimmed(source: Path, target: Path, start: float) -> Path:
+    """The packets of `source` behind an edit list that hides those before `start` seconds."""
+    import av
+
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                packet.pts -= round(start / packet.time_base)
+                packet.dts -= round(start / packet.time_base)
+                new.mux(packet)
+    return target
