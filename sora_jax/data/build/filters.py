@@ -82,10 +82,12 @@ def clip_stats(
 
 def _longest_freeze(scan: Scan, span: Span, still: float) -> float:
     """Seconds by which the longest stretch without change outlasts an ordinary frame."""
+    # One of the file: in a clip that is a single long frame, that frame would be the ordinary one.
+    ordinary = 1 / float(scan.rate)
     times = scan.times[span.first : span.last + 1]
     moved = np.flatnonzero(scan.difference[span.first + 1 : span.last] > still) + 1
     edges = times[np.concatenate([[0], moved, [span.last - span.first]])]
-    return round(max(0.0, float(np.diff(edges).max() - np.median(np.diff(times)))), 6)
+    return round(max(0.0, float(np.diff(edges).max()) - ordinary), 6)
 
 
 def too_short(stats: ClipStats, settings: LengthSettings) -> str | None:

@@ -22,7 +22,9 @@ DEMUXERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf,h264
 SUFFIXES = {"PNG": (".png", ".apng"), "JPEG": (".jpg", ".jpeg"), "GIF": (".gif",)}
 HDR_CURVES = {16: "PQ", 18: "HLG"}  # ITU-T H.273 table 3
 MAX_FPS = 240
-MAX_GAP_SECONDS = 30.0  # from one frame to the next; beyond, the time stamps are damaged
+MAX_GAP_SECONDS = 30.0  # from one frame to the next; beyond, what follows must bear it out
+MAX_STILL_SECONDS = 3600.0  # beyond, the time stamps are damaged whatever follows
+LONG_STEP = 4  # times the median step: what stands longer says nothing of how fast the rest moves
 
 
 class MediaInfo(NamedTuple):
@@ -128,7 +130,7 @@ class _Video:
             self.close()
             raise ValueError("holds no video frame; damaged, or no video.")
         self._pending = first
-        self._first_pts = first.pts
+        self._first_stamp = self._stamp(first)
         self.info = self._describe(first)
 
     def _open(self) -> None:
@@ -178,6 +180,15 @@ class _Video:
             is_image=False,
         )
 
+    def _stamp(self, frame: Any) -> int | None:
+        """When a frame is shown, in ticks.
+
+        AVI holds no such times, only packets at an even rate, and FFmpeg gives the frames of H.264
+        those of their own packets, which B-frames put in another order. There a frame is shown
+        when the packet comes that lets the decoder give it: their dts.
+        """
+        return frame.dts if self._container.format.name == "avi" else frame.pts
+
     def frames(self, start: float) -> Iterator[Frame]:
         """Streams frames; damage ends them and is noted in the media."""
         last = 0.0
@@ -203,12 +214,12 @@ class _Video:
             if seconds <= 0:
                 break
             with contextlib.suppress(*_ffmpeg_errors()):
-                offset = self._first_pts + math.floor(seconds / base)
+                offset = self._first_stamp + math.floor(seconds / base)
                 self._container.seek(offset, stream=self._stream, backward=True)
                 self._frames = self._container.decode(self._stream)
                 frame = next(self._frames, None)
-                timed = frame is not None and frame.pts is not None
-                if timed and float((frame.pts - self._first_pts) * base) <= start + 1e-6:
+                stamp = None if frame is None else self._stamp(frame)
+                if stamp is not None and (stamp - self._first_stamp) * base <= start + 1e-6:
                     self._pending = frame
                     return
         self._open()
@@ -217,25 +228,43 @@ class _Video:
         base, info = self._stream.time_base, self.info
         step = 1 / info.fps if info.fps > 0 else 1 / 25
         step = max(step, 1 / MAX_FPS)
-        size, at, previous = (info.height, info.width), None, None
+        size, previous = (info.height, info.width), None
+        held: Frame | None = None  # behind a long gap: a long still, if time goes on behind it
         for frame in _chain(pending, self._frames):
             if frame.is_corrupt:
-                if at is None:
+                if previous is None:
                     continue  # a stream cut out of a longer one starts like this
                 raise _Damage("a damaged frame")
-            if frame.pts is None or self._first_pts is None or not base:
-                self._exact_times = False
+            at = self._time(frame)
+            if at is None:
                 at = 0.0 if previous is None else previous + step
-            else:
-                at = float((frame.pts - self._first_pts) * base)
+            gap = 0.0 if previous is None else at - previous
+            if not -MAX_GAP_SECONDS <= gap <= MAX_STILL_SECONDS or (held and gap <= 0):
+                raise _Damage(f"the next time stamp is {at:.6g} s")
+            if previous is not None and gap <= 0:  # time stamps that stand still or go back
+                at = previous + min(step, 1e-3)
+            if held:
+                yield held
             length = float(frame.duration * base) if frame.duration and base else step
-            if previous is not None:
-                if at > previous + MAX_GAP_SECONDS:
-                    raise _Damage(f"the next time stamp is {at:.6g} s")
-                if at <= previous:  # time stamps that stand still or go back
-                    at = previous + min(step, 1e-3)
+            shown = Frame(at, min(length, MAX_GAP_SECONDS), frame, size, self._upright)
+            held = shown if gap > MAX_GAP_SECONDS else None
+            if not held:
+                yield shown
             previous = at
-            yield Frame(at, min(length, MAX_GAP_SECONDS), frame, size, self._upright)
+        if held:
+            if held.time > info.seconds + 1:
+                raise _Damage(f"the last time stamp is {held.time:.6g} s")
+            yield held
+
+    def _time(self, frame: Any) -> float | None:
+        """Seconds since the first frame; None where there are no time stamps."""
+        stamp, base = self._stamp(frame), self._stream.time_base
+        known = self._first_stamp is not None and bool(base)
+        if known and stamp is not None:
+            return float((stamp - self._first_stamp) * base)
+        # The last frames of an AVI come when no packet does; such a file can be sought in still.
+        self._exact_times &= known and self._container.format.name == "avi"
+        return None
 
     def close(self) -> None:
         if self._container is not None:
@@ -294,18 +323,20 @@ def stated_rate(times: np.ndarray, declared: float) -> Fraction:
     """Frames a second of a stream whose frames start at `times`, the end of the last included.
 
     The declared rate where the time stamps bear it out; the mean where they are even; else that
-    of the median step, so that a long pause does not thin out what moves.
+    of the median step. Pauses do not count, so that they do not thin out what moves: an MP4
+    declares the mean of all, pauses included.
     """
-    seconds = float(times[-1] - times[0])
-    mean = (len(times) - 1) / seconds
+    steps = np.diff(times)
+    step = float(np.median(steps))
+    moving = steps[steps <= LONG_STEP * step]
+    seconds = float(moving.sum())
+    mean, median = len(moving) / seconds, 1 / step
     rate = mean
     if declared > 0 and abs(declared / mean - 1) < 5e-4 + 2e-3 / seconds:
         rate = declared
-    else:
-        median = 1 / float(np.median(np.diff(times)))
-        if abs(median / mean - 1) > 0.05:
-            # Steps in whole milliseconds: the declared rate, where it fits, is the exact one.
-            rate = declared if abs(declared / median - 1) < 0.02 else median
+    elif abs(median / mean - 1) > 0.05:
+        # Steps in whole milliseconds: the declared rate, where it fits, is the exact one.
+        rate = declared if abs(declared / median - 1) < 0.02 else median
     return Fraction(min(rate, MAX_FPS)).limit_denominator(1001) or Fraction(1, 1001)
 
 

@@ -88,6 +88,9 @@ def test_one_frame_held_for_long_is_frozen():
     scan = make_scan(50)
     scan.times[25:] += 3.0
     assert stats_of(scan).frozen == pytest.approx(3.0, abs=1e-6)
+    alone = stats_of(scan, 24, 25)
+    assert alone.frozen == pytest.approx(3.0, abs=1e-6)
+    assert filters.frozen(alone, FreezeSettings()) == "frozen (for 3 s, at most 0.6 s)"
 
 
 def test_motion_is_of_the_clip_alone():

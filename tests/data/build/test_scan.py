@@ -105,7 +105,10 @@ def test_rates_are_the_declared_ones_where_the_time_stamps_bear_them_out():
     assert stated_rate(np.round(exact, 3), float(ntsc)) == ntsc  # whole milliseconds
     assert stated_rate(exact, 1000.0) == ntsc  # a nonsense declaration
     paused = np.concatenate([np.arange(50) / 25, 4 + np.arange(50) / 25])
-    assert stated_rate(paused, 0.0) == 25  # the pause does not thin out what moves
+    for declared in (0.0, 100 / float(paused[-1]), 25.0):  # an MP4 declares the mean of all
+        assert stated_rate(paused, declared) == 25  # the pause does not thin out what moves
+    film = np.concatenate([[0.0], np.cumsum(np.tile([2, 3], 100) / 60)])  # as television shows it
+    assert stated_rate(film, 24.0) == 24
     assert stated_rate(np.arange(5) / 1e6, 0.0) == 240
 
 

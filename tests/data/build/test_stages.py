@@ -1,6 +1,8 @@
+import dataclasses
 import importlib.util
 import json
 import os
+import struct
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -156,6 +158,43 @@ def test_uneven_frames_become_even(process, make_video, moving):
     times = [0.0, 0.1, 0.2, 0.3, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0]
     _, clip, _ = only(process(make_video("x.mkv", moving(10), times=times)))
     assert (clip["fps"], clip["num_frames"], clip["end"]) == (10.0, 11, 1.1)
+
+
+@pytest.mark.parametrize("name", ["x.avi", "x.mp4", "x.mkv"])
+@pytest.mark.parametrize("options", [{}, {"x264-params": "open-gop=1:scenecut=0"}])
+def test_frames_come_in_the_order_in_which_they_are_shown(process, make_video, name, options):
+    frames = (np.full((48, 64, 3), 2 * i, np.uint8) for i in range(100))
+    path = make_video(name, frames, fps=25, gop=30, crf="4", **options)  # with B-frames
+    cut = CutSettings(max_seconds=1.0)
+    plain = BuildSettings(shots=None, cut=cut, brightness=None, motion=None, blur=None)
+    row, clips = process(path, dataclasses.replace(plain, freeze=None, write=QUICK.write))
+    assert list(clips) == [f"{name}#{k:08d}" for k in (0, 25, 50, 75)] and row["fps"] == 25
+    shown = np.concatenate(list(clips.values())).mean(axis=(1, 2, 3))
+    assert np.abs(shown - 2 * np.arange(100)).max() < 2
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
+@pytest.mark.parametrize("pause", [5, 40])
+def test_a_long_still_is_dropped_alone_and_the_rest_keeps_its_rate(
+    process, make_video, moving, name, pause
+):
+    times = [k / 10 + (pause if k >= 20 else 0) for k in range(40)]
+    settings = dataclasses.replace(QUICK, cut=CutSettings(max_seconds=4.0))
+    row, frames = process(make_video(name, moving(40), times=times), settings)
+    assert (row["warning"], row["fps"]) == (None, pytest.approx(10, abs=0.01))
+    before, still, behind = row["clips"]
+    assert still["dropped"]["stage"] == "freeze"
+    assert still["end"] - still["start"] == pytest.approx(pause, abs=0.2)
+    assert {k: len(f) for k, f in frames.items()} == {before["key"]: 19, behind["key"]: 20}
+
+
+def test_a_time_stamp_that_jumps_away_and_back_is_damage_and_no_still(process, make_video, moving):
+    path = make_video("x.mkv", moving(40), times=[k / 10 for k in range(40)], gop=99, bf="0")
+    stamp, jump = (b"\x81" + struct.pack(">h", t) for t in (2000, 32500))  # of a block, in ms
+    assert path.read_bytes().count(stamp) == 1
+    path.write_bytes(path.read_bytes().replace(stamp, jump))
+    row, _, decoded = only(process(path))
+    assert row["warning"].startswith("breaks off at 2.00 s") and len(decoded) == 20
 
 
 def test_a_png_keeps_its_pixels_and_a_gif_moves(process, moving, tmp_path):
