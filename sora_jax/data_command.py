@@ -18,7 +18,8 @@ def add(actions: Any, command: Callable[..., Any]) -> None:
         "--input",
         required=True,
         metavar="DIR|GLOB|LIST",
-        help="folder, quoted pattern, list of files (.txt) or manifest (.csv .jsonl .parquet)",
+        help="folder, quoted pattern, list of files (.txt; # begins a comment) or manifest "
+        "(.csv .jsonl .parquet)",
     )
     build.add_argument("--out", required=True, metavar="DIR", help="new folder, here or on gs://")
     build.add_argument(

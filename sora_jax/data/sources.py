@@ -257,7 +257,7 @@ def _caption(file: Path, *, required: bool) -> str:
             )
         return ""
     try:
-        return " ".join(sidecar.read_text("utf-8").split())
+        return " ".join(sidecar.read_text("utf-8-sig").split())
     except UnicodeDecodeError as error:
         raise ValueError(f"{sidecar}: the caption is not UTF-8 text; save it as UTF-8.") from error
 

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -85,18 +86,24 @@ def test_stride_and_clips_per_file_choose_starts(tmp_path, changes, starts):
 
 def test_images_are_used_for_single_frames_and_counted_otherwise(tmp_path):
     Image.new("RGB", (80, 60), (200, 30, 30)).save(tmp_path / "red.jpg")
-    (tmp_path / "red.txt").write_text("red")
+    (tmp_path / "red.txt").write_text("\ufeffred", "utf-8")
     write_clip(tmp_path / "long.webm", 12)
     write_clip(tmp_path / "short.mp4", 3)
     write_clip(tmp_path / "long.gif", 12)
+    with av.open(str(tmp_path / "long.mov"), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.height = stream.width = 32
+        for _ in range(12):
+            container.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
+        container.mux(stream.encode())
     write_clip(tmp_path / ".hidden.mp4", 12)
     source = FolderSource(tmp_path, FolderSettings(height=32, width=32, num_frames=9, fps=8.0))
-    assert source.report == (2, 2, 1, 1, 0, 2)
+    assert source.report == (3, 3, 1, 1, 0, 3)
     assert "1 images" in str(source.report)
     settings = FolderSettings(height=32, width=32, num_frames=1, fps=8.0, clips_per_file=1)
     source = FolderSource(tmp_path, settings)
-    assert source.report == (4, 4, 0, 0, 0, 3)
-    record = next(source[i] for i in range(4) if source[i]["caption"] == "red")
+    assert source.report == (5, 5, 0, 0, 0, 4)
+    record = next(source[i] for i in range(5) if source[i]["caption"] == "red")
     assert record["video"].shape == (1, 32, 32, 3)
     assert np.abs(record["video"].astype(int) - (200, 30, 30)).max() < 6
 

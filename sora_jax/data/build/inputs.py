@@ -1,6 +1,7 @@
 """What a set is built from: a folder, a pattern, a list or a manifest as a sorted list of files.
 
-A folder is read whole, hidden files left out. A list (.txt) names one file a line; a manifest
+A folder is read whole, hidden files and folders that are links left out. A list (.txt) names one
+file a line, and lines that begin with # are skipped; a manifest
 (.csv, .jsonl, .parquet) has a column `path`, and `caption` or `captions`, `start` and `end` where
 it likes. Captions that a manifest does not give come from files beside the video: `name.txt` (one
 caption) or `name.json` ({"caption": TEXT}, {"captions": {KIND: TEXT}}, {"captions": [TEXT]}, or a
@@ -59,6 +60,7 @@ def find_inputs(source: str, *, out: str | None = None) -> list[InputFile]:
         that cannot be read, or a source that takes in `out`; one line.
     """
     source = os.fspath(source)
+    places.check_scheme(source)
     sidecars.names.cache_clear()
     suffix = os.path.splitext(source)[1].lower()
     if suffix == ".txt" and places.is_file(source):
@@ -74,7 +76,7 @@ def find_inputs(source: str, *, out: str | None = None) -> list[InputFile]:
     elif places.is_file(source):
         found = _with_sidecars(_media([source]), root=os.path.dirname(places.absolute(source)))
     elif glob.has_magic(source):
-        matched = sorted(map(str, _glob(source)))
+        matched = sorted(set(map(str, _glob(source))))  # ** on ** finds files twice
         found = _with_sidecars(_media(matched), root=places.absolute(_root_of_pattern(source)))
     else:
         raise ValueError(
@@ -82,8 +84,10 @@ def find_inputs(source: str, *, out: str | None = None) -> list[InputFile]:
             f"list (.txt) or a manifest ({', '.join(MANIFEST_SUFFIXES)})."
         )
     if not found:
+        links = "; folders that are links are not entered" if _has_linked_folder(source) else ""
         raise ValueError(
-            f"{source}: no readable video found; it must name files of {', '.join(MEDIA_SUFFIXES)}."
+            f"{source}: no readable video found; it must name files of {', '.join(MEDIA_SUFFIXES)}"
+            f"{links}."
         )
     if out is not None:
         for file in found:
@@ -138,7 +142,31 @@ def _media_below(folder: str) -> list[str]:
 
 
 def _with_sidecars(paths: Iterable[str], *, root: str) -> list[InputFile]:
+    paths = list(paths)
+    for path in paths:
+        _check_name(path)
     return [InputFile(path, _key(path, root), read_sidecar(path)) for path in paths]
+
+
+def _check_name(path: str) -> None:
+    """Raises ValueError for a name that no record, report or list can hold."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise ValueError(f"{shown}: its name is not UTF-8; rename it.") from error
+
+
+def _has_linked_folder(source: str) -> bool:
+    return (
+        not places.is_remote(source)
+        and places.is_dir(source)
+        and any(
+            os.path.islink(os.path.join(place, name))
+            for place, folders, _ in places.walk(source)
+            for name in folders
+        )
+    )
 
 
 def _key(path: str, root: str) -> str:
@@ -148,17 +176,16 @@ def _key(path: str, root: str) -> str:
 
 
 def _list_rows(source: str) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(_read_table(source).splitlines(), 1):
+    for number, line in enumerate(_read_table(source).split("\n"), 1):
         if line.strip() and not line.startswith("#"):
             yield number, {"path": line.strip()}
 
 
 def _manifest_rows(source: str, suffix: str) -> Iterator[tuple[int, dict]]:
     if suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(_read_table(source), newline=""))
-        yield from enumerate(reader, 1)
+        yield from _csv_rows(source)
     elif suffix == ".jsonl":
-        for number, line in enumerate(_read_table(source).splitlines(), 1):
+        for number, line in enumerate(_read_table(source).split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -184,9 +211,25 @@ def _manifest_rows(source: str, suffix: str) -> Iterator[tuple[int, dict]]:
         yield from enumerate(rows, 1)
 
 
+def _csv_rows(source: str) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(io.StringIO(_read_table(source), newline=""))
+    number = 0
+    try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        for number, row in enumerate(reader, 1):
+            if any(row.get(None, ())):
+                raise ValueError(
+                    f"{source}: row {number} has more fields than there are "
+                    "columns; put texts with commas in quotes."
+                )
+            yield number, row
+    except csv.Error as error:
+        raise ValueError(f"{source}: row {number + 1}: {error}; correct or remove it.") from error
+
+
 def _read_table(source: str) -> str:
     try:
-        return places.read_text(source).removeprefix("\ufeff")
+        return places.read_text(source)
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 text; save it as UTF-8.") from error
 
@@ -204,10 +247,12 @@ def _from_rows(source: str, rows: Iterable[tuple[int, dict]], *, what: str) -> l
                 f"{source}: {what} {number} has no path (columns: {columns}); name the column path."
             )
         path = str(row["path"])
+        places.check_scheme(path)
         path = path if places.is_remote(path) else os.path.normpath(os.path.join(base, path))
         if not places.is_file(path):
             absent.append(f"{what} {number}: no such file {path}")
             continue
+        _check_name(path)
         try:
             start, end = (_seconds(row.get(name), name) for name in ("start", "end"))
             if end is not None and end <= (start or 0.0):

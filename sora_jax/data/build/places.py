@@ -18,6 +18,18 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def check_scheme(path: str) -> None:
+    """Raises ValueError for an address that cannot be read; one line."""
+    if is_remote(path):
+        try:
+            epath.Path(path)
+        except KeyError as error:
+            raise ValueError(
+                f"{path}: no files are read or written there; give a path on this machine or a "
+                "gs:// address."
+            ) from error
+
+
 def absolute(path: str) -> str:
     return path if is_remote(path) else os.path.abspath(path)
 
@@ -48,7 +60,8 @@ def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def read_text(path: str) -> str:
+    """UTF-8 text, with or without the mark that Windows puts in front."""
     if is_remote(path):
-        return epath.Path(path).read_text("utf-8")
-    with open(path, encoding="utf-8") as file:
+        return epath.Path(path).read_text("utf-8-sig")
+    with open(path, encoding="utf-8-sig") as file:
         return file.read()

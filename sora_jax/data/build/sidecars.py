@@ -11,6 +11,7 @@ from etils import epath
 from sora_jax.data.build import places
 
 Captions = tuple[tuple[str, str], ...]  # (kind, text)
+NAMES = ("captions", "caption")
 
 
 def read_sidecar(path: str) -> Captions:
@@ -33,7 +34,8 @@ def read_sidecar(path: str) -> Captions:
             else:
                 value = json.loads(text)
                 # Other programs leave .json files beside videos too: without captions, no error.
-                told = isinstance(value, list | str) or "caption" in value or "captions" in value
+                named = isinstance(value, Mapping) and not value.keys().isdisjoint(NAMES)
+                told = named or isinstance(value, list | str)
                 captions = parse_captions(value, kind="sidecar") if told else ()
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: the caption is not UTF-8 text; save it as UTF-8.") from error
@@ -57,6 +59,8 @@ def names(folder: str) -> frozenset[str]:
 def parse_captions(value: Any, *, kind: str) -> Captions:
     """Captions of any of the accepted forms, whitespace folded, empty ones left out.
 
+    Halves of characters, which JSON can hold and UTF-8 cannot, are left out too.
+
     Args:
       value: a text, a list of texts, {KIND: TEXT}, or any of them under "caption" or "captions".
       kind: of texts that do not say theirs.
@@ -67,13 +71,13 @@ def parse_captions(value: Any, *, kind: str) -> Captions:
     if value is None:
         return ()
     if isinstance(value, str):
-        text = " ".join(value.split())
+        text = " ".join(_unicode(value).split())
         return ((kind, text),) if text else ()
     if isinstance(value, Mapping):
-        named = [value[name] for name in ("captions", "caption") if name in value]
+        named = [value[name] for name in NAMES if name in value]
         if named:
             return tuple(c for part in named for c in parse_captions(part, kind=kind))
-        pairs = [(str(name), text) for name, text in value.items()]
+        pairs = [(_unicode(str(name)), text) for name, text in value.items()]
     elif isinstance(value, list | tuple):
         pairs = [(kind, text) for text in value]
     else:
@@ -84,3 +88,7 @@ def parse_captions(value: Any, *, kind: str) -> Captions:
             raise ValueError(f"a caption is {type(text).__name__}, not text")
         found += parse_captions(text, kind=name)
     return tuple(found)
+
+
+def _unicode(text: str) -> str:
+    return text.encode("utf-8", "ignore").decode()

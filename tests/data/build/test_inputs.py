@@ -1,6 +1,8 @@
 """Inputs: what is found and what it is called, captions of every form, one line for mistakes."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,7 @@ def keys(source, **options):
 def test_a_folder_a_pattern_and_a_file_name_the_same_keys(videos):
     assert keys(videos) == ["a/p.png", "a/z.MKV", "b.mp4"]
     assert keys(f"{videos}/**/*") == keys(videos)
+    assert keys(f"{videos}/**/**/*") == keys(videos)
     assert keys(f"{videos}/*/z*") == ["a/z.MKV"]
     assert keys(videos / "a" / "z.MKV") == ["z.MKV"]
 
@@ -82,10 +85,14 @@ def test_a_manifest_gives_captions_and_stretches(videos, suffix):
         ("b.json", '{"captions": ["x", "y"]}', [("sidecar", "x"), ("sidecar", "y")]),
         ("b.json", '["x", "", "y"]', [("sidecar", "x"), ("sidecar", "y")]),
         ("b.json", '{"prompt": "another program\'s"}', []),
+        *(("b.json", value, []) for value in ("null", "5", "true")),
+        ("b.txt", "\ufeffa dog", [("sidecar", "a dog")]),
+        ("b.json", '\ufeff{"caption": "a dog"}', [("sidecar", "a dog")]),
+        ("b.json", '{"captions": {"k\\ud83d": "half \\ude00 a face"}}', [("k", "half a face")]),
     ],
 )
 def test_sidecars_hold_captions_in_every_form(videos, name, text, captions):
-    (videos / name).write_text(text)
+    (videos / name).write_text(text, "utf-8")
     assert find_inputs(str(videos))[-1].captions == tuple(captions)
 
 
@@ -94,7 +101,6 @@ def test_sidecars_hold_captions_in_every_form(videos, name, text, captions):
     [
         ("b.json", "{", r"b\.json: Expecting .*; write \{\"caption\": TEXT\}"),
         ("b.json", '{"captions": [3]}', r"b\.json: a caption is int, not text"),
-        ("b.json", "3", r"b\.json: "),
         ("b.txt", b"\xff\xfe\x00", r"b\.txt: the caption is not UTF-8"),
     ],
 )
@@ -114,6 +120,9 @@ def test_a_damaged_sidecar_is_named(videos, name, text, line):
         ("m.csv", "path,start\nb.mp4,-1\n", "row 1: start '-1' is not a number of seconds"),
         ("m.csv", "path\na/notes.doc\n", r"notes\.doc is no video or image \(1 of 1 rows\)"),
         ("m.csv", "path\n", "no readable video found"),
+        ("m.csv", "path,caption\nb.mp4,A dog, running\n", "row 1 has more fields than .* quotes"),
+        ("m.csv", f"path,caption\nb.mp4,x\nb.mp4,{'x' * 140_000}", "row 2: field larger than"),
+        ("m.csv", "path\nhttps://example.com/b.mp4\n", "https://.*: no files are read .* gs://"),
         ("m.jsonl", '{"path": "b.mp4"}\n{', "line 2 is not JSON"),
         ("m.jsonl", "[1]", "line 1 is not a JSON object"),
         ("m.jsonl", '{"path": "b.mp4", "caption": 3}', "row 1: a caption is int"),
@@ -125,7 +134,33 @@ def test_a_mistake_in_a_manifest_is_one_line_that_names_its_row(videos, name, te
     (videos / name).write_text(text)
     with pytest.raises(ValueError, match=line) as error:
         find_inputs(str(videos / name))
-    assert "\n" not in str(error.value) and name in str(error.value)
+    assert "\n" not in str(error.value)
+    assert name in str(error.value) or "https" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("m.jsonl", '{"path": "b.mp4", "caption": "one\u2028two\u0085three"}\r\n'),
+        ("m.csv", " path , caption\r\nb.mp4,one two three,\r\n"),
+    ],
+)
+def test_lines_end_where_their_program_ends_them_and_columns_may_have_blanks(videos, name, text):
+    (videos / name).write_bytes(text.encode())
+    (file,) = find_inputs(str(videos / name))
+    assert (file.key, file.captions) == ("b.mp4", (("manifest", "one two three"),))
+
+
+def test_a_name_with_a_line_separator_is_one_name_in_a_list(videos):
+    (videos / "one\u2028two.mp4").touch()
+    (videos / "m.txt").write_text("one\u2028two.mp4\n# b.mp4\n", "utf-8")
+    assert keys(videos / "m.txt") == ["one\u2028two.mp4"]
+
+
+def test_a_name_that_is_not_utf8_is_told(videos):
+    Path(os.fsdecode(bytes(videos) + b"/caf\xe9.mp4")).touch()
+    with pytest.raises(ValueError, match=r"caf\\xe9\.mp4: its name is not UTF-8; rename it\.$"):
+        find_inputs(str(videos))
 
 
 def test_nothing_to_read_is_one_line(tmp_path):
@@ -135,9 +170,17 @@ def test_nothing_to_read_is_one_line(tmp_path):
         (tmp_path / "*.mp4", "no readable video found"),
         (tmp_path / "notes.doc", "no readable video found"),
         (tmp_path / "gone", "no such file or folder"),
+        ("https://example.com/b.mp4", "no files are read or written there"),
     ]:
         with pytest.raises(ValueError, match=line):
             find_inputs(str(source))
+
+
+def test_folders_that_are_links_are_told(videos, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "videos").symlink_to(videos)
+    with pytest.raises(ValueError, match="folders that are links are not entered"):
+        find_inputs(str(tmp_path / "links"))
 
 
 def test_an_input_never_takes_in_the_output(videos, tmp_path):
