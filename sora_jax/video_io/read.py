@@ -17,6 +17,7 @@ from sora_jax.video_io.paths import IMAGE_SUFFIXES, READABLE_SUFFIXES
 from sora_jax.video_io.sheet import fit
 
 SCALED_BELOW = 0.5  # of a frame's size: there its chroma is no coarser than what is wanted
+COMMON_RATES = (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50)
 
 
 class Clip(NamedTuple):
@@ -155,9 +156,13 @@ def _probe_image(path: Path) -> VideoInfo:
     total = sum(durations)
     fps = len(durations) / total
     # GIF counts in hundredths of a second and WebP in thousandths, so 17 frames at 8/s are
-    # 2.12 s, not 2.125: a whole rate that explains the total is the one that was meant.
-    if round(fps) and abs(len(durations) / round(fps) - total) <= 0.01:
-        fps = float(round(fps))
+    # 2.12 s, not 2.125: a whole rate that explains the total is the one that was meant. Two frames
+    # of a GIF at 30/s are .06 s, which 33/s explains too: it is the one that is in use.
+    common = COMMON_RATES if path.suffix.lower() == ".gif" else ()
+    for rate in (*sorted(common, key=lambda rate: abs(rate - fps)), round(fps)):
+        if rate and abs(len(durations) / rate - total) <= 0.01:
+            fps = float(rate)
+            break
     return VideoInfo(len(durations), fps, width, height, len(durations) / fps)
 
 

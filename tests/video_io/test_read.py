@@ -41,6 +41,14 @@ def test_probe_tells_frames_rate_size_and_duration(counting_file):
     assert info == video_io.VideoInfo(90, 25.0, 64, 48, pytest.approx(3.6))
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_few_frames_keep_their_rate(tmp_path, suffix):
+    for count, fps in ((2, 30), (4, 30), (5, 30), (2, 25), (2, 50), (3, 8), (20, 33)):
+        frames = counting_frames(count)
+        path = video_io.write_video(tmp_path / f"x{suffix}", frames, fps=fps)
+        assert video_io.probe(path).fps == pytest.approx(fps), (count, fps)
+
+
 def test_every_start_gives_its_own_frames(counting_file):
     for first in (0, 1, 24, 25, 26, 57, 88):
         frames = video_io.read_video(counting_file, start=first / 25, num_frames=2).frames
