@@ -96,6 +96,12 @@ def run_build(args: Namespace) -> None:
 
 
 def run_cache(args: Namespace) -> None:
+    if args.data and args.overrides:
+        raise ValueError(f"--config.{args.overrides[0]} needs --config FILE, not --data.")
+    if args.config and (args.frames or args.fps):
+        raise ValueError(
+            "--frames and --fps are for --data; set --config.data.frames and --config.data.fps."
+        )
     from sora_jax import checkpoint_path
     from sora_jax.train import latent_cache
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,12 @@ class ClipSettings:
     random_start: bool = False  # a window anywhere in a longer clip, drawn anew in every epoch
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.fps < 0 or self.multiple < 1 or self.frame_step < 1:
+        if (
+            self.frames < 1
+            or not 0 <= self.fps < math.inf
+            or self.multiple < 1
+            or self.frame_step < 1
+        ):
             raise ValueError(
                 f"clips of {self.frames} frames at {self.fps} fps, in multiples of "
                 f"{self.multiple} pixels and {self.frame_step} frames: fps must be 0 (their own) "

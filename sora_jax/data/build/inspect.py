@@ -17,6 +17,7 @@ from sora_jax.data.build import places, terminal
 from sora_jax.data.build.histograms import Linear, Log, Sample, Tally, stable_hash
 from sora_jax.data.build.inputs import InputFile, find_inputs
 from sora_jax.data.build.media import Media, MediaInfo
+from sora_jax.data.build.staging import MANIFEST, built_manifest
 from sora_jax.data.build.words import count, plural, size, span
 
 PROBED = 2_000  # of a raw folder's files, chosen by a hash of their names
@@ -33,8 +34,10 @@ def inspect(path: str | os.PathLike, console: Console | None = None) -> None:
     """
     console = console or Console()
     path = os.fspath(path)
+    places.check_scheme(path)
     folder = epath.Path(places.absolute(path))
-    if (folder / "manifest.json").exists():
+    if (folder / MANIFEST).exists():
+        built_manifest(folder)
         _built(folder, path, console)
     elif (folder / ".build").exists():
         raise ValueError(f"{path}: the build is not finished; run the same command again.")

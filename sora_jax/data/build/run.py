@@ -25,10 +25,11 @@ from sora_jax.data.build.report import write_report
 from sora_jax.data.build.settings import BuildSettings
 from sora_jax.data.build.stages import check_packages, process_file
 from sora_jax.data.build.staging import (
+    MANIFEST,
     Staging,
     Stamps,
+    built_manifest,
     failed_row,
-    read_json,
     size_and_time,
 )
 from sora_jax.data.build.tasks import FileTask, Process, give_up, limits_of, process_one
@@ -42,7 +43,6 @@ from sora_jax.data.build.workers import (
 )
 from sora_jax.progress import Progress
 
-MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest
 LOCAL = "local"
 NO_CAPTION = "no caption, and captions = drop"
@@ -81,8 +81,14 @@ def build(
     settings = BuildSettings() if settings is None else settings
     if workers is not None and workers < 1:
         raise ValueError(f"{workers} workers; give 1 or more.")
+    if runner == LOCAL and runner_options:
+        raise ValueError(
+            f"--runner-options={runner_options[0]} is for Apache Beam; name a --runner, or leave "
+            "it out."
+        )
     check_packages(settings)
     out = places.absolute(os.fspath(out))
+    places.check_scheme(out)
     files = find_inputs(os.fspath(source), out=out)
     if not (settings.caption and settings.caption.model):
         check_captions(files, captions)
@@ -310,8 +316,10 @@ def verify(out: str | os.PathLike) -> dict[str, Any]:
     Raises:
       ValueError: no built set, or the first file that is missing or damaged; one line.
     """
-    folder = epath.Path(places.absolute(os.fspath(out)))
-    manifest = read_json(folder / MANIFEST)
+    out = os.fspath(out)
+    places.check_scheme(out)
+    folder = epath.Path(places.absolute(out))
+    manifest = built_manifest(folder)
     if manifest is None:
         if Staging(folder).root.exists():
             raise ValueError(f"{out}: the build is not finished; run the same command again.")
@@ -354,7 +362,7 @@ def _is_built(staging: Staging, identity: dict[str, Any]) -> bool:
       ValueError: the folder holds another set, or files that are none of ours.
     """
     out = staging.out
-    manifest = read_json(out / MANIFEST)
+    manifest = built_manifest(out)
     if manifest is None:
         ours = {staging.root.name, "report.json", "report.html", "index.npz", "features.json"}
         ours |= {"dataset_info.json"}

@@ -6,6 +6,8 @@ the keys of the config's sections, with the same defaults.
 
 import dataclasses
 import difflib
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -309,12 +311,9 @@ class BuildSettings:
         for name, kind in SECTIONS.items():
             if name in config:
                 values[name] = _section(name, kind, config[name])
-        scores = config.get("scores", {})
-        values["scores"] = tuple(
-            _section(f"scores.{name}", ScoreSettings, {"name": name} | scores[name])
-            for name in sorted(scores)
-            if scores[name].get("enabled", True)
-        )
+        scores = _mapping("scores", config.get("scores", {}))
+        made = (_score(name, scores[name]) for name in sorted(scores))
+        values["scores"] = tuple(score for score in made if score)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -329,6 +328,10 @@ SECTIONS = {
     "duplicate": DuplicateSettings, "caption": CaptionSettings, "resize": ResizeSettings,
     "write": WriteSettings, "limits": LimitSettings,
 }  # fmt: skip
+KINDS = {
+    bool: "True or False", int: "a whole number", float: "a number", str: "a text",
+    Mapping: "a text for each kind", type(None): "None",
+}  # fmt: skip
 ALWAYS = ("scan", "write", "limits")  # no stage to leave out
 
 
@@ -338,13 +341,40 @@ def _plain(config: Any) -> Any:
     return dict(config)
 
 
-def _section(name: str, kind: type, section: Mapping[str, Any]) -> Any:
-    section = dict(section)
-    fields = [f.name for f in dataclasses.fields(kind)]
+def _section(name: str, kind: type, section: Any) -> Any:
+    section = dict(_mapping(name, section))
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
     if name not in ALWAYS:
-        fields.append("enabled")
+        fields["enabled"] = bool
     _check_names(f"key of section {name}", section, fields)
+    for key, value in section.items():
+        _check_type(f"{name}.{key}", value, fields[key])
     return kind(**section) if section.pop("enabled", True) else None
+
+
+def _score(name: str, score: Any) -> ScoreSettings | None:
+    score = _mapping(f"scores.{name}", score)
+    if score.get("enabled", True) and "function" not in score:
+        raise ValueError(f"scores.{name} has no function; give 'module:function'.")
+    return _section(f"scores.{name}", ScoreSettings, {"name": name, **score})
+
+
+def _mapping(name: str, section: Any) -> Mapping[str, Any]:
+    if isinstance(section, Mapping):
+        return section
+    out = "" if name in (*ALWAYS, "scores") else f", or set {name}.enabled = False to leave it out"
+    raise ValueError(f"data build: section {name} is {section!r}; give its keys{out}.")
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    """Raises ValueError where a field of that type cannot hold `value`."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    kinds = tuple(typing.get_origin(k) or k for k in kinds)
+    # True and False are whole numbers to Python.
+    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
+        return
+    words = [KINDS[k] for k in kinds if not (k is int and float in kinds)]
+    raise ValueError(f"{name} {value!r}; give {' or '.join(words)}.")
 
 
 def _check_names(what: str, given: Mapping[str, Any], allowed: Any) -> None:

@@ -60,7 +60,8 @@ def process_file(input: InputFile, settings: BuildSettings, staging: Path) -> di
             stage = "scan"
             seen = scan(media, settings, start=input.start, end=input.end)
             row["fps"] = round(float(seen.rate), 6)
-            row["seconds"] = 0.0 if info.is_image else round(float(seen.times[-1]), 6)
+            read = float(seen.times[-1] - seen.times[0])
+            row["seconds"] = 0.0 if info.is_image else round(read, 6)
             row["warning"] = _warning(media, seen)
             captions = CaptionQueue(settings.caption)
             row["clips"] = [

@@ -31,6 +31,7 @@ from sora_jax.data.build.settings import BuildSettings
 from sora_jax.data.build.stages import staged_path
 
 FOLDER = ".build"
+MANIFEST = "manifest.json"
 FORMAT = 1  # of what lies there; raised when it changes
 # Stages at which a file was given up for what it cost.
 COSTLY = ("timeout", "memory", "crash")
@@ -178,12 +179,28 @@ def failed_row(key: str, stage: str, error: str) -> dict[str, Any]:
     return {"source": key, "error": error, "stage": stage, **unknown, "clips": []}
 
 
-def read_json(path: epath.Path) -> dict[str, Any] | None:
+def read_json(path: epath.Path) -> Any:
     """What a file that we wrote holds, or None if it is not there or not whole."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def built_manifest(folder: epath.Path) -> dict[str, Any] | None:
+    """The manifest of the set that `folder` holds; None if there is none, or it is not whole.
+
+    Raises:
+      ValueError: it is another program's; one line.
+    """
+    manifest = read_json(folder / MANIFEST)
+    ours = isinstance(manifest, dict) and {"format", "settings", "shards"} <= manifest.keys()
+    if manifest is None or ours:
+        return manifest
+    raise ValueError(
+        f"{folder} holds another program's {MANIFEST}; give the --out folder of `sora-jax data "
+        "build`, which is to be new or empty at first."
+    )
 
 
 def write_json(path: epath.Path, value: Any) -> None:

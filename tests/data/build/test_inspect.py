@@ -24,7 +24,7 @@ def built(folder, rows):
     arrays = {n: np.array([c[n] for c in kept]) for n in ("num_frames", "height", "width", "fps")}
     np.savez(folder / "index.npz", **arrays)
     manifest = {
-        "version": "1.2.3", "records": len(kept),
+        "format": 1, "settings": {}, "version": "1.2.3", "records": len(kept),
         "shards": [{"file": "a", "bytes": 7_000_000, "records": len(kept)}],
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -344,6 +344,8 @@ def test_verify_needs_a_built_set(tmp_path, capsys):
         (["--config.motion.min=1"], "--config.motion.min=1 needs --config FILE"),
         (["--runner", "DirectRunner"], "Apache Beam is not installed; pip install"),
         (["--config", "gone.py"], "--config gone.py: no such file"),
+        (["--runner-options=--region=X"], "--runner-options=--region=X is for Apache Beam"),
+        (["--out", "https://example.com/set"], "https://example.com/set: no files are read"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, arguments, line):
@@ -352,6 +354,35 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, arguments, 
     assert cli.main(["data", "build", *out, *arguments]) == 2
     error = capsys.readouterr().err
     assert line in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--data", "set", "--config.data.frames=9"], "--config.data.frames=9 needs --config FILE"),
+        (["--config", "configs/base.py", "--fps", "8"], "--frames and --fps are for --data"),
+        (["--data", "set", "--fps", "nan"], "at nan fps"),
+    ],
+)
+def test_options_of_the_cache_that_would_be_ignored_are_refused(tmp_path, capsys, arguments, line):
+    command = ["data", "cache", "--checkpoint", "paperworld", "--out", str(tmp_path / "out")]
+    assert cli.main([*command, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert line in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "my app", "icons": []}', "[1]"])
+def test_a_manifest_of_another_program_is_told(tmp_path, here, capsys, manifest):
+    out = tmp_path / "set"
+    out.mkdir()
+    (out / "manifest.json").write_text(manifest)
+    for action in ("verify", "inspect"):
+        assert cli.main(["data", action, str(out)]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"{out} holds another program's manifest.json" in error
+    with pytest.raises(ValueError, match=r"another program's manifest\.json"):
+        build_here(make_files(tmp_path / "in", 1), out)
+    assert [path.name for path in out.iterdir()] == ["manifest.json"]
 
 
 def test_a_moved_set_is_whole(tmp_path, here):

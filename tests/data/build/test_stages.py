@@ -305,7 +305,7 @@ def test_a_stretch_of_a_file_is_cut_alone(process, make_video, moving):
     path = make_video("x.mp4", moving(40), gop=12)
     row, clip, decoded = only(process(path, start=1.5, end=3.0))
     assert (clip["start"], clip["end"], clip["num_frames"]) == (1.5, 3.0, 15)
-    assert row["warning"] is None
+    assert (row["warning"], row["seconds"]) == (None, 1.5)
     whole = only(process(path))[2]
     assert np.abs(decoded.astype(float) - whole[15:30]).mean() < 3
 
@@ -407,6 +407,16 @@ def test_the_config_s_sections_are_the_settings():
         ({"length": {"min_seconds": 20}}, "no clip can stay"),
         ({"scores": {"luma": {"function": "a:b"}}}, "the name is taken"),
         ({"scores": {"nice": {"function": "a.b"}}}, "give 'module:function'"),
+        (
+            {"scores": {"nice": {"min": 20.0}}},
+            "scores.nice has no function; give 'module:function'",
+        ),
+        ({"scores": {"nice": "a:b"}}, "section scores.nice is 'a:b'; give its keys"),
+        ({"scores": {"nice": {"function": 5}}}, "scores.nice.function 5; give a text."),
+        ({"motion": None}, "section motion is None; .* motion.enabled = False"),
+        ({"write": 3}, "section write is 3; give its keys.$"),
+        ({"motion": {"min": "a"}}, "motion.min 'a'; give a number."),
+        ({"write": {"gop": 2.5}}, "write.gop 2.5; give a whole number."),
     ],
 )
 def test_settings_out_of_range_are_told(config, message):
