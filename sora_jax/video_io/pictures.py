@@ -27,7 +27,7 @@ class Upright:
         from av.video.reformatter import VideoReformatter
 
         self._reformatter = VideoReformatter()  # one for all: making it takes a millisecond
-        self._matrix: tuple[bool, bool, bool] | None = None
+        self._matrix: tuple[bool, slice, slice] | None = None
 
     def size(self, frame: Any, aspect: Fraction | None) -> tuple[int, int]:
         """(height, width) on show, where pixels are `aspect` times as wide as high."""
@@ -36,14 +36,14 @@ class Upright:
 
     def rgb(self, frame: Any, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
         """Pixels resized to `size` (height, width)."""
-        transposed, *flips = self._turn(frame)
+        transposed, rows, columns = self._turn(frame)
         height, width = size[::-1] if transposed else size
         pixels = _converted(frame, height, width, self._reformatter)
         if transposed:
             pixels = pixels.swapaxes(0, 1)
-        return np.ascontiguousarray(pixels[tuple(slice(None, None, -1 if f else 1) for f in flips)])
+        return np.ascontiguousarray(pixels[rows, columns])
 
-    def _turn(self, frame: Any) -> tuple[bool, bool, bool]:
+    def _turn(self, frame: Any) -> tuple[bool, slice, slice]:
         # Asked once: a frame and its side data hold each other, and so much memory, until the
         # garbage collector runs.
         if self._matrix is None:
@@ -60,19 +60,20 @@ def _square_pixels(width: int, height: int, aspect: Fraction | None) -> tuple[in
     return max(1, round(width * aspect)), height
 
 
-def _matrix(frame: Any) -> tuple[bool, bool, bool]:
-    """How a frame is put upright: transposed or not, then rows and columns reversed or not.
+def _matrix(frame: Any) -> tuple[bool, slice, slice]:
+    """How a frame is put upright: transposed or not, then which way its rows and columns run.
 
     A frame's own `rotation` says nothing of mirrors, and takes a mirrored frame for a turned one.
     """
+    forwards, backwards = slice(None), slice(None, None, -1)
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
-        return False, False, False
+        return False, forwards, forwards
     # A pixel (x, y) is shown at (a x + c y, b x + d y), moved into the picture.
     a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        return True, b < 0, c < 0
-    return False, d < 0, a < 0
+    transposed = abs(b) + abs(c) > abs(a) + abs(d)
+    down, right = (b, c) if transposed else (d, a)
+    return transposed, backwards if down < 0 else forwards, backwards if right < 0 else forwards
 
 
 def _converted(frame: Any, height: int, width: int, reformatter: Any) -> np.ndarray:
