@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from sora_jax import DTYPES, model_arguments, task_arguments
 
@@ -22,8 +23,18 @@ EXAMPLES = """examples:
 CONFIGURED = ("import", "build", "cache")  # the actions that take --config.KEY=VALUE
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as all others are told; subparsers are of the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("argument ") and "expected" in message:
+            name = message.removeprefix("argument ").partition(":")[0].split("/")[0]
+            message += f" (one that begins with - is written {name}=VALUE)"
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="sora-jax",
         description="Turn sentences into videos, and train the models that do.",
         epilog=EXAMPLES,
@@ -407,7 +418,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         if not getattr(interrupt, "quiet", False):
-            print(f"sora-jax: {interrupt or 'stopped; no partial file is left.'}", file=sys.stderr)
+            told = str(interrupt) or "stopped; no partial file is left."
+            print(f"sora-jax: {told}", file=sys.stderr)
         return getattr(interrupt, "exit_code", 130)  # a run that SIGTERM ended has its own
     return 0
 

@@ -20,9 +20,11 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     name, _, variant = spec.partition(":")
     path = Path(name)
+    if path.is_dir():
+        raise ValueError(f"--config {name} is a directory; give a FILE.py[:VARIANT] of it.")
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ValueError(f"--config {name}: no such file{_hint(path.name, near)}.")
+        raise ValueError(f"--config {name}: no such file{_hint(path.name, near)}")
     get_config = _import(path).get_config
     takes_variant = bool(inspect.signature(get_config).parameters)
     if variant and not takes_variant:
@@ -68,7 +70,7 @@ def _override(config: ConfigDict, override: str) -> None:
     for depth, part in enumerate([*parents, last]):
         if not isinstance(node, ConfigDict) or part not in node:
             known = [n for n, _ in _flat(config)]
-            raise ValueError(f"--config.{key}: unknown key{_hint(key, known)}.")
+            raise ValueError(f"--config.{key}: unknown key{_hint(key, known)}")
         if depth < len(parents):
             node = node[part]
     old = node[last]
@@ -112,4 +114,4 @@ def _hint(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     # A right name in a wrong group is the commonest slip.
     near = near or [k for k in known if k.split(".")[-1] == word.split(".")[-1]]
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else "."

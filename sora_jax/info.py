@@ -19,12 +19,11 @@ def show(checkpoint: str, *, size: tuple[int, int] | None, frames: int | None) -
     Raises:
       ValueError: no such checkpoint, or a size that it cannot make.
     """
-    console = Console()
-    console.print(_versions())
     pipe = sora_jax.load(checkpoint, weights=False)
     request = pipe.request("cost", size=size, frames=frames)
-    console.print(_parts(pipe))
-    console.print(_costs(pipe, request))
+    console = Console()
+    for table in (_versions(), _parts(pipe), _costs(pipe, request)):
+        console.print(table)
 
 
 def _versions() -> Table:

@@ -314,8 +314,13 @@ def _prompts(args: Namespace) -> list[str]:
         return [args.prompt]
     path = Path(args.prompts_file)
     if not path.is_file():
-        raise ValueError(f"--prompts-file {path}: no such file; write one prompt a line.")
-    prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        what = "is a directory" if path.is_dir() else "no such file"
+        raise ValueError(f"--prompts-file {path}: {what}; give a file with one prompt a line.")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts-file {path}: not UTF-8 ({error}); save it as that.") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts-file {path}: holds no prompt; write one a line.")
     return prompts
@@ -346,7 +351,7 @@ def _cut(pipe: Pipeline, prompt: str, console: Console) -> str:
     kept, was_cut = timed.truncate(prompt, pipe.tokenizer, limit)
     if was_cut:
         text = f"prompt is longer than {limit} tokens and was cut to: {kept!r}"
-        console.print(text, markup=False)
+        console.print(text, markup=False, soft_wrap=True)
     return kept
 
 

@@ -140,9 +140,19 @@ def test_a_file_of_prompts_gives_numbered_videos(sample, tmp_path):
     assert status == 0 and [line[-7:] for line in out.split()] == ["p-0.png", "p-1.png"]
 
 
-def test_a_long_prompt_is_cut_and_told(sample):
+def test_prompts_that_cannot_be_read_are_named(sample, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("ein B\xe4r".encode("latin-1"))
+    for path, words in ((tmp_path / "latin.txt", "not UTF-8"), (tmp_path, "is a directory")):
+        status, _, err = sample("--prompts-file", path)
+        assert status == 2 and err.startswith(f"sora-jax: --prompts-file {path}") and words in err
+
+
+def test_a_long_prompt_is_cut_and_told_in_a_line(sample, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
     status, _, err = sample("--prompt", "a ball " * 20)
-    assert status == 0 and "longer than 24 tokens and was cut to: 'a ball a ball a ball a'" in err
+    assert status == 0
+    told = "prompt is longer than 24 tokens and was cut to: 'a ball a ball a ball a'"
+    assert told in err.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -210,6 +220,12 @@ def test_info_counts_the_forward_passes_of_the_solver(pipeline_folder, capsys, t
     assert "denoising, 28 forwards" in out
 
 
+def test_info_shows_nothing_before_a_mistake(pipeline_folder, tmp_path, capsys):
+    for wrong in (("--checkpoint", tmp_path), ("--checkpoint", pipeline_folder, "--frames", 2)):
+        status, out, err = run("info", *wrong, capsys=capsys)
+        assert status == 2 and out == "" and err.count("\n") == 1
+
+
 def test_an_unknown_suite_is_refused_before_anything_is_loaded(capsys, tmp_path):
     args = ("eval", "--suite", "paperwrld", "--checkpoint", "none", "--out", tmp_path / "a.json")
     status, _, err = run(*args, capsys=capsys)
@@ -273,6 +289,42 @@ def test_a_run_that_was_ended_says_by_its_status_whether_to_start_it_again(
         "",
         "sora-jax: stopped at step 9; the checkpoint is saved.\n",
     )
+
+
+def test_an_interrupt_without_words_says_what_is_left(monkeypatch, tmp_path, capsys):
+    def ended(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_train", ended)
+    args = ("train", "--config", "configs/base.py", "--workdir", tmp_path)
+    told = "sora-jax: stopped; no partial file is left.\n"
+    assert run(*args, capsys=capsys) == (130, "", told)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("sample", "--prompt", "x"), "sora-jax sample: the following arguments are required"),
+        (("sample", "--out", "a.mp4"), "one of the arguments --prompt --prompts-file --again is"),
+        (("sample", "--seed", "x"), "sora-jax sample: argument --seed: invalid int value: 'x'"),
+        (("sample", "--frames", 17.5), "argument --frames: invalid int value: '17.5'"),
+        (("sample", "--size", "-64x64"), "argument --size: expected one argument (one that begins"),
+        (("sample", "--keyframe", "-1:a.png"), "with - is written --keyframe=VALUE)"),
+        (
+            ("sample", "--prompt", "x", "--out", "a.mp4", "--sed", 3),
+            "unrecognized arguments: --sed 3",
+        ),
+        (("train", "--config", "a", "--workdir", "b", "--foo=3"), "arguments: --foo=3"),
+        (("convert", "verify"), "sora-jax convert verify: the following arguments"),
+        (("smaple",), "invalid choice: 'smaple'"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line(args, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(*args, capsys=capsys)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and words in line
+    assert line.endswith("; see --help\n") and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(

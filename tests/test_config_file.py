@@ -111,10 +111,11 @@ def test_overrides_take_the_type_of_the_default():
 @pytest.mark.parametrize(
     ("spec", "overrides", "words"),
     [
-        (str(CONFIGS / "paperwrld.py"), [], ("no such file", "did you mean paperworld.py")),
+        (str(CONFIGS / "paperwrld.py"), [], ("no such file", "did you mean paperworld.py?")),
+        (str(CONFIGS), [], ("is a directory; give a FILE.py[:VARIANT]",)),
         (f"{BASE}:huge", [], ("unknown variant 'huge'", "smoke")),
-        (BASE, ["optim.peek_lr=1e-3"], ("unknown key", "did you mean optim.peak_lr")),
-        (BASE, ["peak_lr=1e-3"], ("unknown key", "did you mean optim.peak_lr")),
+        (BASE, ["optim.peek_lr=1e-3"], ("unknown key", "did you mean optim.peak_lr?")),
+        (BASE, ["peak_lr=1e-3"], ("unknown key", "did you mean optim.peak_lr?")),
         (BASE, ["num_steps=many"], ("'many' is not of type int", "12000")),
         (BASE, ["num_steps=1.5"], ("'1.5' is not of type int",)),
         (BASE, ["optim=3"], ("a group of keys", "peak_lr")),
@@ -125,6 +126,6 @@ def test_mistakes_are_one_line_that_names_the_mend(spec, overrides, words):
     with pytest.raises(ValueError) as caught:
         config_file.load(spec, overrides)
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and "?." not in message
     for word in words:
         assert word in message
