@@ -17,8 +17,10 @@ def weights_folder(name: str = "paperworld") -> Path:
     Raises:
       ValueError: none of these.
     """
+    from sora_jax import video_io
     from sora_jax.convert import hub
 
+    video_io.check_name(name)
     shipped = Path(__file__).parent / "weights"
     if (shipped / name / "model_index.json").is_file():
         return shipped / name

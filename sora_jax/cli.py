@@ -4,6 +4,7 @@ Nothing heavy is imported before a subcommand runs, so that --help answers at on
 """
 
 import argparse
+import errno
 import functools
 import os
 import sys
@@ -20,6 +21,15 @@ EXAMPLES = """examples:
   sora-jax data build --input videos --out sets/videos
   sora-jax info
 """
+# What to change where the system refuses a file.
+_ROOM = "make room, or use another folder"
+_PERMISSIONS = "change its permissions, or give another"
+_MENDS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _PERMISSIONS),
+    errno.ENAMETOOLONG: "use a shorter one",
+    errno.EISDIR: "give a file",
+}
 CONFIGURED = ("import", "build", "cache")  # the actions that take --config.KEY=VALUE
 
 
@@ -382,6 +392,15 @@ def _less_memory(command: str) -> str:
     return "Ask for fewer frames, a smaller size or batch, or use --dtype bfloat16."
 
 
+def _told(error: Exception) -> str:
+    """What a mistake says, or the system of a file that it refuses, in one line."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        named = f"{error.filename}: " if error.filename else ""
+        text = f"{named}{error.strerror}; {_MENDS.get(error.errno, 'check that it is there')}."
+    return " ".join(text.split())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; a mistake of the caller is one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -403,8 +422,8 @@ def main(argv: list[str] | None = None) -> int:
             plan_command.prepare(args)
         setup_jax()
         args.run(args)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        text = " ".join(str(error).split())
+    except (ValueError, OSError, FloatingPointError) as error:
+        text = _told(error)
         if getattr(args, "distributed", False):
             _leave_job(text)
         else:

@@ -13,7 +13,7 @@ from sora_jax import agreement, task_command, video_io
 from sora_jax.convert import folder
 from sora_jax.generate import Pipeline, Request, Video, array_hash, conditions
 from sora_jax.generate.preview import check_preview, watched
-from sora_jax.generate.video import Film, check_beside
+from sora_jax.generate.video import Film, check_beside, sheet_path
 from sora_jax.progress import LearnedProgress, Progress
 from sora_jax.prompts import timed, writers
 
@@ -44,7 +44,7 @@ def run(args: Namespace) -> list[Path]:
     if writes():
         video_io.check_output_path(out)
         if task is not None:
-            check_beside(out)
+            check_beside(out, sheet=args.sheet)
         if args.preview is not None:
             check_preview(args.preview, out=out)
         for path in arrays.values():
@@ -122,7 +122,7 @@ def run(args: Namespace) -> list[Path]:
     video_io.check_rate(out, requests[0].fps)
     if writes():
         for i in range(len(requests)):
-            check_beside(_numbered(out, i, len(requests)))
+            check_beside(_numbered(out, i, len(requests)), sheet=args.sheet)
     together = again.get("batch_size", min(len(requests), AT_ONCE))
     if (arrays or noise is not None) and len(requests) > together:
         raise ValueError(
@@ -298,11 +298,10 @@ def _denoise(
 
 def write_sheet(video: Video, path: Path) -> Path:
     """A contact sheet of the video's frames as PNG beside it."""
-    target = path.with_name(f"{path.stem}_sheet.png")
     sheet = video_io.contact_sheet(
         video.frames, columns=min(9, len(video.frames)), labels=[video.metadata["prompt"]]
     )
-    return video_io.save_image(target, sheet)
+    return video_io.save_image(sheet_path(path), sheet)
 
 
 def _line(console: Console, name: str, seconds: float) -> None:

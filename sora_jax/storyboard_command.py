@@ -51,7 +51,7 @@ def run(args: Namespace) -> None:
     writes = sample_command.writes()
     if args.out is not None and writes:
         video_io.check_output_path(args.out)
-        check_beside(args.out)
+        check_beside(args.out, sheet=args.sheet)
         if args.preview is not None:
             check_preview(args.preview, out=Path(args.out))
     begun = time.perf_counter()

@@ -13,7 +13,7 @@ from sora_jax.generate import conditions, lengths, tasks, trained
 from sora_jax.generate.denoise import check_strength
 from sora_jax.generate.refine import refine
 from sora_jax.generate.request import MAX_FPS
-from sora_jax.generate.video import Film, Video
+from sora_jax.generate.video import Film, Video, sheet_path
 from sora_jax.task_arguments import asked, flag
 
 __all__ = ["asked", "check", "parse_size", "prepare", "read_mask", "save"]
@@ -103,7 +103,7 @@ def save(made: Video | Film, out: Path, *, sheet: bool) -> Path:
         picture = video_io.contact_sheet(
             [frames], columns=min(9, len(frames)), labels=[made.metadata["prompt"]]
         )
-        video_io.save_image(out.with_name(f"{out.stem}_sheet.png"), picture)
+        video_io.save_image(sheet_path(out), picture)
     return written
 
 

@@ -1,11 +1,13 @@
 """The command line: what it writes, and one line with exit status 2 for every mistake."""
 
 import argparse
+import errno
 import json
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,9 @@ import numpy as np
 import pytest
 
 from sora_jax import cli, evaluate, video_io
+from sora_jax.convert import tensors
 from sora_jax.evaluate import report
+from sora_jax.generate import Pipeline
 from sora_jax.train.interrupts import Preempted
 
 
@@ -175,6 +179,63 @@ def test_mistakes_are_one_line_and_status_2(sample, tmp_path, args, out, words):
     status, printed, err = sample(*args, out=out)
     assert status == 2 and printed == ""
     assert err.startswith("sora-jax: ") and err.count("\n") == 1 and words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def refusing(kind, *names):
+    """A method of Path that fails as the system does, for files of which `names` says a part."""
+    method = getattr(Path, kind)
+
+    def refused(self, *args, **kwargs):
+        if any(name in self.name for name in names):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return method(self, *args, **kwargs)
+
+    return refused
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "model_index.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_named(sample, pipeline_folder, tmp_path, monkeypatch, name):
+    def lost(*args, **kwargs):  # as the library says of every file that it cannot open
+        raise FileNotFoundError("No such file or directory")
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a ball")
+    monkeypatch.setattr(Path, "read_text", refusing("read_text", name))
+    if name.endswith("safetensors"):
+        monkeypatch.setattr(Path, "open", refusing("open", name))
+        monkeypatch.setattr(tensors, "safe_open", lost)
+    status, _, err = sample("--prompts-file", prompts)
+    assert status == 2 and err.count("\n") == 1
+    assert f"{name}: Permission denied; change its permissions, or give another." in err
+
+
+def test_a_name_that_is_too_long_is_told_before_the_work(sample, tmp_path, monkeypatch):
+    assert sample("--prompt", "x", "--sheet", "--frames", 1, out="a" * 245 + ".png")[0] == 0
+    monkeypatch.setattr(Pipeline, "load_weights", None)
+    for name, more in (("a" * 300, ()), ("a" * 251, ()), ("a" * 248, ("--sheet",))):
+        for task in ((), ("--loop",)):
+            status, _, err = sample("--prompt", "x", *more, *task, out=f"{name}.png")
+            assert status == 2 and err.count("\n") == 1
+            assert err.endswith(": File name too long; use a shorter one.\n")
+    status, _, err = sample("--prompt", "x", checkpoint="a" * 500)
+    assert status == 2 and err.endswith("a: File name too long; use a shorter one.\n")
+
+
+def test_no_room_while_writing_is_one_line_and_leaves_nothing(sample, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def full(self, data):
+        write(self, data[:10])
+        if ".part" in self.name:
+            raise OSError(
+                errno.ENOSPC, "No space left on device"
+            )  # without a name, as write has it
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    status, _, err = sample("--prompt", "x", "--frames", 1)
+    told = f"sora-jax: {tmp_path / 'ball.png'}: No space left on device; make room, or use another "
+    assert status == 2 and err.splitlines()[-1].startswith(told) and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 

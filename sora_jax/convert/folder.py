@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from sora_jax import sharding
+from sora_jax import sharding, video_io
 from sora_jax.convert import loose, lora, names, official
 from sora_jax.convert.dit import dit_entries
 from sora_jax.convert.image import UNREAD, image_entries
@@ -85,7 +85,8 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    with video_io.atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def tensor_path(folder: Path, name: str) -> Path:

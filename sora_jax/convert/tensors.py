@@ -49,6 +49,7 @@ class TensorFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(missing_file(self.path))
+        self.path.open("rb").close()  # says why it cannot be; the library says "no such file"
         try:
             # The library knows every way in which a header can lie; its numpy reader knows no
             # eight-bit floats, so the tensors are read below.

@@ -26,12 +26,21 @@ def array_hash(array: np.ndarray) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def check_beside(path: str | Path) -> None:
-    """Raises ValueError where NAME.json beside a video NAME.mp4 is there and of another program.
+def sheet_path(path: str | Path) -> Path:
+    """Of the contact sheet beside a video."""
+    return Path(path).with_name(f"{Path(path).stem}_sheet.png")
 
-    A video's metadata are written there.
+
+def check_beside(path: str | Path, *, sheet: bool = False) -> None:
+    """Raises ValueError unless a video's metadata, and its contact sheet, can lie beside it.
+
+    They cannot where NAME.json is there and of another program, or the names are too long.
     """
+    from sora_jax import video_io
+
     beside = Path(path).with_suffix(".json")
+    for file in (beside, *([sheet_path(path)] if sheet else [])):
+        video_io.check_name(file)
     if not beside.is_file():
         return
     try:

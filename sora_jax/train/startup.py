@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 import sora_jax
-from sora_jax import agreement
+from sora_jax import agreement, video_io
 
 ROOM = 2.2  # free space wanted, in sizes of the state: a new checkpoint beside the last one
 _NEW = 1.1  # of it, what a new one takes; the rest may be taken by what a run has kept already
@@ -217,9 +217,7 @@ def _no_room(folder: Path, needed: int, wanted: float, key: str) -> str | None:
         free = shutil.disk_usage(there).free
         if free >= wanted:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
+            video_io.try_folder(folder)
             return None
     except OSError as error:
         return f"{key} {folder}: {error.strerror}; give a folder that this process may write to."

@@ -10,7 +10,9 @@ from sora_jax.video_io.paths import (
     VIDEO_SUFFIXES,
     WRITABLE_SUFFIXES,
     atomic_path,
+    check_name,
     check_output_path,
+    try_folder,
 )
 from sora_jax.video_io.read import Clip, VideoInfo, frames_available, probe, read_video
 from sora_jax.video_io.sheet import contact_sheet, enlarge, fit, pad, save_image, tile_videos
@@ -24,6 +26,7 @@ __all__ = [
     "Clip",
     "VideoInfo",
     "atomic_path",
+    "check_name",
     "check_output_path",
     "check_rate",
     "contact_sheet",
@@ -36,5 +39,6 @@ __all__ = [
     "read_video",
     "save_image",
     "tile_videos",
+    "try_folder",
     "write_video",
 ]

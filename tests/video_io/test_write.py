@@ -160,10 +160,34 @@ def test_bad_directories_are_named(tmp_path, monkeypatch):
     (tmp_path / "dir.mp4").mkdir()
     with pytest.raises(ValueError, match="is a directory"):
         video_io.check_output_path(tmp_path / "dir.mp4")
-    # Tests may run as root, who may write anywhere.
-    monkeypatch.setattr(video_io.paths.os, "access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="no permission"):
+    # Root may write anywhere, but for file systems that hold no files.
+    with pytest.raises(ValueError, match=r"/proc/x.mp4: no file can be made in /proc \("):
+        video_io.check_output_path("/proc/x.mp4")
+    with pytest.raises(ValueError, match=r"x.mp4: File name too long; use a shorter one"):
+        video_io.check_output_path(tmp_path / ("x" * 300 + ".mp4"))
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(video_io.paths.Path, "write_bytes", refused)
+    with pytest.raises(ValueError, match=r"\(Permission denied\); choose another directory"):
         video_io.check_output_path(tmp_path / "x.mp4")
+
+
+def test_a_failure_to_write_names_the_file_and_nothing_after_it(tmp_path):
+    path = tmp_path / ("ü" * 120 + ".npy")  # 244 bytes, to which a temporary name may not add
+    with video_io.atomic_path(path) as temporary:
+        temporary.write_bytes(b"first")
+    with pytest.raises(OSError, match="No space left") as error, video_io.atomic_path(path):
+        raise OSError(28, "No space left on device")
+    assert error.value.filename == str(path) and path.read_bytes() == b"first"
+    with pytest.raises(FileNotFoundError) as error, video_io.atomic_path(path):
+        (tmp_path / "another").read_bytes()  # which is read while this one is written
+    assert error.value.filename == str(tmp_path / "another")
+    gone = tmp_path / "folder" / "x.npy"
+    with pytest.raises(FileNotFoundError) as error, video_io.atomic_path(gone) as temporary:
+        temporary.write_bytes(b"")
+    assert error.value.filename == str(gone)
 
 
 @pytest.mark.parametrize("fps", [120000 / 1001, 100.123, 0.001, 240])
