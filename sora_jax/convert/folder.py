@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sora_jax import sharding, video_io
-from sora_jax.convert import loose, lora, names, official
+from sora_jax.convert import loose, lora, names, official, settings
 from sora_jax.convert.dit import dit_entries
 from sora_jax.convert.image import UNREAD, image_entries
 from sora_jax.convert.recognize import Naming, recognize
@@ -60,6 +60,15 @@ COMPONENTS = {
         "image", "image_encoder", "model", CLIPVisionConfig, CLIPVision, image_entries
     ),
 }
+# Settings of a component that other software alone reads, and those that it may leave null.
+_UNREAD_SETTINGS = (
+    *("_class_name", "architectures", "is_encoder_decoder", "dropout", "dropout_rate"),
+    *("pad_token_id", "eos_token_id", "decoder_start_token_id"),
+)
+_NULLABLE = (
+    *("out_channels", "latents_mean", "latents_std"),
+    *("scale_factor_temporal", "scale_factor_spatial"),
+)
 REQUIRED = ("dit", "vae", "text")  # of a pipeline; the others are there where its model has them
 WORDS = {
     "dit": "transformer",
@@ -95,9 +104,23 @@ def tensor_path(folder: Path, name: str) -> Path:
 
 
 def read_config(folder: Path, name: str):
-    """The frozen config dataclass of component `name` ("dit", "vae" or "text")."""
-    component = COMPONENTS[name]
-    return component.config.from_dict(read_json(Path(folder) / component.folder / "config.json"))
+    """The frozen config dataclass of component `name` ("dit", "vae" or "text").
+
+    Raises:
+      ValueError: the file is missing or damaged, or has settings that do not fit.
+    """
+    path = Path(folder) / COMPONENTS[name].folder / "config.json"
+    return _config_of(name, read_json(path), source=path)
+
+
+def _config_of(name: str, values: dict, *, source: str | Path):
+    kind = COMPONENTS[name].config
+    ours = {key: value for key, value in kind().to_dict().items() if key not in _UNREAD_SETTINGS}
+    values = settings.checked(values, ours, source=source, nullable=_NULLABLE)
+    try:
+        return kind.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def abstract_params(name: str, config):
@@ -136,7 +159,7 @@ def find_component(folder: str | Path, name: str) -> tuple[Any, Naming, Weights]
         return config, naming, weights
     naming, weights = _loose_component(folder, name)
     if weights.config is not None:
-        return COMPONENTS[name].config.from_dict(weights.config), naming, weights
+        return _config_of(name, weights.config, source=weights.source), naming, weights
     try:
         config = naming.config(weights.shapes)
     except (KeyError, StopIteration) as error:
@@ -282,7 +305,9 @@ class Index(NamedTuple):
 def read_index(folder: str | Path) -> Index:
     """From model_index.json; of loose files, what Wan's published models of that kind have."""
     if not is_loose(folder):
-        values = read_json(Path(folder) / "model_index.json")
+        path = Path(folder) / "model_index.json"
+        example = {"boundary_ratio": None, "expand_timesteps": False}
+        values = settings.checked(read_json(path), example, source=path, nullable=example)
         return Index(values.get("boundary_ratio"), bool(values.get("expand_timesteps")))
     family = read_family(folder)
     return Index(family.boundary_ratio, family.expand_timesteps)

@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sora_jax.convert import folder as folders
-from sora_jax.convert import official
+from sora_jax.convert import official, settings
 from sora_jax.diffusion.feature_cache import ChangeCurve
 from sora_jax.diffusion.times import NO_SHIFT, TokenShift
 
@@ -51,7 +52,9 @@ SCHEDULERS = {
 
 def _diffusers_sampling(folder: Path) -> SamplingDefaults:
     """Wan's published sizes and steps, and the solver and shift of the folder's scheduler."""
-    config = folders.read_json(folder / "scheduler" / "scheduler_config.json")
+    path = folder / "scheduler" / "scheduler_config.json"
+    example = {"_class_name": "", "flow_shift": 1.0, "shift": 1.0}
+    config = settings.checked(folders.read_json(path), example, source=path)
     kind = config.get("_class_name")
     if kind not in SCHEDULERS:
         raise ValueError(
@@ -80,13 +83,20 @@ def of_family(family: official.Family) -> SamplingDefaults:
     )
 
 
+def _example() -> dict[str, Any]:
+    """Defaults of all settings but those that are objects."""
+    values = dataclasses.asdict(SamplingDefaults())
+    return {name: v for name, v in values.items() if name not in ("shift", "feature_cache")}
+
+
 def read_sampling(folder: Path) -> SamplingDefaults:
     """The folder's sampling.json, or what diffusers does with a folder that has none.
 
     Of loose official files, what Wan's own code does with a model of that kind.
 
     Raises:
-      ValueError: the file has unknown keys, or the scheduler is one that nothing here repeats.
+      ValueError: the file has unknown keys or values of another type, or the scheduler is one that
+        nothing here repeats.
     """
     path = Path(folder) / "sampling.json"
     if not path.is_file():
@@ -97,6 +107,7 @@ def read_sampling(folder: Path) -> SamplingDefaults:
     known = [field.name for field in dataclasses.fields(SamplingDefaults)]
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; allowed: {', '.join(known)}.")
+    values = settings.checked(values, _example(), source=path)
     shift = values.get("shift", 1.0)
     try:
         values["shift"] = (
