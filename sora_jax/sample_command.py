@@ -170,9 +170,14 @@ def run(args: Namespace) -> list[Path]:
 def _run_task(pipe, task, args, prompt, settings, console, begun, given) -> Path:
     """Makes and writes the video of a task; `given` is what its prompt was made of, if anything."""
     make = task_command.prepare(pipe, task, args, prompt, settings)
-    pipe.load_weights()
-    _line(console, "load", time.perf_counter() - begun)
     clock = time.perf_counter()
+
+    def loaded() -> None:
+        nonlocal clock
+        clock = time.perf_counter()
+        _line(console, "load", clock - begun)
+
+    pipe.load_when_needed(loaded)
     with LearnedProgress("denoising") as progress:
         on_step = watched(pipe, args.preview, progress.on_step, fps=args.fps)
         made = make(on_step=on_step)

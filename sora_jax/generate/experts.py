@@ -1,6 +1,5 @@
 """The transformers of a pipeline: one, or one for much noise and one for little (Wan 2.2 A14B)."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,16 +13,27 @@ from sora_jax import sharding
 class Part:
     """A module of a checkpoint: its settings, its definition, the shapes of its parameters.
 
-    The parameters themselves are read when they are first asked for.
+    The parameters themselves are read when they are first asked for, `before_reading` is called
+    then if it is set.
     """
+
+    before_reading: Callable[[], None] | None = None
 
     def __init__(self, config: Any, graphdef: Any, abstract: Any, read: Callable[[], Any]):
         self.config, self.graphdef, self.abstract = config, graphdef, abstract
-        self._read = read
+        self._read, self._params = read, None
 
-    @functools.cached_property
+    @property
+    def is_read(self) -> bool:
+        return self._params is not None
+
+    @property
     def params(self):
-        return self._read()
+        if not self.is_read and self.before_reading is not None:
+            self.before_reading()  # which may read this part, with others
+        if not self.is_read:
+            self._params = self._read()
+        return self._params
 
     def module(self, params):
         return nnx.merge(self.graphdef, params)

@@ -46,7 +46,8 @@ def window_of(pipe, frames: int | None = None, *, settings: Mapping[str, Any] = 
         most,
         temporal=pipe.vae.config.scale_factor_temporal,
         per_latent_frame=memory.window_bytes(pipe.dit.config, cells, mesh=pipe.mesh),
-        free=min(agreement.gather(memory.free_bytes())),  # all run the same program
+        # All run the same program, and beside the weights.
+        free=min(agreement.gather(memory.free_bytes() - pipe.unread_bytes())),
     )
 
 

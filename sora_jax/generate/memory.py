@@ -1,8 +1,11 @@
 """How many frames a model can see at once in the memory that there is, by an estimate."""
 
+import math
 import os
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sora_jax import sharding
@@ -26,6 +29,16 @@ def window_bytes(config: DiTConfig, tokens: int, *, mesh: Mesh | None = None) ->
         # Tokens are filled up to what `context` divides: `dit.heads.spare_tokens`.
         shards = sharding.shards_of(mesh, rows, 0) * mesh.shape[sharding.CONTEXT]
     return ROWS * tokens * 4.0 * (streams + hidden) / shards
+
+
+def weights_bytes(abstract: Any, *, dtype: str, mesh: Mesh | None = None) -> float:
+    """Parameters of these shapes on one device of `mesh`, all of them as `dtype`."""
+    leaves = jax.tree.leaves(abstract)
+    shapes = [leaf.shape for leaf in leaves]
+    if mesh is not None:
+        placed = jax.tree.leaves(sharding.tree_shardings(abstract, mesh))
+        shapes = [where.shard_shape(s) for where, s in zip(placed, shapes, strict=True)]
+    return float(jnp.dtype(dtype).itemsize * sum(math.prod(shape) for shape in shapes))
 
 
 def free_bytes() -> float:

@@ -18,7 +18,7 @@ from sora_jax import compile_options, sharding
 from sora_jax.convert.sampling import SamplingDefaults
 from sora_jax.diffusion import times
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import conditions, detail, texts, trained
+from sora_jax.generate import conditions, detail, memory, texts, trained
 from sora_jax.generate import given as given_of
 from sora_jax.generate import request as requests_of
 from sora_jax.generate.canvas import Canvas
@@ -125,8 +125,39 @@ class Pipeline:
         Raises:
           ValueError: naming a damaged file and tensor.
         """
-        for part in (*self.experts.parts, self.vae, self.text, self.image):
-            _ = part is None or part.params
+        for part in self._parts:
+            _ = part.params
+
+    @property
+    def _parts(self) -> list[Part]:
+        parts = (*self.experts.parts, self.vae, self.text, self.image)
+        return [part for part in parts if part is not None]
+
+    def load_when_needed(self, loaded: Callable[[], None]) -> None:
+        """Has all weights read when the first are asked for, and `loaded` called after that.
+
+        What a task refuses comes before, with the task's own words.
+        """
+
+        def load() -> None:
+            for part in self._parts:
+                part.before_reading = None
+            self.load_weights()
+            loaded()
+
+        for part in self._parts:
+            part.before_reading = load
+
+    def unread_bytes(self) -> float:
+        """What weights that are not read yet will take on a device; of two transformers, one."""
+        parts = (self.dit, self.vae, self.text, self.image)
+        unread = [part for part in parts if part is not None and not part.is_read]
+        return float(
+            sum(
+                memory.weights_bytes(part.abstract, dtype=part.config.dtype, mesh=self.mesh)
+                for part in unread
+            )
+        )
 
     def request(self, prompt: str, **settings) -> Request:
         """The checked settings of one video; None means the checkpoint's default.

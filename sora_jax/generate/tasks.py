@@ -157,8 +157,16 @@ def extend(
     made, lead = clip, added if direction == "both" else 0
     whole = len(clip) + added * (2 if direction == "both" else 1)
     texts.check(pipe, prompt, frames=whole, fps=request.fps)
-    if direction in ("forward", "both"):
+    if direction != "backward":
         trained.check(pipe, "prefix")
+    behind = min(len(clip) // step * step, (length // 2) // step * step)
+    if direction != "forward":
+        trained.check(pipe, "suffix")
+        if not behind:
+            raise ValueError(
+                f"the video has {len(clip)} frames; to lead to its beginning takes {step}."
+            )
+    if direction != "backward":
         known = min(lengths.whole(pipe, len(clip)), lengths.overlap_of(pipe, length))
         canvas = canvas_of.of_clip(clip[-known:], max(known + added, length), at=0)
         sweep = Sweep(
@@ -168,15 +176,9 @@ def extend(
         film = windows.film(pipe, lambda *_: [request], sweep, canvases=[canvas], on_step=on_step)
         fresh = np.concatenate(list(film), axis=1)[0, known : known + added]
         made = np.concatenate([made, fresh])
-    if direction in ("backward", "both"):
-        trained.check(pipe, "suffix")
-        known = min(len(clip) // step * step, (length // 2) // step * step)
-        if not known:
-            raise ValueError(
-                f"the video has {len(clip)} frames; to lead to its beginning takes {step}."
-            )
+    if direction != "forward":
         fresh = windows.before(
-            pipe, [request], made[None], overlap=known, total=added, on_step=on_step
+            pipe, [request], made[None], overlap=behind, total=added, on_step=on_step
         )[0]
         made = np.concatenate([fresh, made])
     task = {"name": "extend", "direction": direction, "clip": array_hash(clip), "added": added}
@@ -186,6 +188,24 @@ def extend(
 def _check_untimed(prompt: str) -> None:
     if timed.is_timed(prompt):
         raise ValueError("a join or a loop takes a prompt without time stamps; leave them out.")
+
+
+def _gap(pipe, request, seconds: float | int) -> int:
+    """Frames that a bridge of about `seconds` makes, in one window of `request`.
+
+    Raises:
+      ValueError: more than one window can bridge, or no time.
+    """
+    lengths.check_seconds(seconds)
+    step, length = pipe.vae.config.scale_factor_temporal, request.frames
+    gap = max(step, round(seconds * request.fps / step) * step)
+    most = length - 1 - step
+    if gap > most:
+        raise ValueError(
+            f"seconds {seconds:g} is {gap} frames; one window of {length} joins over at most "
+            f"{most} ({most / request.fps:g} s): extend the first video before."
+        )
+    return gap
 
 
 def bridge(
@@ -206,17 +226,10 @@ def bridge(
       ValueError: more than one window can bridge, or no time; a prompt with time stamps.
     """
     trained.check(pipe, "middle")
-    lengths.check_seconds(seconds)
     _check_untimed(prompt)
     step, length = pipe.vae.config.scale_factor_temporal, lengths.window_of(pipe, settings=settings)
     request = pipe.request(prompt, **(settings | {"frames": length}))
-    gap = max(step, round(seconds * request.fps / step) * step)
-    most = length - 1 - step
-    if gap > most:
-        raise ValueError(
-            f"seconds {seconds:g} is {gap} frames; one window of {length} joins over at most "
-            f"{most} ({most / request.fps:g} s): extend the first video before."
-        )
+    gap = _gap(pipe, request, seconds)
     before = lengths.whole(pipe, min(len(first), (length - gap + 1) // 2))
     held = np.repeat(second[-1:], max(step - len(second), 0), axis=0)
     second = np.concatenate([second, held])
@@ -253,6 +266,8 @@ def loop(
     trained.check(pipe, "middle")
     _check_untimed(prompt)
     if clip is None:
+        length = lengths.window_of(pipe, settings=settings)
+        _gap(pipe, pipe.request(prompt, **(settings | {"frames": length})), seconds)
         clip = pipe.run([pipe.request(prompt, **settings)], on_step=on_step)[0].frames
     clip = _fitted(clip, lengths.size_of(pipe, settings))
     settings = {k: v for k, v in settings.items() if k != "frames"}

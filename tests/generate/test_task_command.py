@@ -1,11 +1,15 @@
 """Tasks from the command line: how files are read, and what is refused before weights are."""
 
+import json
+import shutil
+
+import jax
 import numpy as np
 import pytest
 
 import sora_jax
 from sora_jax import cli, video_io
-from sora_jax.generate import Pipeline, Video
+from sora_jax.generate import Pipeline, Video, lengths, memory
 
 
 @pytest.fixture
@@ -105,6 +109,89 @@ def test_files_are_read_before_weights(sample, wide, tmp_path, monkeypatch, args
     names = {"WIDE": str(wide), "MISSING": str(tmp_path / "missing.mp4")}
     status, err = sample(*("".join(names.get(p, p) for p in split(str(a))) for a in args))
     assert status == 2 and "missing.mp4" in err
+
+
+SECOND = ("--seconds", 1)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--keyframe", "99:WIDE"), "keyframe 99 is outside the video; use 0 to 8"),
+        (("--keyframe", "last:WIDE", "--keyframe", "8:WIDE"), "keyframe 8 is given twice"),
+        ((*SECOND, "--joint", "--rolling"), "exclude each other"),
+        (("--seconds", 4, "--window", 4), "frames 4 is not 1 + a multiple of 2"),
+        (("--inpaint", "WIDE", "--mask", "NOTHING"), "the mask marks nothing of the video"),
+        (("--inpaint", "WIDE", "--mask", "0,0,16,16"), "the mask marks all of the video"),
+        (
+            ("--inpaint", "WIDE", "--mask", "THREE"),
+            "the mask is 16x16 of 3 frames, the video 16x16 of 2",
+        ),
+        (("--video", "WIDE", "--outpaint", "32x16"), "must be larger"),
+        (("--video", "WIDE", "--outpaint", "50x30"), "size 50x30: width 50 is not a multiple"),
+        (("--video", "WIDE", "--refine", 1), "scale 1 is out of range"),
+        (("--join", "WIDE", "WIDE", "--seconds", 9), "seconds 9 is 72 frames; one window of 9"),
+        (("--loop", "--seconds", 9), "seconds 9 is 72 frames; one window of 9"),
+        ((*SECOND, "--joint", "--prompt", "[0-0.5] a ball [0.5-1.125] a tree"), "not --joint"),
+    ],
+)
+def test_what_a_task_refuses_is_told_before_weights(
+    sample, wide, tmp_path, monkeypatch, args, message
+):
+    for name, frames in (("nothing", 1), ("three", 3)):
+        dark = np.zeros((frames, 16, 32, 3), np.uint8)
+        Video(frames=dark, fps=8.0, metadata={}).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(Pipeline, "load_weights", None)
+    files = {"WIDE": wide, "NOTHING": tmp_path / "nothing.png", "THREE": tmp_path / "three.png"}
+    status, err = sample(*("".join(str(files.get(p, p)) for p in split(str(a))) for a in args))
+    assert status == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "made.png").exists()
+
+
+@pytest.mark.parametrize(
+    "tasks, args, message",
+    [
+        ([], ("--video", "WIDE", "--extend", "forward", *SECOND), "extend forward"),
+        (["prefix"], ("--video", "WIDE", "--extend", "both", *SECOND), "extend backward"),
+        ([], ("--seconds", 9), "extend forward (--extend forward), and films"),
+        (["prefix"], ("--seconds", 9, "--image", "WIDE"), "animate a picture"),
+        (["prefix"], ("--seconds", 9, "--rolling"), "films whose noise rises"),
+    ],
+)
+def test_an_untrained_task_is_told_before_weights(
+    sample, tasks_folder, wide, tmp_path, monkeypatch, tasks, args, message
+):
+    copy = shutil.copytree(tasks_folder, tmp_path / "copy")
+    values = json.loads((copy / "sampling.json").read_text()) | {"tasks": ["none", *tasks]}
+    (copy / "sampling.json").write_text(json.dumps(values))
+    monkeypatch.setattr(Pipeline, "load_weights", None)
+    files = [wide if a == "WIDE" else a for a in args]
+    status, err = sample("--checkpoint", copy, *files)
+    assert status == 2 and err.count("\n") == 1
+    assert f"this checkpoint was not trained for: {message}" in err
+
+
+def test_weights_are_told_once_and_counted_before_they_are_read(sample, tasks_folder):
+    assert sample("--loop")[1].count(" load ") == 1
+    pipe = sora_jax.load(tasks_folder, weights=False)
+    parts = (pipe.dit, pipe.vae, pipe.text)
+    sizes = sum(leaf.size for part in parts for leaf in jax.tree.leaves(part.abstract))
+    assert pipe.unread_bytes() == 4 * sizes
+    half = sora_jax.load(tasks_folder, weights=False, dtype="bfloat16")
+    assert 2 * sizes < half.unread_bytes() < 4 * sizes  # the VAE stays float32
+    wide = sora_jax.load(tasks_folder, weights=False, mesh="tensor=2")
+    assert 2 * sizes < wide.unread_bytes() < 4 * sizes  # norms are whole everywhere
+    pipe.load_weights()
+    assert pipe.unread_bytes() == 0
+
+
+def test_a_window_leaves_room_for_weights_that_are_not_read(tasks_folder, monkeypatch):
+    pipe = sora_jax.load(tasks_folder, weights=False)
+    free = pipe.unread_bytes() * 1.001
+    monkeypatch.setattr(memory, "free_bytes", lambda: free)
+    assert lengths.window_of(pipe) == 3
+    monkeypatch.setattr(Pipeline, "unread_bytes", lambda pipe: 0)
+    assert lengths.window_of(pipe) > 3
 
 
 @pytest.mark.parametrize("text", ['{"name": "my package"}', "one prompt a line", "[1]"])
