@@ -163,6 +163,9 @@ def get_config() -> ConfigDict:
     c.sample.solver = "unipc"  # or "dpmpp_2m", "ab2", "heun", "euler"
     c.sample.schedule = "wan"  # as diffusers' UniPC; or "flow_match_euler", or "linear" in t
     c.sample.refine_prefix = ""  # words before captions of parts of larger pictures
+    # How far what the blocks add may move before they run again; 0 runs them at every step. Acts
+    # in exports that `tools/calibrate_cache.py` has measured.
+    c.sample.cache_threshold = 0.0
     c.sample.prompts = ("a red ball rolls left in the meadow",)
 
     c.log_every = 20  # steps

@@ -362,8 +362,8 @@ def _cut(pipe: Pipeline, prompt: str, console: Console) -> str:
 def _read_metadata(path: Path) -> dict:
     metadata = folder.read_json(path) if path.suffix == ".json" else video_io.read_metadata(path)
     needed = {"prompt", "seed", "width", "height", "checkpoint_sha256", *_NAMES}
-    newer = {"guidance_blocks": (), "guidance_blocks_interval": (0.0, 1.0)}
-    needed -= {"guidance_2", "cache_threshold", *newer}  # what older files may lack
+    newer = {"guidance_blocks": (), "guidance_blocks_interval": (0.0, 1.0), "cache_threshold": 0.0}
+    needed -= {"guidance_2", *newer}  # what older files may lack
     if missing := needed - set(metadata):
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; give a video made here.")
     return newer | metadata  # and not what the checkpoint has by now

@@ -167,9 +167,10 @@ def read_mask(text: str, video: str, read: _Reader) -> np.ndarray:
     frames, own = read.as_it_is(text), video_io.probe(video)
     size = frames.shape[2], frames.shape[1]
     if size not in (read.size, (own.width, own.height)):
+        made = f", or of {width}x{height}, as it is made"
         raise ValueError(
             f"--mask {text} is {size[0]}x{size[1]}; give one of {own.width}x{own.height}, as "
-            f"{video} is, or of {width}x{height}, as it is made."
+            f"{video} is{'' if (own.width, own.height) == read.size else made}."
         )
     hole = np.stack([read.fit(frame) for frame in frames]).mean(axis=-1) > 127
     return hole[0] if len(hole) == 1 else hole

@@ -51,6 +51,7 @@ def main() -> int:
                 prompt,
                 seed=args.seed + i,
                 steps=steps,
+                cache_threshold=0.0,
                 solver=pipe.sampling.solver if once else "unipc",
             )
             for i, prompt in enumerate(_prompts(args, pipe))

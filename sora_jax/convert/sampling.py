@@ -19,8 +19,8 @@ class SamplingDefaults:
     prompt in tokens, end of sequence included. `tasks` are the masks that it was trained with, by
     the names in `diffusion.tasks.MASKS`, and FRAME_TIMES of there. `refine_prefix` are the words
     before captions of parts of larger pictures, which refining puts before its prompt.
-    `feature_cache` was measured by `tools/calibrate_cache.py`, and is what a request's
-    `cache_threshold` needs.
+    `feature_cache` was measured by `tools/calibrate_cache.py`, and is what `cache_threshold` needs:
+    without it, or where a solver or a film takes none, the default has no effect.
     """
 
     width: int = 64
@@ -40,6 +40,7 @@ class SamplingDefaults:
     text_tokens: int = 224
     tasks: Sequence[str] = ("none",)
     refine_prefix: str = ""
+    cache_threshold: float = 0.0
     feature_cache: ChangeCurve | None = None
 
 

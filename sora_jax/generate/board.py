@@ -93,8 +93,8 @@ def read(path: str | Path) -> Board:
         raise ValueError(f"{path}: a storyboard is a .yaml or .json file.")
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
-    text = path.read_text("utf-8")
     try:
+        text = path.read_text("utf-8")
         values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not readable: {' '.join(str(error).split())}") from error
@@ -215,6 +215,11 @@ def _whole(value: Any, where: str) -> int:
 
 
 def _size(value: Any, where: str) -> tuple[int, int]:
+    if isinstance(value, int):
+        raise ValueError(
+            f"{where}: size is {value} (YAML reads 0x... as one number); write width x height, "
+            "such as 64x64."
+        )
     width, cross, height = str(value).lower().partition("x")
     if not (cross and width.isdigit() and height.isdigit()):
         raise ValueError(f"{where}: size is {value!r}; write width x height, such as 64x64.")

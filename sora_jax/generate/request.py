@@ -87,6 +87,11 @@ def of_settings(
     def chosen(name: str) -> Any:
         return given.get(name, getattr(defaults, name))
 
+    solver = chosen("solver")
+    threshold = given.get("cache_threshold")
+    if threshold is None:
+        takes = defaults.feature_cache is not None and sampler.num_evaluations(solver, 1) == 1
+        threshold = defaults.cache_threshold if takes else 0.0
     guidance, second = float(chosen("guidance")), given.get("guidance_2")
     if second is not None and transformers == 1 and second != guidance:
         raise ValueError(
@@ -114,9 +119,9 @@ def of_settings(
         guidance_blocks=tuple(chosen("guidance_blocks")),
         guidance_blocks_interval=interval("guidance_blocks_interval"),
         shift=float(given.get("shift", 1.0)),
-        solver=chosen("solver"),
+        solver=solver,
         schedule=chosen("schedule"),
-        cache_threshold=float(given.get("cache_threshold", 0.0)),
+        cache_threshold=float(threshold),
         seed=given.get("seed", 0),
     )
 

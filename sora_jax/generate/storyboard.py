@@ -18,6 +18,7 @@ from sora_jax.dit.flops import flops
 from sora_jax.generate import canvas as canvas_of
 from sora_jax.generate import lengths, texts, trained, windows
 from sora_jax.generate.board import Board, Shot
+from sora_jax.generate.conditions import Picture
 from sora_jax.generate.denoise import OnStep
 from sora_jax.generate.video import Film, array_hash, to_bytes
 from sora_jax.generate.windows import Sweep
@@ -36,6 +37,7 @@ class Part(NamedTuple):
     frames: int
     windows: int
     tflops: float
+    picture: Picture | None  # the shot's keyframe
 
 
 def plan(pipe, board: Board, **settings: Any) -> list[Part]:
@@ -47,7 +49,8 @@ def plan(pipe, board: Board, **settings: Any) -> list[Part]:
         checkpoint.
 
     Raises:
-      ValueError: a task that the checkpoint was not trained for, or settings it does not take.
+      ValueError: a task that the checkpoint was not trained for, settings it does not take, or a
+        keyframe that is no picture.
     """
     if "frames" in settings:
         raise ValueError("frames follow from the seconds of the shots; give window.")
@@ -74,9 +77,18 @@ def plan(pipe, board: Board, **settings: Any) -> list[Part]:
             image_rows=pipe.image_rows,
         ).total
         count = _windows(pipe, shot, number, frames, request.frames)
-        work = cost * pipe.denoise.forwards(request) * count
-        parts.append(Part(number, shot, frames, count, work / 1e12))
+        tflops = cost * pipe.denoise.forwards(request) * count / 1e12
+        parts.append(Part(number, shot, frames, count, tflops, _picture(shot, number)))
     return parts
+
+
+def _picture(shot: Shot, number: int) -> Picture | None:
+    if shot.keyframe is None:
+        return None
+    try:
+        return read_video(shot.keyframe, num_frames=1).frames[0]
+    except ValueError as error:
+        raise ValueError(f"shot {number}: keyframe {error}") from error
 
 
 def _check_prompts(board: Board, shot: Shot, number: int) -> None:
@@ -159,9 +171,7 @@ def render(pipe, board: Board, *, on_step: OnStep | None = None, **settings: Any
         | {
             "frames": part.frames,
             "prompts": part.shot.prompts(board.style),
-            "keyframe": None
-            if part.shot.keyframe is None
-            else array_hash(read_video(part.shot.keyframe, num_frames=1).frames[0]),
+            "keyframe": None if part.picture is None else array_hash(part.picture),
         }
         for part in parts
     ]
@@ -198,9 +208,8 @@ def _shots(
         if part.number > 1 and shot.begins == "continue":
             given = kept[-1][-lengths.overlap_of(pipe, window) :]
             given = given[-lengths.whole(pipe, len(given)) :]
-        elif shot.keyframe is not None:
-            picture = read_video(shot.keyframe, num_frames=1).frames[0]
-            given = begun = video_io.fit(picture, (request.height, request.width))[None]
+        elif part.picture is not None:
+            given = begun = video_io.fit(part.picture, (request.height, request.width))[None]
         elif part.number > 1 and shot.carry:
             before = board.shots[shot.carry - 1].prompts(board.style)[-1][1]
             clip = kept[shot.carry - 1]

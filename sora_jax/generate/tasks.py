@@ -425,6 +425,8 @@ def long(
         trained.check(pipe, "prefix")
     if rolling:
         trained.check(pipe, FRAME_TIMES)
+        if settings.get("cache_threshold") is None:  # the checkpoint's is for one time
+            settings["cache_threshold"] = 0.0
     request = pipe.request(prompt, **(settings | {"frames": window}))
     canvases = None
     if image is not None:

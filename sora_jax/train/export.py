@@ -319,6 +319,7 @@ def _write_sampling(out: Path, config, stage) -> None:
         text_tokens=config.text_tokens,
         tasks=stage.tasks.recorded,
         refine_prefix=config.sample.get("refine_prefix", ""),
+        cache_threshold=config.sample.get("cache_threshold", 0.0),
     )
     folder.write_json(out / "sampling.json", dataclasses.asdict(defaults))
 

@@ -65,7 +65,6 @@ class FakePipeline:
             "feature_cache",
         ):  # what a request does not have
             del defaults[name]
-        defaults["cache_threshold"] = 0.0
         defaults["shift"] = self.sampling.shift.shift_lo
         defaults["guidance_2"] = self.sampling.guidance
         chosen = defaults | {name: value for name, value in given.items() if value is not None}

@@ -63,6 +63,7 @@ def test_a_picture_is_looked_for_beside_the_file(tmp_path):
         (shots({}, {"carry": 2}), "carry 2 is no earlier shot; use 1 to 1, or 0"),
         (shots({"keyframe": "none.png"}), "no such file"),
         ({**shots({}), "size": "64"}, "write width x height"),
+        ({**shots({}), "size": 0x40}, r"size is 64 \(YAML reads 0x... as one number\); write"),
         ({**shots({}), "fps": "fast"}, "fps is 'fast'"),
         ({**shots({}), "seed": -1}, "seed is -1; use a whole number"),
     ],
@@ -78,10 +79,12 @@ def test_bad_files_are_refused(tmp_path):
         ("a.txt", "", "a .yaml or .json file"),
         ("a.yaml", None, "no such file"),
         ("b.yaml", "shots: [", "not readable"),
+        ("c.yaml", "style: B\xe4r", r"c\.yaml: not readable: 'utf-8' codec"),
+        (".", None, "a .yaml or .json file"),
         ("b.json", "{", "not readable"),
     ):
         path = tmp_path / name
         if text is not None:
-            path.write_text(text)
+            path.write_text(text, "latin-1")
         with pytest.raises(ValueError, match=message):
             board.read(path)

@@ -16,7 +16,7 @@ from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion import sampler, times
 from sora_jax.diffusion.feature_cache import ChangeCurve
 from sora_jax.dit import patchify
-from sora_jax.generate import calibration, conditions, texts
+from sora_jax.generate import calibration, conditions, tasks, texts
 from sora_jax.generate import canvas as canvas_of
 from sora_jax.generate.conditions import Conditions, Tiles
 from sora_jax.generate.denoise import Denoiser, Moment
@@ -216,6 +216,39 @@ def test_a_checkpoint_without_a_curve_says_how_to_get_one(tasks_folder):
     assert pipe.request("a ball", cache_threshold=0).cache_threshold == 0
     with pytest.raises(ValueError, match=r"run tools/calibrate_cache\.py"):
         pipe.request("a ball", cache_threshold=0.1)
+
+
+def test_the_threshold_of_a_checkpoint_is_its_default(cached_folder, tmp_path):
+    copy = shutil.copytree(cached_folder, tmp_path / "copy")
+    path = copy / "sampling.json"
+    values = json.loads(path.read_text()) | {"cache_threshold": 0.07}
+    path.write_text(json.dumps(values))
+    pipe = sora_jax.load(copy)
+    assert pipe.request("a ball").cache_threshold == 0.07
+    assert pipe.request("a ball", cache_threshold=0.0).cache_threshold == 0
+    assert pipe.request("a ball", solver="heun").cache_threshold == 0  # which takes none
+    film = tasks.long(pipe, "a ball", frames=17, rolling=True, steps=2)  # neither does this
+    assert film.metadata["cache_threshold"] == 0 and len(next(film.parts)) == 1
+    asked = tasks.long(pipe, "a ball", frames=17, rolling=True, steps=2, cache_threshold=0.07)
+    with pytest.raises(ValueError, match="cache threshold"):
+        next(asked.parts)
+    path.write_text(json.dumps(values | {"feature_cache": None}))
+    assert sora_jax.load(copy, weights=False).request("a ball").cache_threshold == 0
+
+
+def test_a_record_without_a_threshold_is_of_a_video_without_a_cache(cached_folder, tmp_path):
+    copy = shutil.copytree(cached_folder, tmp_path / "copy")
+    base = ["sample", "--checkpoint", str(copy), "--out"]
+    first, again = tmp_path / "a.png", tmp_path / "b.png"
+    assert cli.main([*base, str(first), "--prompt", "a tree"]) == 0
+    record = json.loads(first.with_suffix(".json").read_text())
+    del record["cache_threshold"]
+    (tmp_path / "older.json").write_text(json.dumps(record))
+    path = copy / "sampling.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cache_threshold": 0.9}))
+    assert cli.main([*base, str(again), "--again", str(tmp_path / "older.json")]) == 0
+    frames = [video_io.read_video(path).frames for path in (first, again)]
+    np.testing.assert_array_equal(*frames)
 
 
 def test_the_curve_is_the_mean_change_of_the_residual(pipe):

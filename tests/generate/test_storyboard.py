@@ -7,7 +7,7 @@ import pytest
 
 import sora_jax
 from sora_jax import agreement, cli, video_io
-from sora_jax.generate import board, memory, storyboard
+from sora_jax.generate import Pipeline, board, memory, storyboard
 
 SETTINGS = {"steps": 2}
 
@@ -35,6 +35,21 @@ def test_a_shot_begins_with_its_picture(pipe, tmp_path):
     path = video_io.save_image(tmp_path / "a.png", picture)
     _, parts = made(pipe, {}, {"keyframe": str(path)})
     np.testing.assert_array_equal(parts[1][0], picture)
+
+
+@pytest.mark.parametrize("what", ["--plan", "--out=film.mp4"])
+def test_a_keyframe_that_is_no_picture_is_told_with_its_shot(
+    tasks_folder, tmp_path, monkeypatch, capsys, what
+):
+    (tmp_path / "notes.png").write_text("no picture")
+    shots = "shots:\n - {prompt: a, seconds: 1}\n - {prompt: b, seconds: 1, keyframe: notes.png}"
+    (tmp_path / "film.yaml").write_text(shots)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Pipeline, "load_weights", None)
+    assert cli.main(["storyboard", "film.yaml", "--checkpoint", str(tasks_folder), what]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("sora-jax: shot 2: keyframe") and "notes.png" in told
+    assert told.count("\n") == 1
 
 
 def prompts_seen(pipe, monkeypatch, *shots):

@@ -69,6 +69,8 @@ def test_a_mask_file_is_cut_as_its_video_is(sample, wide, tmp_path):
     Video(frames=marked[:, :, :20], fps=8.0, metadata={}).save(tmp_path / "mask.png")
     status, err = sample("--inpaint", wide, "--mask", tmp_path / "mask.png")
     assert status == 2 and "is 20x16; give one of 32x16" in err and "or of 16x16" in err
+    status, err = sample("--inpaint", wide, "--mask", tmp_path / "mask.png", "--size", "32x16")
+    assert status == 2 and err.endswith(f"give one of 32x16, as {wide} is.\n")
 
 
 @pytest.mark.parametrize(
