@@ -1,7 +1,9 @@
 """How many frames a model can see at once in the memory that there is, by an estimate."""
 
+import contextlib
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from jax.sharding import Mesh
 from sora_jax import sharding
 from sora_jax.dit.config import DiTConfig
 
+_MEMINFO = Path("/proc/meminfo")
 SHARE = 0.8  # of free memory that a window may take
 ROWS = 2  # videos of one evaluation: guidance makes two of one
 _STREAMS = 8  # float32 copies of a token's residual stream alive at once: norms, q, k, v, outputs
@@ -46,6 +49,10 @@ def free_bytes() -> float:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return float(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    with contextlib.suppress(OSError):  # there is no such file but in Linux
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):  # with what caches of files would give back
+                return 1024.0 * int(line.split()[1])
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
 
 

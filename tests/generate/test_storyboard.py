@@ -37,6 +37,23 @@ def test_a_shot_begins_with_its_picture(pipe, tmp_path):
     np.testing.assert_array_equal(parts[1][0], picture)
 
 
+def test_memory_that_the_system_would_give_back_counts_as_free(monkeypatch):
+    class Device:
+        def memory_stats(self):
+            return None  # as a CPU
+
+    monkeypatch.setattr(memory.jax, "local_devices", lambda: [Device()])
+    told = "MemTotal: 9 kB\nMemFree: 1000 kB\nMemAvailable:    7000 kB\nCached: 6000 kB\n"
+    monkeypatch.setattr(memory.Path, "read_text", lambda path: told)
+    assert memory.free_bytes() == 7000 * 1024
+
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(memory.Path, "read_text", missing)  # as on other systems
+    assert memory.free_bytes() > 0
+
+
 @pytest.mark.parametrize("what", ["--plan", "--out=film.mp4"])
 def test_a_keyframe_that_is_no_picture_is_told_with_its_shot(
     tasks_folder, tmp_path, monkeypatch, capsys, what
