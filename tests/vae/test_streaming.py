@@ -56,6 +56,19 @@ def test_chunked_decode_equals_whole(random_vae, kind):
     np.testing.assert_allclose(chunked, whole, atol=1e-5)
 
 
+def test_memory_of_a_chunked_decode_does_not_grow_with_the_frames(random_vae):
+    vae = random_vae(PLAIN)
+
+    def beside_the_video(decode, frames):
+        used = jax.jit(decode).lower(vae, random_latents(frames=frames)).compile().memory_analysis()
+        return used.temp_size_in_bytes - used.output_size_in_bytes
+
+    chunked, whole = decode_chunked, lambda vae, z: vae.decode(z)
+    short, long = (beside_the_video(chunked, frames) for frames in (9, 33))
+    assert long < 1.1 * short
+    assert beside_the_video(whole, 33) > 3 * long  # which grows
+
+
 def test_streams_equal_whole(random_vae):
     vae = random_vae(PLAIN)
     video = random_video(PLAIN, frames=13)

@@ -135,6 +135,21 @@ def test_failure_leaves_the_directory_as_it_was(tmp_path, monkeypatch, suffix, e
     assert path.read_bytes() == b"what was there before"
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "webm"])
+def test_frames_reach_the_disk_while_later_ones_are_made(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (9, 96, 128, 3), dtype=np.uint8)
+    sizes = []
+
+    def parts():
+        for _ in range(12):
+            found = [path.stat().st_size for path in tmp_path.iterdir()]
+            sizes.append(sum(found))
+            yield noise
+
+    video_io.write_video(tmp_path / f"film.{suffix}", parts(), fps=8)
+    assert len(set(sizes)) > 2  # nothing, some, more
+
+
 def one_line(error):
     text = str(error.value)
     assert "\n" not in text
