@@ -54,5 +54,6 @@ def add_cache(command) -> None:
         "--cache-threshold",
         type=float,
         metavar="CHANGE",
-        help="skip blocks whose result changed by less; 0.07 halves the time, 0 (default) is exact",
+        help="skip blocks whose result changed by less; 0.07 halves the time, 0 is exact "
+        "(default: the checkpoint's)",
     )
