@@ -79,13 +79,21 @@ def run(args: Namespace) -> None:
         if args.search:
             raise ValueError("--compare and --search do not go together; leave out one.")
         other = config_file.load(args.compare, ())
+    if args.search and (args.only == "sample" or args.decode):
+        given = "--decode" if args.decode else "--only sample"
+        raise ValueError(f"--search ranks training steps, of which {given} is none; leave out one.")
     from sora_jax.plan import planning, report, search
 
     options = {"slices": args.slices, "only": args.only, "price": args.price}
     options["decode"] = args.decode
     if args.search:
         result = search.search(
-            config, name=args.config, topology_name=name, slices=args.slices, top=args.compile
+            config,
+            name=args.config,
+            topology_name=name,
+            slices=args.slices,
+            top=args.compile,
+            price=args.price,
         )
         search.show(result)
     else:

@@ -8,31 +8,23 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from sora_jax import sharding
 from sora_jax.chips import GIB
 from sora_jax.dit.flops import flops as dit_flops
-from sora_jax.plan import collectives, kernels, planning, published, report, topology
+from sora_jax.plan import collectives, kernels, planning, published, report, steps, topology
+from sora_jax.plan.policies import POLICIES, WORKING_SET
 from sora_jax.progress import Progress
 from sora_jax.train import program
 
-# Of a policy: what a layer keeps on the device, and on the host, in bytes a token and width;
-# forward passes of linear layers and of attention done again. "attention_out" keeps the block's
-# input in float32, and the output of both attentions.
-_POLICIES = {
-    "none": (90.0, 0.0, 0.0, 0.0),
-    "dots_no_batch": (56.0, 0.0, 0.1, 1.0),
-    "attention_out": (8.0, 0.0, 0.8, 0.0),
-    "full": (4.0, 0.0, 1.0, 1.0),
-    "offload": (0.0, 4.0, 1.0, 1.0),
-    "attention_out_offload": (0.0, 8.0, 0.8, 0.0),
-}
 # Bytes a second between a chip and its host (Austin et al. 2025, chapter 2: PCIe).
 _HOST_LINK = 16e9
-_WORKING_SET = 60.0  # of one layer while it is computed again: bytes a token and width
-_STATE = 16.0  # bytes a parameter: weights, EMA and two moments, in float32
 _BATCHES = (1, 2, 4, 8)  # rows of one group of devices
 
 
@@ -62,13 +54,18 @@ class Workload(NamedTuple):
     tokens: int  # a row
     linear: float  # forward FLOPs of a row but for self-attention
     attention: float
+    program: program.Program  # of one device; its shapes are of all that devices hold
 
 
 def workload(config: Any) -> Workload:
     """Raises ValueError for a config that trains no diffusion transformer."""
     if config.stage != "dit":
         raise ValueError(f"--search is for stage 'dit', not {config.stage!r}.")
-    stage = program.STAGES["dit"](config, abstract=True)
+    alone = sharding.make_mesh(devices=jax.devices()[:1])
+    built = program.build(config, alone, abstract=True)
+    if config.optim.offload:
+        built = built._replace(shapes=built.shapes._replace(opt_state=()))
+    stage = built.stage
     batch = program.abstract_batch(config, stage)
     dit = stage.dit_config
     length = batch["text_emb" if stage.text.is_cached else "ids"].shape[1]
@@ -80,7 +77,20 @@ def workload(config: Any) -> Workload:
         *(float(parameters), dit.depth, d, dit.num_heads, dit.head_dim, dit.ffn_dim, tokens),
         linear=counted.total - counted.attention,
         attention=counted.attention,
+        program=built,
     )
+
+
+def held(work: Workload, mesh: dict[str, int], slice_: topology.Slice) -> float:
+    """Bytes of a device whatever the batch: state, frozen weights, gradients as large as weights.
+
+    In the types and places of `config.optim`, cut as training cuts them.
+    """
+    axes = Mesh(np.array(slice_.devices).reshape(tuple(mesh.values())), tuple(mesh))
+    built = work.program._replace(mesh=axes)
+    built = built._replace(placement=sharding.tree_shardings(built.shapes, axes))
+    state, frozen, *_ = program.abstract_arguments(built, {})
+    return steps.device_bytes((state, frozen, state.params))
 
 
 def meshes(devices: int, slices: int, heads: int) -> Iterator[dict[str, int]]:
@@ -100,24 +110,34 @@ def candidates(config: Any, slice_: topology.Slice) -> list[Candidate]:
     for mesh in meshes(len(slice_.devices), slice_.slices, work.heads):
         if work.tokens % mesh["context"] and config.data.batching == "pack":
             continue
-        for remat, rows in itertools.product(_POLICIES, _BATCHES):
-            one = judge(work, mesh, remat, rows, slice_)
+        whatever = held(work, mesh, slice_)
+        for remat, rows in itertools.product(POLICIES, _BATCHES):
+            one = judge(work, mesh, remat, rows, slice_, held=whatever)
             if one.memory <= planning.SHARE_OF_HBM * slice_.chip.device_hbm:
                 found.append(one)
     return sorted(found, key=lambda c: c.rate, reverse=True)
 
 
 def judge(
-    work: Workload, mesh: dict[str, int], remat: str, rows: int, slice_: topology.Slice
+    work: Workload,
+    mesh: dict[str, int],
+    remat: str,
+    rows: int,
+    slice_: topology.Slice,
+    *,
+    held: float,
 ) -> Candidate:
-    """Memory and time in closed form, by the rates of `published`."""
+    """Memory and time in closed form, by the rates of `published`.
+
+    Args:
+      held: bytes of a device, as the function of that name has them.
+    """
     chip = slice_.chip
-    kept, sent, again, attention_again = _POLICIES[remat]
+    kept, sent, again, attention_again = POLICIES[remat]
     shard = mesh["tensor"] * mesh["context"]
     storage = mesh["fsdp"] * shard
     token_bytes = rows * work.tokens / shard * work.width
-    memory = work.parameters * (_STATE + 4) / storage
-    memory += token_bytes * (kept * work.depth + _WORKING_SET)
+    memory = held + token_bytes * (kept * work.depth + WORKING_SET)
     linear = rows * work.linear * (3 + again) / shard
     seconds = linear / (published.MATMUL * chip.device_flops)
     for way, times in (("forward", 1 + attention_again), ("backward", 2.5)):
@@ -148,9 +168,18 @@ def judge(
 
 
 def search(
-    config: Any, *, name: str, topology_name: str, slices: int = 1, top: int = 2
+    config: Any,
+    *,
+    name: str,
+    topology_name: str,
+    slices: int = 1,
+    top: int = 2,
+    price: float | None = None,
 ) -> dict[str, Any]:
     """The ranking, and the plans of the best `top`, compiled.
+
+    Args:
+      price: of one chip for an hour.
 
     Raises:
       ValueError: nothing fits, or a topology that does not exist.
@@ -173,6 +202,7 @@ def search(
                     topology_name=topology_name,
                     slices=slices,
                     only="train",
+                    price=price,
                 )
             )
             progress.update(i + 1, remat=candidate.remat)
@@ -208,7 +238,10 @@ def configured(config: Any, candidate: Candidate) -> Any:
 def show(result: dict[str, Any]) -> None:
     """Prints the ranking and the compiled plans."""
     console = Console()
-    table = Table(title=f"best of {result['judged']} that fit by the closed form, predicted")
+    off = report.checked(result["plans"][0]["method"])
+    table = Table(
+        title=f"best of {result['judged']} that fit by the closed form, predicted ({off})"
+    )
     for column in ("mesh", "remat", "batch"):
         table.add_column(column)
     for column in ("GiB a device", "s a step", "tokens/s"):

@@ -39,6 +39,8 @@ def test_a_wrong_topology_is_told_before_anything_is_loaded(capsys):
         (["--compile", "0"], "--compile 0 must be 1 or more"),
         (["--json", "/nowhere/there/plan.json"], "no such folder"),
         (["--search", "--compare", "configs/t2v_14b.py"], "leave out one"),
+        (["--search", "--only", "sample"], "of which --only sample is none; leave out one"),
+        (["--search", "--decode"], "of which --decode is none; leave out one"),
         (["--config.batch_sizes=3"], "did you mean batch_size"),
     ],
 )
@@ -48,6 +50,24 @@ def test_bad_arguments_are_one_line(given, says, monkeypatch, capsys):
     assert cli.main(command) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_a_search_tells_the_price_of_what_it_compiles(monkeypatch):
+    from sora_jax.plan import planning, report, search, topology
+
+    one = search.Candidate(
+        {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}, "full", 4, 1.0, 1.0, 8
+    )
+    given = []
+    plan = {"train": {"fits": True, "tokens_per_s_per_chip": 1.0}, "method": planning.method()}
+    monkeypatch.setattr(plan_command, "prepare", lambda args: None)
+    monkeypatch.setattr(topology, "describe", lambda *_: None)
+    monkeypatch.setattr(search, "candidates", lambda *_: [one])
+    monkeypatch.setattr(planning, "plan", lambda *_, **options: given.append(options) or plan)
+    monkeypatch.setattr(report, "compare", lambda *_: None)
+    command = ["plan", "--config", "configs/t2v_5b.py", "--topology", "v5p:2x2x1", "--search"]
+    assert cli.main([*command, "--price", "4.2"]) == 0
+    assert [options["price"] for options in given] == [4.2]
 
 
 def test_a_plan_that_does_not_fit_is_one_line_with_the_best_knob(monkeypatch, capsys, tmp_path):
