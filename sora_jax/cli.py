@@ -387,7 +387,7 @@ def _less_memory(command: str) -> str:
     if command == "train":
         return (
             "Lower config.batch_size, set config.dit.remat to 'full', or cut state over more "
-            "devices (config.mesh.fsdp); `sora-jax plan` tells what fits."
+            "devices (config.mesh.fsdp); `sora-jax plan` tells what fits and which knob helps most."
         )
     return "Ask for fewer frames, a smaller size or batch, or use --dtype bfloat16."
 

@@ -122,13 +122,11 @@ def shortage(plan: dict[str, Any]) -> str:
     where = part.get("topology", plan["topology"])
     needed = part["needed_gib"]
     what = part.get("part", f"the {kind} step")
-    line = (
+    return (
         f"{what} of {plan['config']} does not fit {where}: it needs {needed:.1f} GiB a "
-        f"device, {needed - limit:.1f} more than the {limit:.1f} that there are"
+        f"device, {needed - limit:.1f} more than the {limit:.1f} that there are; what helps most "
+        f"is {part['knob']}, by about {part['knob_gib']:.1f} GiB."
     )
-    if "knob" not in part:
-        return f"{line}; take a slice of larger hosts."
-    return f"{line}; what helps most is {part['knob']}, by about {part['knob_gib']:.1f} GiB."
 
 
 def prepare(args: Namespace) -> None:

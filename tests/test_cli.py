@@ -390,7 +390,7 @@ def test_what_the_parser_refuses_is_one_line(args, words, capsys):
 
 @pytest.mark.parametrize(
     "command, advice",
-    [("train", "Lower config.batch_size"), ("sample", "Ask for fewer frames")],
+    [("train", "tells what fits and which knob"), ("sample", "Ask for fewer frames")],
 )
 def test_too_little_memory_is_one_line_that_says_what_to_change(
     monkeypatch, capsys, command, advice

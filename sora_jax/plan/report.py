@@ -6,7 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-GREATEST_SHARE = 0.9
+from sora_jax.plan.planning import SHARE_OF_HBM
+
 _ORDER = ("weights", "ema", "optimizer", "frozen", "batch", "activations", "gradients")
 _ORDER += ("temporaries", "program", "peak")
 
@@ -73,17 +74,19 @@ def rows(plan: dict[str, Any], kind: str) -> dict[str, str]:
             found[name] = str(part[name])
     if not part["fits"]:
         found["fits"] = f"NO: needs {part['needed_gib']:.1f} of {limit:.1f} GiB"
-        if "knob" in part:
-            found["short of"] = f"{part['short_gib']:.1f} GiB"
-            found["what helps most"] = f"{part['knob']} (about {part['knob_gib']:.1f} GiB)"
+        found["short of"] = f"{part['short_gib']:.1f} GiB"
+        found["what helps most"] = f"{part['knob']} (about {part['knob_gib']:.1f} GiB)"
     else:
-        over = "" if part["hbm_share"] <= GREATEST_SHARE else f", above {GREATEST_SHARE:.0%}"
+        over = "" if part["hbm_share"] <= SHARE_OF_HBM else f", above {SHARE_OF_HBM:.0%}"
         found["fits"] = f"yes: {part['hbm_share']:.0%} of {limit:.1f} GiB a device{over}"
     memory = part.get("memory_gib", {})
     kinds = [k for k in _ORDER if k in memory] + [k for k in memory if k not in _ORDER]
     for name in kinds:
         if memory[name] >= 0.005 or name == "peak":
             found[f"GiB, {name}"] = f"{memory[name]:.2f}"
+    if "largest_batch" in part:
+        most = part["largest_batch"]["batch_size"]
+        found[f"largest batch within {SHARE_OF_HBM:.0%}"] = f"about {most}" if most else "none"
     if "step_s" not in part:
         return found
     if kind == "train":  # sampling keeps the latents before a step, for previews
@@ -109,8 +112,6 @@ def rows(plan: dict[str, Any], kind: str) -> dict[str, str]:
         found["VAE decoding, predicted"] = seconds(decode["step_s"])
     if "video_s" in part:
         found["a video, predicted"] = seconds(part["video_s"])
-    if "largest_batch" in part:
-        found["largest batch that fits"] = f"{part['largest_batch']['batch_size']}"
     if "cost_1000_steps" in part:
         found[f"1,000 steps at ${part['price']:g} a chip-hour"] = f"${part['cost_1000_steps']:,.0f}"
     spent = part["trace_compile_s"]

@@ -36,6 +36,7 @@ class CollectiveSum(NamedTuple):
     axes: tuple[str, ...]
     count: float
     bytes: float  # that one device sends
+    largest: float  # of them, in one run of one
     overlapped: float  # share of the bytes that move beside other work
     seconds: float
 
@@ -123,17 +124,19 @@ def _pass_seconds(name: str, call: hlo.Instruction, chip: Chip) -> float:
 
 def _collective_sums(program: hlo.Program, step: Any, slice_: Slice) -> list[CollectiveSum]:
     places = slice_.places(list(step.mesh.devices.flat))
-    grouped: dict[tuple, list[tuple[float, float, float, float]]] = collections.defaultdict(list)
+    grouped: dict[tuple, list[tuple[float, ...]]] = collections.defaultdict(list)
     for found in collectives.find(program, step.mesh.size):
         axes = collectives.axes_of(found, dict(step.mesh.shape))
         one = collectives.seconds(found, slice_.chip, places, slice_.extent)
         sent = found.runs * found.sent
         grouped[found.kind, axes].append(
-            (found.runs, sent, found.overlapped * found.runs * one, found.runs * one)
+            (found.runs, sent, found.sent, found.overlapped * found.runs * one, found.runs * one)
         )
     sums = []
     for (kind, axes), rows in sorted(grouped.items()):
-        count, sent, beside, seconds = (sum(column) for column in zip(*rows, strict=True))
-        share = beside / seconds if seconds else 0.0
-        sums.append(CollectiveSum(kind, axes, count, sent, share, seconds))
+        counts, sent, each, beside, seconds = zip(*rows, strict=True)
+        share = sum(beside) / sum(seconds) if sum(seconds) else 0.0
+        sums.append(
+            CollectiveSum(kind, axes, sum(counts), sum(sent), max(each), share, sum(seconds))
+        )
     return sums

@@ -281,6 +281,83 @@ def test_too_little_memory_names_the_knob_that_gives_most(slice_):
     assert told["knob"] == "config.mesh.data=1 with a larger fsdp"
 
 
+def test_knobs_of_the_state_come_before_more_chips(slice_):
+    gib = 2.0**30
+    mesh = {"data": 1, "fsdp": 1, "tensor": 1, "context": 4}
+
+    def told(weights, ema, optimizer, rest, *overrides):
+        config = config_file.load("configs/wan.py:t2v_14b", ["batch_size=1", *overrides])
+        memory = {"weights": weights * gib, "ema": ema * gib, "optimizer": optimizer * gib}
+        needed = weights + ema + optimizer + rest
+        found = planning.too_large(steps.TooLarge(needed * gib, 95 * gib, memory), config, mesh)
+        return found["knob"], pytest.approx(found["knob_gib"], abs=1e-3)
+
+    # As much as twice the chips would, and nothing is bought.
+    assert told(14, 14, 28, 44) == ("config.optim.offload=True", 28)
+    # With moments on hosts, without an average, in bfloat16: one thing after the other.
+    offload = "optim.offload=True"
+    assert told(40, 40, 0, 20, offload) == ("config.optim.ema_decay=0.0", 40)
+    assert told(40, 0, 0, 60, offload) == ("config.optim.param_dtype=bfloat16", 40)
+    halves = (offload, "optim.param_dtype=bfloat16")
+    # Of 80 GiB that are no gradients a working set of 60 bytes is left, and of the blocks' nothing.
+    freed = 80 * 40 * 4 / (40 * 4 + 60)
+    assert told(20, 0, 0, 100, *halves) == ("config.dit.remat=offload", freed)
+    sent = (*halves, "dit.remat=offload")
+    assert told(90, 0, 0, 40, *sent) == ("a slice of twice as many chips", 45)
+    muon = told(14, 14, 28, 44, "optim.name=muon", "dit.remat=offload")
+    assert muon == ("a slice of twice as many chips", 28)
+
+
+def test_a_video_that_has_no_room_is_told_with_a_knob():
+    gib = 2.0**30
+
+    def told(weights, rest, *overrides):
+        config = config_file.load("configs/wan.py:t2v_14b", overrides)
+        memory = {"weights": weights * gib, "frozen": gib, "batch": 0.0}
+        error = steps.TooLarge((weights + 1 + rest) * gib, 20 * gib, memory)
+        return planning.no_video(error, config)
+
+    found = told(1, 30)
+    assert (found["fits"], found["short_gib"]) == (False, pytest.approx(12))
+    assert found["knob"] == "a slice of twice as many chips"
+    assert found["knob_gib"] == pytest.approx(15.5)
+    assert told(0, 30)["knob"] == "config.data.frames half as many"
+    assert told(30, 0, "dit.dtype=float32")["knob"] == "config.dit.dtype=bfloat16"
+
+
+def test_what_the_compiler_takes_and_the_chip_does_not_is_told_with_a_knob(slice_, monkeypatch):
+    """A device has less than programs may use, where other models' weights lie beside."""
+    config = config_file.load("configs/wan.py:t2v_14b")
+    gib = 2.0**30
+    memory = {"weights": 9 * gib, "ema": 9 * gib, "optimizer": 30 * gib, "frozen": 1 * gib}
+    memory |= {"batch": 0.0, "activations": 20 * gib, "gradients": 9 * gib, "program": gib}
+    memory |= {"temporaries": 30 * gib, "on hosts": 0.0, "peak": 109 * gib}
+    mesh = sharding.make_mesh(fsdp=2, context=4)
+    step = steps.Step("train", mesh, "", memory, 1.0, count.Counts(), {}, 8, {})
+    monkeypatch.setattr(steps, "train", lambda *_: step)
+    monkeypatch.setattr(steps, "mesh_of", lambda *_: mesh)
+    monkeypatch.setattr(roofline, "predict", lambda *_: roofline.Prediction(*[1.0] * 6, [], 0.0))
+    told = planning._train(config, slice_, None)
+    assert told["fits"] is False and told["short_gib"] == pytest.approx(109 - 95.74)
+    assert told["knob"] == "config.dit.remat=offload" and told["memory_gib"]["gradients"] == 9
+
+
+def test_the_largest_batch_takes_nine_tenths_of_the_memory():
+    config = config_file.load("configs/wan.py:t2v_14b", ["batch_size=16", "optim.accumulate=2"])
+    mesh = {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
+    # 12 of state, 2 of gradients; of two rows a device and micro-batch, 10 each.
+    memory = {"weights": 3.0, "ema": 3.0, "optimizer": 5.0, "frozen": 1.0, "gradients": 2.0}
+
+    def largest(memory, **kwargs):
+        return planning.largest_batch(config, mesh, memory, **kwargs)["batch_size"]
+
+    assert largest(memory, peak=34.0, limit=100.0) == int((90 - 14) / 10) * 8
+    # Of one that does not fit gradients are not known: they are as the weights.
+    short = {k: v for k, v in memory.items() if k != "gradients"}
+    assert largest(short, peak=35.0, limit=30.0) == int((27 - 15) / 10) * 8
+    assert largest(short, peak=35.0, limit=20.0) == 0
+
+
 def test_search_ranks_what_divides_and_fits(slice_):
     config = config_file.load("configs/wan.py:t2v_14b", ["dit.remat=full"])
     ranked = search.candidates(config, slice_)
