@@ -62,6 +62,24 @@ def test_gradients_cross_fsdp_and_tokens_context(plan):
     assert all(row["bytes"] > 0 and row["seconds"] > 0 for row in plan["train"]["collectives"])
 
 
+def test_the_largest_batch_fits(plan):
+    most = plan["train"]["largest_batch"]["batch_size"]
+    kinds = [*SMOKE, "mesh.context=2", f"batch_size={most}"]
+    config = config_file.load("configs/wan.py:smoke", kinds)
+    found = planning.plan(config, name="smoke", topology_name="v5e:2x2", only="train")["train"]
+    assert found["fits"] and 0.5 < found["hbm_share"] and most > 100
+
+
+def test_keys_and_values_of_a_row_are_nowhere_gathered_over_context(plan):
+    """Ulysses exchanges heads for tokens, so that what is gathered are weights and the readout."""
+    config = config_file.load("configs/wan.py:smoke")
+    rows = 2  # of a device's group
+    whole = rows * 96 * config.dit.width * 2  # bytes of keys, in bfloat16
+    gathered = [c for c in plan["train"]["collectives"] if c["kind"] == "all-gather"]
+    over = [c for c in gathered if "context" in c["axes"]]
+    assert over and all(c["largest"] < whole / 2 for c in over)
+
+
 def test_a_video_is_planned_for_one_host_as_the_command_makes_it(plan):
     sample = plan["sample"]
     axes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sampling_axes(4)
