@@ -14,8 +14,7 @@ of 141,312. At 704 x 1280, 22 x 40: 317,680 a clip, in rows of 318,464. One clip
 token sees every other. Rows divide by 1024, so that kernels' blocks do for every `context` here.
 
 480p is for v5p:8x8x8: fsdp 32 x context 16. 720p is for v5p:8x8x16: fsdp 16 x context 64. The 24
-heads go over 8 chips by all-to-all, the rest of `context` is a ring. On tpu7x a chip is two
-devices: half as many chips.
+heads go over 8 chips by all-to-all, the rest of `context` is a ring.
 
 Variants: 480p (full is the same), 720p, and smoke.
 """

@@ -30,6 +30,7 @@ PODS = [
     for name in ("wan", "t2v_1_3b", "t2v_5b", "t2v_14b", "staged", "sora_minute")
     for variant in importlib.import_module(f"configs.{name}").SLICES
     if variant != "full" or name.startswith("t2v")  # elsewhere a variant of another name
+    if not variant.startswith(("i2v", "flf2v"))  # which read pixels, a clip a row
 ]
 PARAMETERS = {1536: 1_418_996_800, 3072: 4_999_787_712, 5120: 14_288_491_584}  # of Wan, by width
 DEVICES_A_CHIP = {"tpu7x": 2}
@@ -52,6 +53,20 @@ def test_a_mesh_fills_its_slice_and_a_batch_its_mesh(pod):
     assert mesh.fsdp == -1 and devices % (mesh.data * mesh.tensor * mesh.context) == 0
     shards = devices // (mesh.tensor * mesh.context)
     assert config.batch_size % (shards * config.optim.accumulate) == 0
+
+
+@pytest.mark.parametrize("variant", ["i2v_14b", "flf2v_14b", "i2v_a14b"])
+def test_models_that_take_pictures_fill_their_slice_too(variant):
+    path = f"{CONFIGS / 'wan'}.py:{variant}"
+    chip, _, shape = config_file.topology(path).partition(":")
+    config, devices = config_file.load(path), math.prod(map(int, shape.split("x")))
+    assert chip == "v5p" and config.batch_size % (devices // config.mesh.context) == 0
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in PODS if name != "wan"))
+def test_one_bad_step_ends_no_run_from_scratch(name):
+    skip = config_file.load(f"{CONFIGS / name}.py").skip
+    assert skip.in_row == 3 and skip.grad_norm == 10
 
 
 def test_a_row_takes_its_clips_and_wastes_little(pod):
