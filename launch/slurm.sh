@@ -84,6 +84,7 @@ case $action in
   -h | --help) echo "$usage" && exit 0 ;;
   job) shift && in_job "$@" ;;
   run | watch | delete) shift ;;
+  create) fail "there is nothing to create: Slurm has the hosts; one of run, watch and delete." ;;
   *) fail "unknown action '$action'; one of run, watch and delete (--help shows the options)." ;;
 esac
 

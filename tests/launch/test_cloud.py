@@ -209,6 +209,7 @@ def test_a_command_is_told_that_it_is_one_of_several(fakes, command):
         (("slurm.sh", "run", "--nodes", "many", "--gpus", "8", "--", "true"), "--nodes 'many'"),
         (("slurm.sh", "run", "--nodes", "2", "--gpus", "8"), "no command"),
         (("slurm.sh", "runn"), "unknown action 'runn'"),
+        (("slurm.sh", "create"), "there is nothing to create"),
         (("slurm.sh", "run", "--node", "2"), "unknown option --node"),
         (("restart.sh", "--restarts", "x", "--", "true"), "--restarts x"),
         (("restart.sh",), "no command"),
