@@ -85,6 +85,11 @@ def make_mesh(
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
+    if wrong := [name for name, size in sizes.items() if size < 1 and size != -1]:
+        raise ValueError(
+            f"mesh sizes {sizes} must be 1 or more, or -1 (the rest); "
+            f"change config.mesh.{wrong[0]}."
+        )
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1:
@@ -93,7 +98,8 @@ def make_mesh(
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
-            f"mesh sizes {sizes} do not multiply to the {len(devices)} devices; change config.mesh."
+            f"mesh sizes {sizes} do not multiply to the {len(devices)} devices; "
+            f"{_dividing(sizes, len(devices))}."
         )
     if devices[0].platform == "tpu" and len(devices) > 1:
         # Auto axes: Explicit ones reject ambiguous contractions.
@@ -107,6 +113,15 @@ def make_mesh(
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
     )
     return array
+
+
+def _dividing(sizes: dict[str, int], devices: int) -> str:
+    """What to change of sizes that do not multiply to so many devices."""
+    for name, size in sizes.items():
+        others = math.prod(n for other, n in sizes.items() if other != name and n != -1)
+        if size != -1 and devices % others == 0 and devices // others % size:
+            return f"change config.mesh.{name} to {near_divisors(devices // others, size)}"
+    return "change config.mesh, of which one may be -1 (the rest)"
 
 
 def _on_torus(sizes: dict[str, int], devices: list) -> np.ndarray:

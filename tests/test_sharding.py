@@ -70,6 +70,20 @@ def test_mesh_that_does_not_use_every_device_is_refused(sizes):
         sharding.make_mesh(**sizes)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"context": 3}, r"to the 8 devices; change config.mesh.context to 2 or 4\."),
+        ({"data": 2, "tensor": 3}, r"change config.mesh.tensor to 2 or 4\."),
+        ({"data": 2, "fsdp": 2}, r"change config.mesh, of which one may be -1 .the rest.\."),
+        ({"tensor": 0}, r"must be 1 or more, or -1 .*; change config.mesh.tensor\."),
+    ],
+)
+def test_a_size_that_does_not_divide_is_told_with_the_nearest_that_do(sizes, says):
+    with pytest.raises(ValueError, match=says):
+        sharding.make_mesh(**sizes)
+
+
 def test_stacked_leading_axes_are_replicated(mesh):
     tree = params(kernel=((4, 16, 6), ("embed", "mlp")), bias=((4, 6), ("mlp",)))
     placed = sharding.tree_shardings(tree, mesh)
