@@ -142,6 +142,7 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
                         flops=stage.flops(batch),
                     )
                     writer.write(logged, values)
+                    writer.write_hosts(logged, window.hosts)
                     progress.update(step, loss=f"{values['train/loss']:.4f}")
                 clock.write()
             if saving or copying:

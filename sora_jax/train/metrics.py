@@ -55,6 +55,7 @@ class MetricWriter:
         if self._active:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _end_line(self._path)
+            _end_line(self._path.with_name("hosts.jsonl"))
             if importlib.util.find_spec("tensorboardX"):
                 from tensorboardX import SummaryWriter
 
@@ -87,6 +88,12 @@ class MetricWriter:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(known, step=step)
+
+    def write_hosts(self, step: int, values: dict[str, list[float | None]]) -> None:
+        """Appends to hosts.jsonl, beside metrics.jsonl, a list of one value a process each."""
+        if self._active:
+            with self._path.with_name("hosts.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
 
     def close(self) -> None:
         if self._wandb is not None:
@@ -122,8 +129,9 @@ class Rates:
         }
         if tokens is not None:
             rates["perf/tokens_per_second"] = tokens * steps / elapsed
-            each = tokens * steps / elapsed / jax.device_count()
-            rates["perf/tokens_per_second_per_chip"] = each
+            chip = chips.of_kind(jax.devices()[0].device_kind)
+            count = jax.device_count() / (1 if chip is None else chip.devices)
+            rates["perf/tokens_per_second_per_chip"] = tokens * steps / elapsed / count
         if flops is not None:
             rates["perf/tflops_per_second"] = flops * steps / elapsed / 1e12
             peak = peak_flops(jax.devices()[0])

@@ -30,6 +30,8 @@ class Window:
         self._seconds: list[float] = []  # of the steps done
         self._data: list[float] = []  # waits for a batch
         self._losses: list[float] = []  # since the last checkpoint
+        # Of the last row taken, by the number of the process; None where it finished no step.
+        self.hosts: dict[str, list[float | None]] = {}
         self._free = clock()  # when the step before was done, or the first one dispatched
 
     @property
@@ -98,6 +100,7 @@ class Window:
         # JSON has no NaN.
         rows = agreement.gather([None if math.isnan(x) else x for x in mine])
         for name, column in zip(("step", "data_wait"), zip(*rows, strict=True), strict=True):
+            self.hosts[f"{name}_seconds"] = list(column)
             if None in column:
                 continue
             values[f"hosts/{name}_seconds_min"] = min(column)

@@ -70,6 +70,23 @@ def test_rates_are_those_since_the_last_call(clock):
     assert rates.update(22, rows=4) == {"perf/steps_per_second": 1, "perf/rows_per_second": 4}
 
 
+def test_tokens_a_chip_are_of_chips_where_one_is_two_devices(clock, monkeypatch):
+    devices = [mock.Mock(spec=jax.Device, device_kind="TPU7x")] * 8
+    monkeypatch.setattr(metrics.jax, "devices", lambda: devices)
+    rates = metrics.Rates()
+    rates.update(0, rows=1, tokens=100)
+    clock[0] += 2
+    assert rates.update(1, rows=1, tokens=100)["perf/tokens_per_second_per_chip"] == 50 / 4
+
+
+def test_every_hosts_values_are_lists_in_a_file_of_their_own(tmp_path):
+    (tmp_path / "hosts.jsonl").write_text('{"step": 1, "st')
+    with metrics.MetricWriter(tmp_path) as writer:
+        writer.write_hosts(3, {"step_seconds": [1.0, 2.0], "data_wait_seconds": [0.5, None]})
+    row = json.loads((tmp_path / "hosts.jsonl").read_text().splitlines()[-1])
+    assert row == {"step": 3, "step_seconds": [1.0, 2.0], "data_wait_seconds": [0.5, None]}
+
+
 def test_utilisation_is_a_share_of_the_data_sheet(clock, monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 5e12)
     rates = metrics.Rates()

@@ -62,6 +62,10 @@ def test_times_of_all_processes_are_gathered_and_the_slowest_named(monkeypatch):
         "hosts/step_slowest": 1.0,
     }
     assert values["hosts/data_wait_slowest"] == 2.0
+    assert window.hosts == {
+        "step_seconds": [3.0, 9.0, 3.0],
+        "data_wait_seconds": [0.0, 0.25, 0.5],
+    }
 
 
 def test_skipped_steps_are_counted_and_left_out_of_the_means():
