@@ -5,11 +5,13 @@ Every moment belongs to one category, so the categories add up to the wall time:
 step: the devices work on steps; compile: the first call of a step with new shapes; init: mesh,
 first weights; restore: checkpoints found, checked and read; data: no device works, for want of a
 batch; save: starting checkpoints and waiting for them; preview; lost: steps that were done again
-after a restart; other: the rest.
+after a restart; down: from the last record of a run until the next one begins, what it did since
+then included; other: the rest.
 """
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,21 +19,30 @@ from pathlib import Path
 
 import jax
 
-CATEGORIES = ("step", "compile", "init", "restore", "data", "save", "preview", "lost", "other")
+CATEGORIES = ("step", "compile", "init", "restore", "data", "save", "preview", "lost", "down")
+CATEGORIES += ("other",)
 _SAVES_KEPT = 100
 
 
 class Goodput:
     """Counts seconds by category from its creation on, on top of those in `file`.
 
-    The first process alone reads and writes the file.
+    The first process alone reads and writes the file. A start that is refused before `resumed`
+    leaves it as it is: for the next one that time was down.
 
     Args:
-      clock: seconds; a test's own.
+      clock: seconds within a run; a test's own.
+      date: seconds that go on between runs.
     """
 
-    def __init__(self, file: Path, *, clock: Callable[[], float] = time.perf_counter):
-        self._file, self._clock = Path(file), clock
+    def __init__(
+        self,
+        file: Path,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        date: Callable[[], float] = time.time,
+    ):
+        self._file, self._clock, self._date = Path(file), clock, date
         self._active = jax.process_index() == 0
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self._wall, self._runs, self._step = 0.0, 0, 0
@@ -41,7 +52,11 @@ class Goodput:
             self._seconds |= old["seconds"]
             self._wall, self._runs, self._step = old["wall_seconds"], old["runs"], old["step"]
             self._saves = old["saves"]
-        self._runs += 1
+            # Files of earlier versions have no date.
+            down = max(0.0, self._date() - old.get("date", math.inf))
+            self._seconds["down"] += down
+            self._wall += down
+        self._resumed = False
         self._phase = "other"
         self._since = self._clock()
 
@@ -72,6 +87,7 @@ class Goodput:
 
     def resumed(self, step: int) -> None:
         """The run goes on from `step`: what an earlier one did beyond it was lost."""
+        self._runs, self._resumed = self._runs + 1, True
         if self._step > step:
             kept = [done for saved, done in self._saves if saved <= step]
             lost = self._seconds["step"] - (kept[-1] if kept else 0.0)
@@ -89,13 +105,14 @@ class Goodput:
         self._saves = [*self._saves, [step, self._seconds["step"]]][-_SAVES_KEPT:]
 
     def write(self) -> None:
-        """Replaces the file."""
+        """Replaces the file, once the run has begun."""
         self._switch(self._phase)
-        if not self._active:
+        if not self._active or not self._resumed:
             return
         record = {
             "goodput": self._seconds["step"] / max(self._wall, 1e-9),
             "wall_seconds": self._wall,
+            "date": self._date(),
             "seconds": self._seconds,
             "runs": self._runs,
             "step": self._step,

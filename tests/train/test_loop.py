@@ -115,6 +115,7 @@ def test_a_crash_goes_on_from_the_local_copy_or_from_before_a_damage_and_tells_w
             raise RuntimeError("the host is gone")
         return place(*args)
 
+    begun = time.time()
     with monkeypatch.context() as patch:
         patch.setattr(loop.loaders, "to_global", crashing)
         with pytest.raises(RuntimeError, match="gone"):
@@ -142,9 +143,13 @@ def test_a_crash_goes_on_from_the_local_copy_or_from_before_a_damage_and_tells_w
     assert goodput["runs"] == 3 and goodput["seconds"]["lost"] > 0
     assert goodput["seconds"]["restore"] > 0
 
+    assert goodput["seconds"]["down"] > 0
+    assert sum(goodput["seconds"].values()) == pytest.approx(time.time() - begun, rel=0.01, abs=1.0)
+
     dit_config.seed = 1
     with pytest.raises(ValueError, match=r"crashed holds a run of another config: seed 0, not 1;"):
         train(dit_config, tmp_path / "crashed", devices=ONE)
+    assert json.loads((tmp_path / "crashed" / "goodput.json").read_text())["runs"] == 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(dit_config, tmp_path):
