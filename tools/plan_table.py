@@ -62,22 +62,22 @@ PLANS = (
 )
 # Of these the sampling step and decoding, on a few chips.
 _720P = ("data.width=1280", "data.height=720")
-# name, config, topology, slices, overrides, and lines of the video
+# name, config, topology, slices, overrides, lines of the video, and whether decoding is compiled
 SAMPLES = (
-    ("sample_t2v_1.3b_v6e", "configs/wan.py:t2v_1.3b", "v6e:2x4", 1, (), 480),
-    ("sample_ti2v_5b_v5p", "configs/wan.py:ti2v_5b", "v5p:2x2x1", 1, (), 704),
-    ("sample_t2v_14b_v5p", "configs/wan.py:t2v_14b", "v5p:2x2x1", 1, (), 480),
-    ("sample_t2v_14b_v5p_720", "configs/wan.py:t2v_14b", "v5p:2x2x1", 1, _720P, 720),
-    ("sample_i2v_14b_v5p", "configs/wan.py:i2v_14b", "v5p:2x2x1", 1, (), 480),
-    ("sample_t2v_14b_v6e", "configs/wan.py:t2v_14b", "v6e:2x4", 1, (), 480),
-    ("sample_t2v_14b_tpu7x", "configs/wan.py:t2v_14b", "tpu7x:2x2x1", 1, (), 480),
+    ("sample_t2v_1.3b_v6e", "configs/wan.py:t2v_1.3b", "v6e:2x4", 1, (), 480, True),
+    ("sample_ti2v_5b_v5p", "configs/wan.py:ti2v_5b", "v5p:2x2x1", 1, (), 704, True),
+    ("sample_t2v_14b_v5p", "configs/wan.py:t2v_14b", "v5p:2x2x1", 1, (), 480, False),
+    ("sample_t2v_14b_v5p_720", "configs/wan.py:t2v_14b", "v5p:2x2x1", 1, _720P, 720, False),
+    ("sample_i2v_14b_v5p", "configs/wan.py:i2v_14b", "v5p:2x2x1", 1, (), 480, False),
+    ("sample_t2v_14b_v6e", "configs/wan.py:t2v_14b", "v6e:2x4", 1, (), 480, False),
+    ("sample_t2v_14b_tpu7x", "configs/wan.py:t2v_14b", "tpu7x:2x2x1", 1, (), 480, False),
 )
 # Dollars of a chip for an hour, on demand in us regions in 2025; v7x's is assumed.
 PRICES = {"v5e": 1.2, "v5p": 4.2, "v6e": 2.7, "v7x": 12.0}
 
 
 def run(args) -> None:
-    for name, config, topology, slices, overrides, *_ in (*PLANS, *SAMPLES):
+    for name, config, topology, slices, overrides, *video in (*PLANS, *SAMPLES):
         out = args.results / f"{name}.json"
         if out.exists() or (args.name and name not in args.name):
             continue
@@ -86,6 +86,7 @@ def run(args) -> None:
         command += ["--topology", topology, "--slices", str(slices), "--only", only]
         chip = {"tpu7x": "v7x"}.get(topology.split(":")[0], topology.split(":")[0])
         command += ["--price", str(PRICES[chip]), "--json", str(out)]
+        command += ["--decode"] if video and video[-1] else []
         command += [f"--config.{o}" for o in overrides]
         print(" ".join(command), flush=True)
         done = subprocess.run(["nice", "-n", "5", *command], cwd=ROOT)
@@ -155,7 +156,7 @@ def samples(results: Path, off: str) -> list[str]:
         f"| config | slice | mesh | GiB of a device | a step ({off}) | MFU | 50 steps | decoding |",
         "|-|-|-|-|-|-|-|-|",
     ]
-    for name, *_, lines_of_video in SAMPLES:
+    for name, *_, lines_of_video, _ in SAMPLES:
         file = results / f"{name}.json"
         if not file.exists():
             continue
@@ -179,10 +180,10 @@ def samples(results: Path, off: str) -> list[str]:
     return lines
 
 
-def arithmetic(results: Path) -> list[str]:
+def arithmetic(results: Path, off: str) -> list[str]:
     """Seconds by part of rows of 75,600 tokens through the 14B, and what they come from."""
     lines = [
-        "| slice, policy | XLA (copies among it) | attention | waiting | step | MFU |",
+        f"| slice, policy | XLA (copies among it) | attention | waiting | step ({off}) | MFU |",
         "|-|-|-|-|-|-|",
     ]
     rows = ("wan_14b_row_out", "wan_14b_row", "wan_14b_row_offload", "t2v_14b", "t2v_14b_v7x")
@@ -225,7 +226,8 @@ this page. Dollars are at {prices} a chip-hour; the last is assumed.
 {table}
 
 Of the time of a step, "waiting for collectives" is the share in which nothing else is done. Memory
-is what XLA reserves: arguments, temporaries and the program.
+is what XLA reserves: arguments, temporaries and the program. MFU and dollars are as far off as the
+steps that they come from.
 
 ## A video on a few chips
 
@@ -245,9 +247,23 @@ blocks; temporaries are the rest.
 ## Rows of 75,600 tokens through the 14B, part by part
 
 On four chips one row, the shape whose step others published at 36.0 s: weights and moments in
-bfloat16, no average. On the larger slices 64 rows.
+bfloat16, no average. With the state in bfloat16 a published program takes 42.0 GiB; with moments
+and blocks' inputs on hosts this one takes 24.6, where .8 of that, 33.6, was the goal. The largest
+all-gather over `context` there makes .29 GiB, of weights; keys of the row would be .72 GiB and are
+gathered nowhere, for heads change places with tokens (.14 GiB a device at most). On the larger
+slices 64 rows.
 
 {arithmetic}
+
+## What a search finds
+
+`sora-jax plan --config configs/t2v_1_3b.py --topology v6e:16x16 --search` judged 490 candidates in
+closed form, ranked `fsdp 256`, `attention_out`, 256 rows among the first and compiled it: 2.95 s a
+step ({off}), 32.4 % MFU, 16.7 GiB (53 %), 11,093 tokens/s a chip, $567 for 1,000 steps; the closed
+form had said 3.78 s and 14.7 GiB. Row for row that is .86 of the time of the mesh that is shipped
+(1.72 s for 128), with twice the rows a step. The first of the ranking, `attention_out_offload` with
+2,048 rows, did not fit (58.9 GiB, where 23.1 were thought); the closed form has been mended since
+and drops it.
 
 ## How the times are predicted
 
@@ -257,10 +273,10 @@ bfloat16, no average. On the larger slices 64 rows.
   for a tile, or what its products keep the matrix units busy for if that is longer, and .35 us a
   grid step (`tools/kernel_cycles.py`, `sora_jax/plan/kernels.py`). That is for heads that need no
   running maximum (`sora_jax/flash/forward.py`: the longest query times the longest key, which no
-  logit exceeds, is at most 69); the forward pass of others takes up to twice the words. On v5p a
-  device's two cores share out whole heads in the backward pass. The kernels that make
-  queries and keys: their instruction words, or their bytes at the full bandwidth if that is
-  longer.
+  logit exceeds, is at most 69); the forward pass of others takes up to twice the words: with a
+  maximum everywhere the 14B on tpu7x:4x8x8 has 36 % MFU and not 40.9 %. On v5p a device's two cores
+  share out whole heads in the backward pass. The kernels that make queries and keys: their
+  instruction words, or their bytes at the full bandwidth if that is longer.
 - Collectives: bytes over links at 90 % of their bandwidth (`sora_jax/plan/collectives.py`). Those
   with work between start and end are taken as hidden; the rest adds up.
 - MFU counts three forward passes of the transformer, and nothing that is computed again.
@@ -286,11 +302,12 @@ def write(args) -> None:
     if not found:
         sys.exit(f"{args.results} holds no plan; run without --write first.")
     text = TEXT.format(
+        off=off,
         prices=", ".join(f"${price:g} ({chip})" for chip, price in PRICES.items()),
         table="\n".join(table(args.results, off)),
         samples="\n".join(samples(args.results, off)),
         memory="\n".join(memory(args.results)),
-        arithmetic="\n".join(arithmetic(args.results)),
+        arithmetic="\n".join(arithmetic(args.results, off)),
         checks="\n".join(checks(method)),
     )
     (ROOT / "docs" / "plans.md").write_text(text)

@@ -43,6 +43,7 @@ def summary(plans: Sequence[dict[str, Any]], kind: str) -> Table:
         slices = f"{plan['slices']} x " if plan["slices"] > 1 else ""
         where = plan[kind].get("topology", f"{slices}{plan['topology']}")
         table.add_column(f"{plan['config']}\n{where}", justify="right")
+    table.caption = f"of times, MFU and cost {checked(plans[0]['method'])}"
     columns = [rows(plan, kind) for plan in plans]
     names = list(dict.fromkeys(name for column in columns for name in column))
     for name in names:

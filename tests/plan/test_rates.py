@@ -429,6 +429,14 @@ def test_flops_by_part_add_up_to_what_training_counts():
     assert sum(parts.values()) == pytest.approx(stage.flops(batch))
 
 
+def test_the_errors_of_the_method_stand_below_every_table_of_times():
+    method = planning.method()
+    plan = {"config": "a.py", "topology": "v5p:2x2x1", "slices": 1, "hbm_gib": 95.0}
+    short = {"fits": False, "needed_gib": 2.0, "short_gib": 1.0, "knob": "x", "knob_gib": 1.0}
+    table = report.summary([plan | {"train": short, "method": method}], "train")
+    assert table.caption == "of times, MFU and cost checks: -5% to +8%"
+
+
 def test_the_table_shows_what_does_not_fit_and_what_does():
     plan = {
         "config": "a.py",
