@@ -1,6 +1,7 @@
 """A training step on any mesh: the values of one device, and the bytes that it should send."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ ROWS, TOKENS, SEGMENTS = 8, 32, 2
 MESHES = {
     "data": {"data": 8, "fsdp": 1},
     "fsdp": {"fsdp": 8},
-    "tensor": {"fsdp": 2, "tensor": 4},  # alone it has no more heads
+    "tensor": {"fsdp": 2, "tensor": 4},
+    "tensor alone": {"fsdp": 1, "tensor": 8, "heads": 8},
+    "context, ulysses": {"fsdp": 1, "context": 8, "heads": 8},
     "context, ulysses by ring": {"fsdp": 1, "context": 8},
     "context, ring": {"fsdp": 1, "context": 8, "way": "ring"},
     "data, tensor": {"data": 2, "fsdp": 1, "tensor": 4},
@@ -72,26 +75,34 @@ def model_and_loss(context="auto", heads=CONFIG.num_heads):
 
 @pytest.fixture(scope="module")
 def alone():
-    params, step = model_and_loss()
-    return jax.jit(step)(params, jax.tree.map(jnp.asarray, arguments()))
+    """heads -> loss and gradients of one device."""
+
+    @functools.cache
+    def of(heads):
+        params, step = model_and_loss(heads=heads)
+        return jax.jit(step)(params, jax.tree.map(jnp.asarray, arguments()))
+
+    return of
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_loss_and_gradients_equal_one_device(name, alone):
     sizes = dict(MESHES[name])
-    params, step = model_and_loss(sizes.pop("way", "auto"))
+    heads = sizes.pop("heads", CONFIG.num_heads)
+    alone_loss, alone_grads = alone(heads)
+    params, step = model_and_loss(sizes.pop("way", "auto"), heads)
     mesh = sharding.make_mesh(**sizes)
     stored = sharding.tree_shardings(params, mesh)
     batch = jax.device_put(arguments(), sharding.named(mesh, "batch"))
     with sharding.use_mesh(mesh):
         run = jax.jit(step, out_shardings=(sharding.named(mesh), stored))
         loss, grads = run(jax.device_put(params, stored), batch)
-    np.testing.assert_allclose(loss, alone[0], rtol=1e-5)
+    np.testing.assert_allclose(loss, alone_loss, rtol=1e-5)
     kernel = grads["blocks"]["mlp"]["up"]["kernel"].get_raw_value()
     parts = sharding.axis_size(mesh, "embed") * sharding.axis_size(mesh, "mlp")
     assert kernel.addressable_shards[0].data.size * parts == kernel.size, "a shard on each device"
     for (path, got), want in zip(
-        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(alone[1]), strict=True
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(alone_grads), strict=True
     ):
         error = float(jnp.abs(got - want).max() / jnp.abs(want).max())
         assert error < 1e-5, f"{jax.tree_util.keystr(path)}: {error:.1e}"
@@ -153,6 +164,39 @@ def test_weights_are_gathered_once_and_their_gradient_reaches_its_shard():
     assert found["all-gather"] == pytest.approx(whole * 7 / 8, rel=0.05)
     # XLA scatters on TPUs and GPUs; on CPUs it reduces whole and slices, with twice the bytes.
     assert found["all-reduce"] == pytest.approx(2 * whole * 7 / 8, rel=0.05)
+
+
+def test_gradients_of_replicas_are_summed_once():
+    mesh = sharding.make_mesh(data=8, fsdp=1)
+    width, out = 256, 512
+    w, x = placed(mesh, (width, out)), placed(mesh, (8, 16, width), "batch", None, None)
+
+    def step(w, x):
+        return jax.grad(lambda w: jnp.sum(jnp.sin(layers.dot(x, w, "float32", ("embed", None)))))(w)
+
+    found = sent(step, mesh, w, x)
+    assert found == {"all-reduce": pytest.approx(2 * 4 * width * out * 7 / 8, rel=0.05)}
+
+
+def test_an_mlp_cut_over_tensor_sums_its_output_and_the_gradient_of_its_input():
+    mesh = sharding.make_mesh(fsdp=1, tensor=8)
+    width, hidden, tokens = 64, 256, 128
+    up = placed(mesh, (width, hidden), "embed", "mlp")
+    down = placed(mesh, (hidden, width), "mlp", "embed")
+    x = placed(mesh, (2, tokens, width))
+
+    def step(up, down, x):
+        def loss(up, down, x):
+            y = jnp.sin(layers.dot(x, up, "float32", ("embed", "mlp")))
+            y = sharding.constrain(y, "batch", "tokens", "act_mlp")
+            y = layers.dot(y, down, "float32", ("mlp", "embed"))
+            return jnp.sum(jnp.sin(sharding.constrain(y, "batch", "tokens", "act_embed")))
+
+        return jax.grad(loss, argnums=(0, 1, 2))(up, down, x)
+
+    found = sent(step, mesh, up, down, x)
+    whole = 4 * 2 * tokens * width  # bytes of the residual stream
+    assert found == {"all-reduce": pytest.approx(2 * 2 * whole * 7 / 8, rel=0.05)}
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "context"])
