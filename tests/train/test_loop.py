@@ -1,6 +1,7 @@
 """The loop: exact resume, interruption, and what it refuses."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -150,6 +151,27 @@ def test_a_crash_goes_on_from_the_local_copy_or_from_before_a_damage_and_tells_w
     with pytest.raises(ValueError, match=r"crashed holds a run of another config: seed 0, not 1;"):
         train(dit_config, tmp_path / "crashed", devices=ONE)
     assert json.loads((tmp_path / "crashed" / "goodput.json").read_text())["runs"] == 3
+
+
+def test_a_run_goes_on_on_another_mesh_as_it_would_have_on_its_own(dit_config, tmp_path):
+    # Adam divides by the root of squares: where a gradient is all but zero, any rounding of it is
+    # a whole step of this rate.
+    dit_config.optim.peak_lr = 1e-6
+    dit_config.mesh.fsdp = 4
+    train(dit_config, tmp_path / "own", devices=jax.devices()[:4])
+    shutil.copytree(tmp_path / "own", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "checkpoints" / "4")
+    dit_config.mesh.update(data=2, fsdp=2)
+    train(dit_config, tmp_path / "other", devices=jax.devices()[:4])
+    ours, theirs = rows(tmp_path / "other"), rows(tmp_path / "own")
+    assert len(ours) > len(theirs) and ours[-1]["step"] == theirs[-1]["step"] == 4
+    for name in ("train/loss", "train/grad_norm"):  # means of steps 3 and 4
+        assert ours[-1][name] == pytest.approx(theirs[-1][name], rel=1e-6)
+    (step, own), (again, other) = (saved_state(tmp_path / name) for name in ("own", "other"))
+    assert step == again == 4 and set(own) == set(other)
+    for path, value in own.items():
+        scale = max(float(np.abs(value).max(initial=0)), 1e-30)
+        np.testing.assert_allclose(other[path] / scale, value / scale, atol=1e-6, err_msg=path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(dit_config, tmp_path):
