@@ -1,6 +1,7 @@
 """`sora-jax plan`: parses, and makes one call."""
 
 import json
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 EXAMPLES = """examples:
   sora-jax plan --config configs/t2v_5b.py --topology v5p:4x4x8
   sora-jax plan --config configs/t2v_14b.py --topology v5p:8x8x8 --only train --price 4.2
-  sora-jax plan --config configs/t2v_1_3b.py --topology v6e:8x8 --search --config.batch_size=64
+  sora-jax plan --config configs/t2v_1_3b.py --topology v6e:8x8 --search --compile 3
 
 Topologies: v5p and tpu7x of three dimensions, v5e and v6e of two, in chips. All times are
 predicted: nothing runs on a chip."""
+_COMPILED = 2  # of a search's best
+_SEARCHED = ("batch_size", "dit.remat", "mesh")  # keys that a search chooses
 
 
 def add(commands: Any, command: Callable[..., Any]) -> None:
@@ -46,12 +49,13 @@ def add(commands: Any, command: Callable[..., Any]) -> None:
     plan.add_argument(
         "--compile",
         type=int,
-        default=2,
         metavar="N",
-        help="of --search: how many of the best are compiled (default: 2)",
+        help=f"of --search: how many of the best are compiled (default: {_COMPILED})",
     )
     plan.add_argument(
-        "--compare", metavar="FILE[:VARIANT]", help="plan this config too, side by side"
+        "--compare",
+        metavar="FILE[:VARIANT]",
+        help="plan this config too, side by side; --config.KEY=VALUE is set in both",
     )
     plan.add_argument("--price", type=float, metavar="USD", help="of one chip for one hour")
     plan.add_argument("--json", metavar="FILE", help="write the plan there too")
@@ -68,20 +72,8 @@ def run(args: Namespace) -> None:
 
     config = config_file.load(args.config, args.overrides)
     name = args.topology or config_file.topology(args.config)
-    if args.price is not None and args.price < 0:
-        raise ValueError(f"--price {args.price:g} must be 0 or more, in dollars.")
-    if args.compile < 1:
-        raise ValueError(f"--compile {args.compile} must be 1 or more.")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json}: no such folder; make it first.")
-    other = None
-    if args.compare:
-        if args.search:
-            raise ValueError("--compare and --search do not go together; leave out one.")
-        other = config_file.load(args.compare, ())
-    if args.search and (args.only == "sample" or args.decode):
-        given = "--decode" if args.decode else "--only sample"
-        raise ValueError(f"--search ranks training steps, of which {given} is none; leave out one.")
+    _check(args)
+    other = config_file.load(args.compare, args.overrides) if args.compare else None
     from sora_jax.plan import planning, report, search
 
     options = {"slices": args.slices, "only": args.only, "price": args.price}
@@ -92,7 +84,7 @@ def run(args: Namespace) -> None:
             name=args.config,
             topology_name=name,
             slices=args.slices,
-            top=args.compile,
+            top=args.compile or _COMPILED,
             price=args.price,
         )
         search.show(result)
@@ -109,6 +101,38 @@ def run(args: Namespace) -> None:
     plans = result.get("plans", [result])
     if not any(fits(plan) for plan in plans):
         raise ValueError(shortage(plans[0]))
+
+
+def _check(args: Namespace) -> None:
+    """Raises ValueError for values that are none, and for what another option leaves no part."""
+    from sora_jax import video_io
+
+    if args.price is not None and not 0 <= args.price < math.inf:
+        raise ValueError(f"--price {args.price:g} must be 0 or more, in dollars.")
+    if args.compile is not None and args.compile < 1:
+        raise ValueError(f"--compile {args.compile} must be 1 or more.")
+    if args.json:
+        video_io.check_output_path(args.json, allowed=(".json",))
+    if args.compare and args.search:
+        raise ValueError("--compare and --search do not go together; leave out one.")
+    if args.compile and not args.search:
+        raise ValueError("--compile is how many of a --search are compiled; leave out one.")
+    if args.search and (args.only == "sample" or args.decode):
+        given = "--decode" if args.decode else "--only sample"
+        raise ValueError(f"--search ranks training steps, of which {given} is none; leave out one.")
+    keys = [override.partition("=")[0] for override in args.overrides]
+    chosen = [key for key in keys for own in _SEARCHED if key == own or key.startswith(f"{own}.")]
+    if args.search and chosen:
+        raise ValueError(
+            f"--search tries meshes, remat policies and batch sizes; leave out "
+            f"--config.{chosen[0]}."
+        )
+    if args.only == "train" and args.decode:
+        raise ValueError("--decode is of sampling, which --only train leaves out; leave out one.")
+    if args.only == "sample" and args.price is not None:
+        raise ValueError("--price is of training, which --only sample leaves out; leave out one.")
+    if args.only == "sample" and args.slices > 1:
+        raise ValueError("--only sample is of one slice; leave out --slices.")
 
 
 def fits(plan: dict[str, Any]) -> bool:

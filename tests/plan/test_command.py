@@ -36,8 +36,18 @@ def test_a_wrong_topology_is_told_before_anything_is_loaded(capsys):
     ("given", "says"),
     [
         (["--price", "-1"], "--price -1 must be 0 or more"),
-        (["--compile", "0"], "--compile 0 must be 1 or more"),
-        (["--json", "/nowhere/there/plan.json"], "no such folder"),
+        (["--price", "nan"], "--price nan must be 0 or more"),
+        (["--price", "inf"], "--price inf must be 0 or more"),
+        (["--only", "sample", "--price", "4"], "which --only sample leaves out; leave out one"),
+        (["--search", "--compile", "0"], "--compile 0 must be 1 or more"),
+        (["--compile", "3"], "how many of a --search are compiled; leave out one"),
+        (["--json", "/nowhere/there/plan.json"], "/nowhere/there does not exist"),
+        (["--json", "plan.txt"], "extension '.txt'; use one of .json"),
+        (["--only", "train", "--decode"], "which --only train leaves out; leave out one"),
+        (["--only", "sample", "--slices", "2"], "is of one slice; leave out --slices"),
+        (["--search", "--config.batch_size=64"], "leave out --config.batch_size"),
+        (["--search", "--config.mesh.fsdp=4"], "leave out --config.mesh.fsdp"),
+        (["--search", "--config.dit.remat=full"], "leave out --config.dit.remat"),
         (["--search", "--compare", "configs/t2v_14b.py"], "leave out one"),
         (["--search", "--only", "sample"], "of which --only sample is none; leave out one"),
         (["--search", "--decode"], "of which --decode is none; leave out one"),
@@ -50,6 +60,30 @@ def test_bad_arguments_are_one_line(given, says, monkeypatch, capsys):
     assert cli.main(command) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_a_folder_in_place_of_the_json_is_told_before_anything_is_compiled(
+    monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(plan_command, "prepare", lambda args: None)
+    folder = tmp_path / "a.json"
+    folder.mkdir()
+    command = ["plan", "--config", "configs/t2v_5b.py", "--topology", "v5p:4x4x8"]
+    assert cli.main([*command, "--json", str(folder)]) == 2
+    assert "is a directory" in capsys.readouterr().err
+
+
+def test_overrides_are_of_both_that_are_compared(monkeypatch):
+    from sora_jax.plan import planning, report
+
+    seen = []
+    plan = {"train": {"fits": True}}
+    monkeypatch.setattr(plan_command, "prepare", lambda args: None)
+    monkeypatch.setattr(planning, "plan", lambda config, **_: seen.append(config) or plan)
+    monkeypatch.setattr(report, "compare", lambda plans: None)
+    command = ["plan", "--config", "configs/t2v_5b.py", "--compare", "configs/t2v_1_3b.py"]
+    assert cli.main([*command, "--topology", "v5p:4x4x8", "--config.batch_size=64"]) == 0
+    assert [config.batch_size for config in seen] == [64, 64]
 
 
 def test_a_search_tells_the_price_of_what_it_compiles(monkeypatch):
