@@ -40,9 +40,13 @@ from sora_jax.vae.model import VAEConfig, VideoVAE
 
 
 class Component(NamedTuple):
-    """How one part of a pipeline is stored; `kind` is what `recognize` calls such a file."""
+    """How one part of a pipeline is stored.
+
+    `kind` is what `recognize` calls such a file, `called` what its config.json calls itself.
+    """
 
     kind: str
+    called: tuple[str, ...]
     folder: str
     stem: str
     config: type
@@ -51,13 +55,15 @@ class Component(NamedTuple):
 
 
 _STEM = "diffusion_pytorch_model"
+_DIT, _VAE = ("WanTransformer3DModel",), ("AutoencoderKLWan",)
+_T5, _CLIP = ("umt5", "t5"), ("clip_vision_model",)
 COMPONENTS = {
-    "dit": Component("dit", "transformer", _STEM, DiTConfig, DiT, dit_entries),
-    "dit_2": Component("dit", "transformer_2", _STEM, DiTConfig, DiT, dit_entries),
-    "vae": Component("vae", "vae", _STEM, VAEConfig, VideoVAE, vae_entries),
-    "text": Component("text", "text_encoder", "model", T5Config, T5Encoder, text_entries),
+    "dit": Component("dit", _DIT, "transformer", _STEM, DiTConfig, DiT, dit_entries),
+    "dit_2": Component("dit", _DIT, "transformer_2", _STEM, DiTConfig, DiT, dit_entries),
+    "vae": Component("vae", _VAE, "vae", _STEM, VAEConfig, VideoVAE, vae_entries),
+    "text": Component("text", _T5, "text_encoder", "model", T5Config, T5Encoder, text_entries),
     "image": Component(
-        "image", "image_encoder", "model", CLIPVisionConfig, CLIPVision, image_entries
+        "image", _CLIP, "image_encoder", "model", CLIPVisionConfig, CLIPVision, image_entries
     ),
 }
 # Settings of a component that other software alone reads, and those that it may leave null.
@@ -139,15 +145,17 @@ def find_component(folder: str | Path, name: str) -> tuple[Any, Naming, Weights]
     """(config, naming, weights) of component `name` ("dit", "vae" or "text") at `folder`.
 
     `folder` has diffusers' layout; or it is a single file of that component, or a folder of such
-    files, with official names or diffusers', and the config follows from the shapes, where
-    the file's header does not hold it.
+    files, with official names or diffusers'. Their config is in the file's header, or in a
+    config.json beside it; where neither is there it follows from the shapes.
 
     Raises:
       ValueError: naming the missing or damaged file and tensor.
     """
     folder = Path(folder)
     directory = folder / COMPONENTS[name].folder
-    if (directory / "config.json").is_file() or (folder / "model_index.json").is_file():
+    if not is_loose(folder) and (
+        (directory / "config.json").is_file() or (folder / "model_index.json").is_file()
+    ):
         config = read_config(folder, name)
         single = tensor_path(folder, name)
         sharded = directory.is_dir() and any(directory.glob(f"*{INDEX}"))
@@ -158,8 +166,11 @@ def find_component(folder: str | Path, name: str) -> tuple[Any, Naming, Weights]
             )
         return config, naming, weights
     naming, weights = _loose_component(folder, name)
-    if weights.config is not None:
-        return _config_of(name, weights.config, source=weights.source), naming, weights
+    told, source = weights.config, weights.source
+    if told is None:
+        told, source = _config_beside(weights, name), weights.paths[0].parent / "config.json"
+    if told is not None:
+        return _config_of(name, told, source=source), naming, weights
     try:
         config = naming.config(weights.shapes)
     except (KeyError, StopIteration) as error:
@@ -169,10 +180,20 @@ def find_component(folder: str | Path, name: str) -> tuple[Any, Naming, Weights]
         ) from error
     if config is None:
         raise ValueError(
-            f"{weights.source}: a VAE in diffusers names needs its config.json beside it; put both "
-            f"into a folder {COMPONENTS[name].folder}/."
+            f"{weights.source}: a VAE in diffusers names needs its config.json beside it; put it "
+            "there."
         )
     return config, naming, weights
+
+
+def _config_beside(weights: Weights, name: str) -> dict | None:
+    """The config.json in the folder of loose weights, but for one that is of another model."""
+    path = weights.paths[0].parent / "config.json"
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    kind = values.get("_class_name", values.get("model_type"))
+    return values if kind in (None, *COMPONENTS[name].called) else None
 
 
 def _loose_component(folder: Path, name: str) -> loose.Model:
@@ -265,10 +286,12 @@ def name_table(
 
 
 def is_loose(folder: str | Path) -> bool:
-    """Whether an inference checkpoint is official files, without diffusers' folders."""
+    """Whether an inference checkpoint is official files: not all in diffusers' folders."""
     folder = Path(folder)
-    ours = [folder / c.folder / "config.json" for c in COMPONENTS.values()]
-    return not any(file.is_file() for file in (folder / "model_index.json", *ours))
+    if (folder / "model_index.json").is_file():
+        return False
+    ours = {c.folder for c in COMPONENTS.values() if (folder / c.folder / "config.json").is_file()}
+    return not ours or any(file.parent.name not in ours for file in loose.files(folder))
 
 
 def held(folder: str | Path) -> tuple[str, ...]:

@@ -26,8 +26,7 @@ def models(path: Path) -> list[Model]:
         return [recognize(open_weights(path))]
     indexes = [*path.glob(f"*{INDEX}"), *path.glob(f"*/*{INDEX}")]
     covered = {file for index in indexes for file in open_weights(index).paths}
-    files = [*path.glob("*.safetensors"), *path.glob("*/*.safetensors")]
-    alone = [file for file in files if file not in covered]
+    alone = [file for file in files(path) if file not in covered]
     if not indexes and not alone:
         if found := pickles(path):
             open_weights(found[0])  # says why not
@@ -38,6 +37,11 @@ def models(path: Path) -> list[Model]:
             )
         raise ValueError(f"{path}: holds no .safetensors file; give a folder of weights.")
     return [recognize(open_weights(file)) for file in sorted([*indexes, *alone])]
+
+
+def files(path: Path) -> list[Path]:
+    """The safetensors files in a folder and in the folders in it."""
+    return [*path.glob("*.safetensors"), *path.glob("*/*.safetensors")]
 
 
 def pickles(path: Path) -> list[Path]:

@@ -57,7 +57,7 @@ def _dit_config(shapes: Shapes, name: Callable[[str], str] = lambda key: key) ->
     if width % HEAD_DIM:
         raise ValueError(
             f"a transformer of width {width} without a config.json: published ones have heads of "
-            f"{HEAD_DIM}; add its config.json (diffusers' layout), which tells the heads."
+            f"{HEAD_DIM}; put its config.json (of diffusers) beside it, which tells the heads."
         )
     return DiTConfig(
         patch_size=tuple(patch),
@@ -101,7 +101,7 @@ def _original_vae_config(shapes: Shapes) -> VAEConfig:
         known = " and ".join(map(str, LATENT_STATISTICS))
         raise ValueError(
             f"a VAE of {z_dim} channels without a config.json: the statistics of its latents are "
-            f"known for {known} channels; add its config.json (diffusers' layout)."
+            f"known for {known} channels; put its config.json (of diffusers) beside it."
         )
     return VAEConfig(
         base_dim=base,

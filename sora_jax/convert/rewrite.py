@@ -149,14 +149,14 @@ def parts_of(path: str | Path) -> dict[str, Tensors]:
     path = Path(path)
     if (path / "model_index.json").is_file():
         held = [name for name, c in folder.COMPONENTS.items() if (path / c.folder).is_dir()]
-    elif any((path / c.folder / "config.json").is_file() for c in folder.COMPONENTS.values()):
+    elif folder.is_loose(path):
+        held = loose.components(path)
+    else:
         held = [
             name
             for name, c in folder.COMPONENTS.items()
             if (path / c.folder / "config.json").is_file()
         ]
-    else:
-        held = loose.components(path)
     if not held:
         raise ValueError(f"{path}: holds no transformer, VAE or text encoder.")
     return {name: from_folder(path, name) for name in sorted(held)}

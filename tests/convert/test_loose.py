@@ -205,3 +205,37 @@ def test_a_pickle_in_the_place_of_a_model_is_named(pipeline_folder, tmp_path):
     (tmp_path / "files" / "Wan2.1_VAE.pth").write_bytes(b"pickle")
     with pytest.raises(ValueError, match=r"needs one VAE.*Wan2.1_VAE.pth was not read"):
         sora_jax.load(tmp_path / "files")
+
+
+@pytest.mark.parametrize("name", folder.REQUIRED)
+def test_a_config_beside_the_weights_is_read(pipeline_folder, tmp_path, name):
+    stored = pipeline_folder / folder.COMPONENTS[name].folder
+    file = stored / f"{folder.COMPONENTS[name].stem}.safetensors"
+    for source in (stored, file):  # as save_pretrained leaves a model of its own
+        config, _, weights = folder.find_component(source, name)
+        assert config == folder.read_config(pipeline_folder, name)
+        assert weights.source == str(file)
+
+
+def test_a_config_beside_that_is_of_another_model_is_passed_over(pipeline_folder, tmp_path):
+    export(pipeline_folder, tmp_path / "files", to="wan")
+    [file] = (tmp_path / "files" / "text_encoders").glob("*.safetensors")
+    save_file(load_file(file), tmp_path / "text.safetensors")  # without our header
+    wanted = folder.read_config(pipeline_folder, "text")
+    for values in ({"_class_name": "WanModel", "dim": 24}, wanted.to_dict() | {"num_heads": 4}):
+        folder.write_json(tmp_path / "config.json", values)
+        got = folder.find_component(tmp_path / "text.safetensors", "text")[0]
+        assert got.num_heads == values.get("num_heads", wanted.num_heads)
+
+
+def test_a_diffusers_vae_beside_official_files_needs_its_config_there(pipeline_folder, tmp_path):
+    files = export(pipeline_folder, tmp_path / "files", to="wan")
+    shutil.rmtree(files / "vae")
+    stored = pipeline_folder / "vae"
+    (files / "vae").mkdir()
+    shutil.copy(stored / "diffusion_pytorch_model.safetensors", files / "vae" / "a.safetensors")
+    with pytest.raises(ValueError, match=r"vae/a.safetensors: .* config.json beside it; put it t"):
+        sora_jax.load(files, weights=False)
+    shutil.copy(stored / "config.json", files / "vae")
+    for source in (files, export(files, tmp_path / "made")):
+        np.testing.assert_array_equal(frames(source, "t2v"), frames(pipeline_folder, "t2v"))
