@@ -5,8 +5,9 @@ host holds one file's tensors at a time. Between reading and writing every tenso
 diffusers name.
 """
 
+import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from sora_jax.convert import folder, loose, names, original
 from sora_jax.convert.tensors import write_shards
+from sora_jax.vae.config import VAEConfig
 
 TARGETS = ("diffusers", "wan")
 # Where ComfyUI looks for each model.
@@ -162,17 +164,39 @@ def parts_of(path: str | Path) -> dict[str, Tensors]:
     return {name: from_folder(path, name) for name in sorted(held)}
 
 
+STATISTICS = ("latents_mean", "latents_std")  # of a VAE's config: a run has none before its export
+
+
+def settings(config) -> dict[str, Any]:
+    """The fields of a component's config that change what the same tensors compute.
+
+    Those that say how they are computed (precision, rematerialisation, kernels) are in no file.
+    """
+    fields = dataclasses.asdict(type(config).from_dict(config.to_dict()))
+    fields.pop("rope_max_seq_len", None)  # nothing here reads it
+    if isinstance(config, VAEConfig):  # fields that may be left out, as what that means
+        fields["patch_size"] = config.patch_size or 1
+        fields["decoder_base_dim"] = config.decoder_base_dim or config.base_dim
+    return fields
+
+
 class Difference(NamedTuple):
-    """A tensor that two checkpoints do not share bit for bit."""
+    """A tensor that two checkpoints do not share bit for bit, or a setting that they do not."""
 
     key: str
     what: str
 
 
-def compare(a: Mapping[str, Tensors], b: Mapping[str, Tensors]) -> tuple[int, list[Difference]]:
+def compare(
+    a: Mapping[str, Tensors], b: Mapping[str, Tensors], *, unknown: Collection[str] = ()
+) -> tuple[int, list[Difference]]:
     """(tensors compared, differences) of two checkpoints, whatever their formats.
 
     Values are compared, not types: a bfloat16 tensor equals the float32 one that it was cast to.
+    Settings are, where they change what tensors compute.
+
+    Args:
+      unknown: settings that one of them does not know yet, by name.
     """
     count, differences = 0, []
     for name in sorted(set(a) | set(b)):
@@ -183,6 +207,12 @@ def compare(a: Mapping[str, Tensors], b: Mapping[str, Tensors]) -> tuple[int, li
             )
             continue
         ours, theirs = a[name], b[name]
+        one, other = settings(ours.config), settings(theirs.config)
+        differences += [
+            Difference(f"{word}'s config {key}", f"{one[key]} and {other[key]}")
+            for key in one
+            if one[key] != other[key] and key not in unknown
+        ]
         for key in sorted(set(ours.shapes) | set(theirs.shapes)):
             count += 1
             what = _difference(ours, theirs, key)

@@ -19,6 +19,7 @@ from sora_jax.dit import patchify
 from sora_jax.dit.flops import flops as dit_flops
 from sora_jax.dit.model import DiT, DiTConfig
 from sora_jax.prompts import timed
+from sora_jax.text.t5 import T5Config
 from sora_jax.text.tokenizer import Tokenizer
 from sora_jax.train import frozen, masks, packed
 from sora_jax.train.conditioning import Conditioning
@@ -113,6 +114,10 @@ class DiTStage:
         self.prepare = Prepare(self.text.tokenizer, self.text.text_tokens, *shown)
         abstract = nnx.eval_shape(lambda: DiT(self.dit_config, rngs=nnx.Rngs(0)))
         self.dit_graphdef = nnx.split(abstract, nnx.Param)[0]
+
+    def config_of(self, component: str) -> DiTConfig | T5Config:
+        """That of one of `components`."""
+        return {"dit": self.dit_config, "text": self.text.config}[component]
 
     def init(self, key: jax.Array):
         dit_key, text_key = jax.random.split(key)

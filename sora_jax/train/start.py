@@ -83,25 +83,41 @@ def start_from(config, program: Program, state: TrainState) -> TrainState:
 
     stage, placement = program.stage, program.placement
     source = checkpoint_path(config.init_from)
-    params = {
-        name: folder.load_component(source, name, mesh=program.mesh)[2] for name in stage.components
+    opened = {
+        name: folder.open_component(source, name, mesh=program.mesh) for name in stage.components
     }
-    wanted = _shapes({name: state.params[name] for name in stage.components})
-    given = _shapes(params)
-    differ = [path for path in given | wanted if given.get(path) != wanted.get(path)]
-    if differ:
-        path = differ[0]
-        raise ValueError(
-            f"config.init_from {config.init_from} has {path} as {given.get(path, 'nothing')}, "
-            f"config.{stage.name} makes it {wanted.get(path, 'nothing')} ({len(differ)} arrays "
-            "differ); make their sizes equal."
-        )
+    _check_fits(config, stage, opened, wanted={name: state.params[name] for name in opened})
+    params = {name: part.load() for name, part in opened.items()}
     params = jax.device_put(params, {name: placement.params[name] for name in params})
     params = state.params | params  # a discriminator starts anew
     ema = jax.tree.map(jnp.copy, params) if jax.tree.leaves(state.ema) else state.ema
     leaves = zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True)
     stored = [leaf.astype(like.dtype) for leaf, like in leaves]  # as config.optim.param_dtype says
     return state._replace(params=jax.tree.unflatten(jax.tree.structure(params), stored), ema=ema)
+
+
+def _check_fits(config, stage, opened, *, wanted) -> None:
+    """Raises ValueError for weights of other shapes, or made for other settings."""
+    from sora_jax.convert import rewrite
+
+    given, made = _shapes({name: part.abstract for name, part in opened.items()}), _shapes(wanted)
+    if differ := [path for path in given | made if given.get(path) != made.get(path)]:
+        path = differ[0]
+        raise ValueError(
+            f"config.init_from {config.init_from} has {path} as {given.get(path, 'nothing')}, "
+            f"config.{stage.name} makes it {made.get(path, 'nothing')} ({len(differ)} arrays "
+            "differ); make their sizes equal."
+        )
+    for name, part in opened.items():
+        theirs, ours = rewrite.settings(part.config), rewrite.settings(stage.config_of(name))
+        for key in theirs:
+            # A VAE that is trained measures its statistics anew.
+            if theirs[key] != ours[key] and key not in rewrite.STATISTICS:
+                raise ValueError(
+                    f"config.init_from {config.init_from} was made with {name} {key} "
+                    f"{theirs[key]}, config.{name}.{key} is {ours[key]}: the same weights would "
+                    "compute something else; make them equal."
+                )
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

@@ -102,6 +102,10 @@ class VAEStage:
         abstract = nnx.eval_shape(self._discriminator)
         self.discriminator_graphdef = nnx.split(abstract, nnx.Param)[0]
 
+    def config_of(self, component: str) -> VAEConfig:
+        """That of one of `components`."""
+        return {"vae": self.config}[component]
+
     def _discriminator(self, key: jax.Array | int = 0) -> Discriminator:
         return Discriminator(rngs=nnx.Rngs(key), dtype=self.config.dtype)
 

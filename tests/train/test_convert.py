@@ -1,6 +1,7 @@
 """Conversions and their way back: every tensor bit for bit, in both namings and all types."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -13,6 +14,8 @@ from sora_jax.convert.weights import open_weights
 from sora_jax.train.export import export, parse_bytes
 from sora_jax.train.loop import train
 from sora_jax.train.verify import verify
+
+WORDS = {"dit": "transformer's config", "vae": "VAE's config"}
 
 
 def tensors(path):
@@ -74,6 +77,26 @@ def test_differences_are_named(pipeline_folder, tmp_path):
     assert "differs by up to 0.5" in differences[0].what
     assert differences[1].what == "only in the first"
     assert count > 50
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "key", "what"),
+    [
+        ("dit", {"num_attention_heads": 1, "attention_head_dim": 24}, "num_heads", "2 and 1"),
+        ("vae", {"latents_std": [9.0] * 4}, "latents_std", r"\(1.0, .* and \(9.0, .*"),
+        ("vae", {"decoder_base_dim": 4}, None, None),  # what leaving it out means
+        ("dit", {"rope_max_seq_len": 7}, None, None),
+    ],
+)
+def test_settings_that_change_what_tensors_compute_differ(
+    pipeline_folder, tmp_path, name, change, key, what
+):
+    shutil.copytree(pipeline_folder, tmp_path / "other")
+    path = tmp_path / "other" / folder.COMPONENTS[name].folder / "config.json"
+    folder.write_json(path, folder.read_json(path) | change)
+    _, differences = verify(pipeline_folder, tmp_path / "other")
+    assert [d.key for d in differences] == ([] if key is None else [f"{WORDS[name]} {key}"])
+    assert key is None or re.fullmatch(what, differences[0].what)
 
 
 def test_the_command_tells_equal_from_different(pipeline_folder, tmp_path, capsys):

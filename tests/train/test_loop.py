@@ -252,6 +252,9 @@ def test_an_imported_run_goes_on_as_one_that_starts_from_the_folder(dit_config, 
         np.testing.assert_array_equal(ours[1][path], value, err_msg=path)
     with pytest.raises(ValueError, match="holds a training run already"):
         begin(dit_config, tmp_path / "imported")
+    dit_config.dit.num_heads //= 2  # of the same shapes
+    with pytest.raises(ValueError, match=r"made with dit num_heads 2, config.dit.num_heads is 1"):
+        begin(dit_config, tmp_path / "heads")
     dit_config.init_from = str(tmp_path / "none")
     with pytest.raises(ValueError, match="neither a folder nor shipped weights"):
         begin(dit_config, tmp_path / "nothing")
