@@ -7,7 +7,7 @@ diffusers name.
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,11 +34,15 @@ COMPANIONS = (
 
 
 class Tensors(NamedTuple):
-    """One component's tensors by their diffusers names, read when asked for."""
+    """One component's tensors by their diffusers names, read when asked for.
+
+    `paths` are the files that they come from.
+    """
 
     config: Any
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
+    paths: Sequence[Path] = ()
 
 
 def from_folder(path: str | Path, name: str) -> Tensors:
@@ -63,7 +67,7 @@ def from_folder(path: str | Path, name: str) -> Tensors:
         for entry in folder.COMPONENTS[name].entries(config)
     }
     shapes = {key: weights.shapes[held] for key, held in keys.items()}
-    return Tensors(config, shapes, lambda key: weights.read(keys[key]))
+    return Tensors(config, shapes, lambda key: weights.read(keys[key]), weights.paths)
 
 
 def from_params(name: str, config, params) -> Tensors:
@@ -96,21 +100,30 @@ def write_diffusers(
         folder.write_json(target / "config.json", part.config.to_dict())
 
 
-def write_official(out: Path, parts: Mapping[str, Tensors], *, dtype: str, stem: str) -> None:
+def official_stem(out: Path, name: str, *, experts: bool) -> str:
+    """What a component's official file in `out` is called, before ".safetensors".
+
+    Of two transformers it says which is for much noise and which for little.
+    """
+    noise = {"dit": "high_noise_transformer", "dit_2": "low_noise_transformer"} if experts else {}
+    return f"{out.resolve().name}_{noise.get(name, folder.COMPONENTS[name].folder)}"
+
+
+def write_official(
+    out: Path, parts: Mapping[str, Tensors], *, dtype: str, named_for: Path | None = None
+) -> None:
     """One file a part where ComfyUI looks for it, in official names (T5: transformers' names).
 
-    Of two transformers, the file's name says which is for much noise and which for little.
+    Args:
+      named_for: the folder whose name the files bear; None: `out`.
     """
-    files = {name: folder.COMPONENTS[name].folder for name in parts}
-    if "dit_2" in parts:
-        files |= {"dit": "high_noise_transformer", "dit_2": "low_noise_transformer"}
     for name, part in parts.items():
         keys = {official_key(name, key, part.config): key for key in part.shapes}
         target = out / COMFYUI[name]
         target.mkdir(parents=True, exist_ok=True)
         write_shards(
             target,
-            f"{stem}_{files[name]}",
+            official_stem(named_for or out, name, experts="dit_2" in parts),
             {official: part.shapes[key] for official, key in keys.items()},
             lambda official, keys=keys, read=part.read: read(keys[official]),
             dtype=dtype,

@@ -23,6 +23,8 @@ _FIRST_BYTE = 3
 _FIRST_SENTINEL = _FIRST_BYTE + 256
 _SUPPORTED = ("ByT5Tokenizer",)
 UNIGRAM_FILES = ("tokenizer.json", "spiece.model")  # the first that is there
+# All that `save` of any tokenizer writes.
+FILES = (*UNIGRAM_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class TextBatch(NamedTuple):

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 import sora_jax
 from sora_jax.checkpoint import Checkpointer
-from sora_jax.convert import folder, onnx, rewrite, stablehlo
+from sora_jax.convert import folder, onnx, replace, rewrite, stablehlo
 from sora_jax.convert.sampling import SamplingDefaults, of_family
 from sora_jax.data import loader as loaders
 from sora_jax.diffusion import times
@@ -62,7 +62,8 @@ def export(
         are `frames`.
 
     Raises:
-      ValueError: `source` holds no checkpoint, or an unknown choice; nothing is written then.
+      ValueError: `source` holds no checkpoint, an unknown choice, or an `out` in which the export
+        would replace or mix with something else; nothing is written then.
     """
     for name, value, allowed in (("weights", weights, WEIGHTS), ("to", to, TARGETS)):
         if value not in allowed:
@@ -84,12 +85,14 @@ def export(
     else:
         parts = rewrite.parts_of(source)
         config, finish = None, functools.partial(_finish_folder, source)
-    if to == "wan":
-        rewrite.write_official(out, parts, dtype=dtype, stem=out.resolve().name)
-        _finish_official(source, out, parts, config)
-        return out
-    rewrite.write_diffusers(out, parts, dtype=dtype, max_shard_size=max_shard_size)
-    finish(out)
+    replace.check(out, parts, official=to == "wan")
+    with replace.staged(out) as made:
+        if to == "wan":
+            rewrite.write_official(made, parts, dtype=dtype, named_for=out)
+            _finish_official(source, made, parts, config, named=out)
+        else:
+            rewrite.write_diffusers(made, parts, dtype=dtype, max_shard_size=max_shard_size)
+            finish(made, named=out)
     return out
 
 
@@ -144,17 +147,19 @@ def run_parts(run: Path, weights: str, *, statistics: bool = True):
     return parts, config, step
 
 
-def _finish_run(out: Path, config, *, weights: str, step: int) -> None:
+def _finish_run(out: Path, config, *, weights: str, step: int, named: Path) -> None:
     """What a pipeline's folder holds beside its weights; a VAE alone needs none of it."""
     if config.stage == "vae":
         return
     stage = STAGES[config.stage](config)
     stage.text.tokenizer.save(out / "tokenizer")
     write_pipeline(out, config, stage)
-    (out / "README.md").write_text(model_card(out, config, weights, step))
+    (out / "README.md").write_text(model_card(named, config, weights, step))
 
 
-def _finish_official(source: Path, out: Path, parts, config: ConfigDict | None) -> None:
+def _finish_official(
+    source: Path, out: Path, parts, config: ConfigDict | None, *, named: Path
+) -> None:
     """Beside official files: the tokenizer and the defaults of sampling, where the source has them.
 
     No other software asks for them there; without them the files alone are no pipeline here.
@@ -170,19 +175,20 @@ def _finish_official(source: Path, out: Path, parts, config: ConfigDict | None) 
             folder.open_tokenizer(source).save(out / "tokenizer")
         except ValueError as error:
             print(
-                f"{out}: weights alone; a pipeline needs a tokenizer too: {error}", file=sys.stderr
+                f"{named}: weights alone; a pipeline needs a tokenizer too: {error}",
+                file=sys.stderr,
             )
         if (source / "sampling.json").is_file():
             shutil.copyfile(source / "sampling.json", out / "sampling.json")
 
 
-def _finish_folder(source: Path, out: Path) -> None:
+def _finish_folder(source: Path, out: Path, *, named: Path) -> None:
     if source.is_dir() and "model_index.json" in rewrite.copy_companions(source, out):
         return
     if lacks := _complete(source, out):
         print(
-            f"{out}: weights and configs alone; a pipeline also needs model_index.json, scheduler/ "
-            f"and tokenizer/, which were not made: {lacks}",
+            f"{named}: weights and configs alone; a pipeline also needs model_index.json, "
+            f"scheduler/ and tokenizer/, which were not made: {lacks}",
             file=sys.stderr,
         )
 
@@ -228,7 +234,7 @@ A text-to-video diffusion transformer in the Wan family's layout, trained with s
 | Data | {config.data.kind} {config.data.path}, {size} at {config.data.fps:g} fps |
 | Steps, batch | {step} of {config.batch_size} clips |
 | Weights | {weights} |
-| Licence | say yours here |
+{replace.UNFILLED}
 
 ```bash
 sora-jax sample --checkpoint {out.resolve().name} --prompt "..." --out video.mp4

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from sora_jax import cli
-from sora_jax.convert import folder, rewrite
+from sora_jax.convert import folder, replace, rewrite
 from sora_jax.convert.weights import open_weights
-from sora_jax.train.export import export, parse_bytes
+from sora_jax.train.export import export, parse_bytes, write_index
 from sora_jax.train.loop import train
 from sora_jax.train.verify import verify
 
@@ -64,6 +64,76 @@ def test_a_shorter_export_removes_the_shards_of_a_longer_one(pipeline_folder, tm
         export(pipeline_folder, tmp_path, max_shard_size=size)
         count, differences = verify(pipeline_folder, tmp_path)
         assert count > 50 and not differences
+
+
+def expert_folder(pipeline_folder, target):
+    """The same pipeline as one of two experts."""
+    shutil.copytree(pipeline_folder, target)
+    shutil.copytree(target / "transformer", target / "transformer_2")
+    write_index(target, shift=1.0, boundary_ratio=0.5)
+    return target
+
+
+def test_an_export_that_is_stopped_leaves_the_earlier_one(pipeline_folder, tmp_path, monkeypatch):
+    out, again = tmp_path / "out", tmp_path / "again"
+    export(pipeline_folder, out)
+    write, calls = rewrite.write_shards, []
+
+    def stopped(*args, **options):
+        calls.append(args)
+        if len(calls) % 2 == 0:
+            raise KeyboardInterrupt
+        write(*args, **options)
+
+    monkeypatch.setattr(rewrite, "write_shards", stopped)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    for target in (out, again):
+        with pytest.raises(KeyboardInterrupt):
+            export(pipeline_folder, target, dtype="bfloat16")
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    assert not again.exists()
+
+
+def test_an_export_takes_the_place_of_an_earlier_one_whole(pipeline_folder, tmp_path):
+    experts = expert_folder(pipeline_folder, tmp_path / "experts")
+    for to, where in (("diffusers", "transformer"), ("wan", "diffusion_models")):
+        out = export(pipeline_folder, tmp_path / to, to=to)
+        (out / "tokenizer" / "spiece.model").write_bytes(b"of another model")
+        (out / where / "mine.txt").write_text("mine")
+        for source in (experts, pipeline_folder) if to == "wan" else (pipeline_folder,):
+            export(source, out, to=to)
+            assert not verify(source, out)[1]
+            assert folder.open_tokenizer(out).vocab_size == 384
+            assert (out / where / "mine.txt").read_text() == "mine"
+
+
+def test_parts_that_an_export_does_not_write_are_not_mixed_with_it(pipeline_folder, tmp_path):
+    experts = expert_folder(pipeline_folder, tmp_path / "experts")
+    before = sorted(experts.rglob("*"))
+    for to, words in (("diffusers", "with transformer_2/,"), ("wan", "with transformer/, tr")):
+        with pytest.raises(ValueError, match=f"holds a pipeline {words}.* would be mixed"):
+            export(pipeline_folder, experts, to=to)
+    for part in (experts / "vae", experts / "vae" / "diffusion_pytorch_model.safetensors"):
+        with pytest.raises(ValueError, match=r"holds .*safetensors, which is read here"):
+            export(part, experts)
+    assert sorted(experts.rglob("*")) == before
+
+
+def test_files_that_no_export_wrote_are_kept(pipeline_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    source = shutil.copytree(pipeline_folder, tmp_path / "source")
+    (source / "README.md").write_text(f"of the source\n{replace.UNFILLED}\n")
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    (out / "sampling.json").write_text('{"steps": 7}')
+    export(source, out)
+    assert (out / "README.md").read_text() == "mine"
+    assert folder.read_json(out / "sampling.json") == {"steps": 7}
+    assert capsys.readouterr().err.count("kept as it was") == 2
+    (out / "README.md").write_text(f"of an earlier export\n{replace.UNFILLED}\n")
+    export(source, out)  # now the settings are those of an earlier export
+    assert (out / "README.md").read_text().startswith("of the source")
+    assert folder.read_json(out / "sampling.json") == folder.read_json(source / "sampling.json")
 
 
 def test_differences_are_named(pipeline_folder, tmp_path):
