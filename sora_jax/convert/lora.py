@@ -8,8 +8,9 @@ from adapter_config.json; without any, alpha is the rank.
 """
 
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ SHOWN = 10  # unknown modules that an error names
 
 
 class LoRA(NamedTuple):
-    """One file and how strongly it acts."""
+    """One file, or a folder of PEFT's that holds it, and how strongly it acts."""
 
     path: Path
     scale: float = 1.0
@@ -41,17 +42,23 @@ class LoRA(NamedTuple):
         """FILE or FILE:SCALE, as on the command line.
 
         Raises:
-          ValueError: a scale that is no number.
+          ValueError: a scale that is no finite number.
         """
         path, colon, scale = text.rpartition(":")
         if not colon or "/" in scale or scale.endswith(".safetensors"):
             return cls(Path(text))
         try:
-            return cls(Path(path), float(scale))
+            number = float(scale)
         except ValueError:
-            raise ValueError(
-                f"--lora {text}: {scale!r} is no number; write FILE or FILE:SCALE."
-            ) from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"--lora {text}: {scale!r} is no number; write FILE or FILE:SCALE.")
+        return cls(Path(path), number)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of weights."""
+        return open_weights(self.path).paths
 
 
 Place = tuple[tuple[str, ...], int | None]  # path and layer of a tensor in our tree
@@ -121,6 +128,7 @@ def _read_file(lora: LoRA, modules: dict[str, Place], shapes: dict[Place, tuple[
     """[(place, function that makes its difference)] of one file."""
     weights = open_weights(lora.path)
     parts: dict[str, dict[str, str]] = {}
+    spelled: dict[str, str] = {}  # of each module, its name in the file
     strange = []
     for key in weights.shapes:
         match = _PART.match(key)
@@ -130,6 +138,7 @@ def _read_file(lora: LoRA, modules: dict[str, Place], shapes: dict[Place, tuple[
         module, part = (match[1], match[2]) if match[1] else (match[3], match[4])
         part = "down" if part in _DOWN else "up" if part in _UP else part
         found = parts.setdefault(_module_name(module), {})
+        spelled.setdefault(_module_name(module), module)
         if part in found:
             raise ValueError(f"{lora.path}: {key} and {found[part]} say the same thing twice.")
         found[part] = key
@@ -145,7 +154,7 @@ def _read_file(lora: LoRA, modules: dict[str, Place], shapes: dict[Place, tuple[
             f"{lora.path}: {len(unknown)} modules that this transformer does not have: {named}"
             f"{more}."
         )
-    settings = _adapter_settings(lora.path, weights)
+    settings = _Adapter.read(weights)
     changes = []
     for module, found in parts.items():
         for part, name in (("diff", module), ("diff_b", f"{module}|bias")):
@@ -154,36 +163,58 @@ def _read_file(lora: LoRA, modules: dict[str, Place], shapes: dict[Place, tuple[
                 changes.append((place, _difference(lora, weights, found[part], shapes[place])))
         if set(found) & {"down", "up", "alpha"}:
             place = modules[module]
-            strength = _strength(module, settings)
+            strength = settings.strength(spelled[module])
             change = _product(lora, weights, module, found, shape=shapes[place], strength=strength)
             changes.append((place, change))
     return changes
 
 
-def _adapter_settings(path: Path, weights: Weights) -> dict:
-    """PEFT's settings: in the file's header as diffusers writes them, or in a file beside it."""
-    header = weights.metadata.get("lora_adapter_metadata")
-    beside = path.with_name("adapter_config.json")
-    if header is None and not beside.is_file():
-        return {}
-    text, where = (header, path) if header is not None else (beside.read_text(), beside)
-    try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: LoRA settings are no JSON ({error}).") from error
-    return {key.removeprefix("transformer."): value for key, value in settings.items()}
+class _Adapter(NamedTuple):
+    """What PEFT's settings say of alpha; without any, it is the rank.
 
+    `patterns` are modules with an alpha of their own.
+    """
 
-def _strength(module: str, settings: dict) -> Callable[[int], float]:
-    """rank -> the factor of B A that PEFT's settings ask for; 1 where there are none."""
-    alpha = settings.get("lora_alpha")
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.search(rf"(^|\.){pattern}$", module):
-            alpha = value
-    if alpha is None:
-        return lambda rank: 1.0
-    power = 0.5 if settings.get("use_rslora") else 1.0
-    return lambda rank: float(alpha) / rank**power
+    alpha: float | None = None
+    patterns: Mapping[str, float] = {}
+    power: float = 1.0  # of the rank that alpha is divided by: 1/2 in rank-stabilised LoRA
+
+    @classmethod
+    def read(cls, weights: Weights) -> "_Adapter":
+        """From the file's header, as diffusers writes them, or from adapter_config.json beside it.
+
+        Raises:
+          ValueError: settings that are none, naming their file.
+        """
+        where = weights.paths[0]
+        text = weights.metadata.get("lora_adapter_metadata")
+        try:
+            if text is None:
+                beside = where.with_name("adapter_config.json")
+                if not beside.is_file():
+                    return cls()
+                where, text = beside, beside.read_text()
+            settings = {k.removeprefix("transformer."): v for k, v in json.loads(text).items()}
+            alpha = settings.get("lora_alpha")
+            patterns = (settings.get("alpha_pattern") or {}).items()
+            for pattern, _ in patterns:
+                re.compile(pattern)
+            return cls(
+                None if alpha is None else float(alpha),
+                {pattern: float(value) for pattern, value in patterns},
+                0.5 if settings.get("use_rslora") else 1.0,
+            )
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise ValueError(
+                f"{where}: not PEFT's settings of a LoRA ({error}); copy or export it again."
+            ) from error
+
+    def strength(self, module: str) -> Callable[[int], float]:
+        """rank -> the factor of B A for a module by its name in the file."""
+        name = module.removeprefix(_PREFIXES[0])
+        matches = (v for key, v in self.patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+        alpha = next(matches, self.alpha)  # the first, as in PEFT
+        return lambda rank: 1.0 if alpha is None else alpha / rank**self.power
 
 
 def _difference(lora: LoRA, weights: Weights, key: str, shape: tuple[int, ...]):

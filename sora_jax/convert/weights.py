@@ -6,6 +6,7 @@ are read as what they stand for.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -35,7 +36,7 @@ class Weights:
       prefix: stands before every name in the files, and is left out here.
 
     Raises:
-      ValueError: a name in two files, or a scale without its tensor.
+      ValueError: a name in two files, or a scale without its tensor or of another size.
     """
 
     def __init__(self, files: list[TensorFile], *, source: str, prefix: str = ""):
@@ -63,6 +64,13 @@ class Weights:
                 self.shapes[name] = file.shapes[key]
         if lost := sorted(set(self._scales) - set(self.shapes)):
             raise ValueError(f"{source}: {lost[0]!r} has a scale but no tensor ({len(lost)} such).")
+        for name, key in self._scales.items():
+            scale, shape = self._home[key].shapes[key], self.shapes[name]
+            if math.prod(scale) not in (1, *shape[:1]):
+                raise ValueError(
+                    f"{source}: {key!r} has shape {scale} for a tensor of {shape}; a scale is one "
+                    "number, or one a row: copy or convert the file again."
+                )
 
     def read(self, key: str) -> np.ndarray:
         """The tensor called `key`; an eight-bit one as float32, multiplied by its scale."""

@@ -76,7 +76,7 @@ def load_pipeline(
     info = {"checkpoint": path.name, "checkpoint_sha256": folder.checkpoint_hash(path)}
     for name, files in (("loras", loras), ("loras_2", loras_2)):
         if files:
-            info[name] = [[hash_files([lora.path])[:16], lora.scale] for lora in files]
+            info[name] = [[hash_files(lora.files)[:16], lora.scale] for lora in files]
     if boundary is not None:
         info["boundary_ratio"] = boundary
     if expand:

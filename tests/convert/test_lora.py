@@ -92,7 +92,7 @@ def test_every_spelling_adds_the_product(pipeline_folder, base, pairs, tmp_path,
         np.testing.assert_allclose(got[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("where", ["header", "beside"])
+@pytest.mark.parametrize("where", ["header", "beside", "folder"])
 def test_pefts_alpha_is_read_from_its_settings(pipeline_folder, base, pairs, tmp_path, where):
     settings = {"r": RANK, "lora_alpha": 6, "alpha_pattern": {"ffn.net.2": 1}}
     tensors = {}
@@ -103,13 +103,55 @@ def test_pefts_alpha_is_read_from_its_settings(pipeline_folder, base, pairs, tmp
     }
     path = tmp_path / "adapter_model.safetensors"
     save_file(tensors, path, header if where == "header" else None)
-    if where == "beside":
+    if where != "header":
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    got = loaded(pipeline_folder, LoRA(path))
+    got = loaded(pipeline_folder, LoRA(tmp_path if where == "folder" else path))
     for module, (down, up) in pairs.items():
         alpha = 1 if module.endswith("ffn.net.2") else 6
         value = base[f"{module}.weight"] + alpha / RANK * (up @ down)
         np.testing.assert_allclose(got[f"{module}.weight"], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "alpha"),
+    [
+        ({"attn1.to_q": 4, "to_q": 8}, 4),  # the first that matches
+        ({"zzz|to_q": 8}, 8),
+        ({"zzz|to_": 8}, 2),  # the whole end of the name
+        ({"transformer.blocks.1.attn1.to_q": 8}, 8),
+        ({"o_q": 8}, 2),
+    ],
+)
+def test_patterns_of_alpha_match_as_in_peft(
+    pipeline_folder, base, pairs, tmp_path, patterns, alpha
+):
+    module = MODULES[0]
+    write(tmp_path / "adapter_model.safetensors", {module: pairs[module]})
+    settings = {"lora_alpha": 2, "alpha_pattern": patterns}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    got = loaded(pipeline_folder, LoRA(tmp_path))[f"{module}.weight"]
+    down, up = pairs[module]
+    wanted = base[f"{module}.weight"] + alpha / RANK * (up @ down)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "{", '{"lora_alpha": "x"}', '{"alpha_pattern": [1]}', '{"alpha_pattern": {"(": 1}}'],
+)
+def test_settings_that_are_none_are_named(pipeline_folder, pairs, tmp_path, text):
+    path = tmp_path / "adapter_model.safetensors"
+    write(path, pairs)
+    (tmp_path / "adapter_config.json").write_text(text)
+    words = r"adapter_config.json: not PEFT's settings"
+    with pytest.raises(ValueError, match=words):
+        loaded(pipeline_folder, LoRA(path))
+    (tmp_path / "adapter_config.json").unlink()
+    tensors = {"proj_out.lora_A.weight": pairs["proj_out"][0]}
+    tensors["proj_out.lora_B.weight"] = pairs["proj_out"][1]
+    save_file(tensors, path, {"lora_adapter_metadata": text})
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: not PEFT's settings"):
+        loaded(pipeline_folder, LoRA(path))
 
 
 def test_a_difference_and_a_product_of_one_module_add_up(pipeline_folder, base, pairs, tmp_path):
@@ -210,5 +252,10 @@ def test_the_command_records_it_and_asks_for_it_again(pipeline_folder, pairs, tm
     again = [*args[:-1], str(tmp_path / "b.png"), "--again", str(tmp_path / "a.json")]
     assert cli.main(again) == 2 and "give the same with --lora" in capsys.readouterr().err
     assert cli.main([*again, *lora]) == 0
-    assert cli.main([*args, "--prompt", "x", "--lora", "none.safetensors:big"]) == 2
-    assert "'big' is no number" in capsys.readouterr().err
+    for scale in ("big", "nan", "-inf"):
+        assert cli.main([*args, "--prompt", "x", "--lora", f"none.safetensors:{scale}"]) == 2
+        assert f"'{scale}' is no number" in capsys.readouterr().err
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "lora.safetensors").rename(tmp_path / "adapter" / "adapter_model.safetensors")
+    of_folder = ["--lora", f"{tmp_path / 'adapter'}:0.5"]
+    assert cli.main([*again, *of_folder]) == 0  # the same weights

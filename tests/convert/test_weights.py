@@ -156,5 +156,10 @@ def test_eight_bit_tensors_are_read_with_their_scale(tmp_path, rows):
 
 
 def test_a_scale_without_its_tensor_is_told(tmp_path):
+    eights = np.zeros((8, 4), ml_dtypes.float8_e4m3fn)
+    table = {"a.weight": ("F8_E4M3", eights), "a.scale_weight": ("F32", np.ones((8, 2), "f"))}
+    raw_file(tmp_path / "m.safetensors", table)
+    with pytest.raises(ValueError, match=r"m.safetensors: 'a.scale_weight' has shape \(8, 2\)"):
+        open_weights(tmp_path / "m.safetensors")
     raw_file(tmp_path / "m.safetensors", {"a.scale_weight": ("F32", np.ones((), np.float32))})
     refused(tmp_path, "'a.weight' has a scale but no tensor")
