@@ -326,14 +326,19 @@ class Index(NamedTuple):
 
 
 def read_index(folder: str | Path) -> Index:
-    """From model_index.json; of loose files, what Wan's published models of that kind have."""
-    if not is_loose(folder):
-        path = Path(folder) / "model_index.json"
-        example = {"boundary_ratio": None, "expand_timesteps": False}
-        values = settings.checked(read_json(path), example, source=path, nullable=example)
-        return Index(values.get("boundary_ratio"), bool(values.get("expand_timesteps")))
-    family = read_family(folder)
-    return Index(family.boundary_ratio, family.expand_timesteps)
+    """From model_index.json; of loose files, what the header of our own says.
+
+    Else what Wan's published models of that kind have.
+    """
+    if is_loose(folder):
+        weights = find_component(folder, "dit")[2]
+        values, source = weights.pipeline or read_family(folder)._asdict(), weights.source
+    else:
+        source = Path(folder) / "model_index.json"
+        values = read_json(source)
+    example = {"boundary_ratio": None, "expand_timesteps": False}
+    values = settings.checked(values, example, source=source, nullable=example)
+    return Index(values.get("boundary_ratio"), bool(values.get("expand_timesteps")))
 
 
 def read_family(folder: str | Path) -> official.Family:

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from jax import export
 
 from sora_jax import DTYPES
 from sora_jax.convert import folder
-from sora_jax.convert.sampling import read_sampling
+from sora_jax.convert.sampling import SamplingDefaults, by_token, read_sampling
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion.times import shift_for_tokens
 from sora_jax.dit.patchify import check_pixels, grid
@@ -89,8 +90,8 @@ def load(
     frames = sampling.frames if frames is None else frames
     dit, vae, text = (folder.find_component(source, name)[0] for name in folder.REQUIRED)
     index = folder.read_index(source)
-    expand = index.expand_timesteps
-    way = conditions.takes(dit, vae, expand_timesteps=expand)
+    way = conditions.takes(dit, vae, expand_timesteps=by_token(index, sampling))
+    _tell_left_out(source, sampling)
     time, space = vae.scale_factor_temporal, vae.scale_factor_spatial
     cell = tuple(n * p for n, p in zip((time, space, space), dit.patch_size, strict=True))
     check_pixels(frames, height, width, cell=cell)
@@ -179,6 +180,20 @@ def fresh_folder(out: str | Path) -> Iterator[Path]:
         if out.is_dir():
             out.rmdir()
         made.rename(out)
+
+
+def _tell_left_out(source: Path, sampling: SamplingDefaults) -> None:
+    plain, told = SamplingDefaults(), []
+    for name in ("guidance_interval", "guidance_rescale", "guidance_blocks"):
+        value, default = getattr(sampling, name), getattr(plain, name)
+        if (value if isinstance(default, float) else tuple(value)) != default:
+            told.append(f"{name} {value}")
+    if told:
+        print(
+            f"{source}: its sampling.json has {', '.join(told)}, which programs leave out: they "
+            "guide every step, in all blocks alike.",
+            file=sys.stderr,
+        )
 
 
 def _picture_counts(dit, way: str) -> tuple[int, int]:

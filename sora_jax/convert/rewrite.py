@@ -110,11 +110,17 @@ def official_stem(out: Path, name: str, *, experts: bool) -> str:
 
 
 def write_official(
-    out: Path, parts: Mapping[str, Tensors], *, dtype: str, named_for: Path | None = None
+    out: Path,
+    parts: Mapping[str, Tensors],
+    *,
+    dtype: str,
+    named_for: Path | None = None,
+    index: folder.Index | None = None,
 ) -> None:
     """One file a part where ComfyUI looks for it, in official names (T5: transformers' names).
 
     Args:
+      index: goes into the headers of the transformers.
       named_for: the folder whose name the files bear; None: `out`.
     """
     for name, part in parts.items():
@@ -129,6 +135,7 @@ def write_official(
             dtype=dtype,
             # Names and shapes do not tell the heads, nor the statistics of the latents.
             config=part.config.to_dict(),
+            pipeline=index._asdict() if index and folder.COMPONENTS[name].kind == "dit" else None,
         )
 
 

@@ -69,6 +69,11 @@ def _diffusers_sampling(folder: Path) -> SamplingDefaults:
     return dataclasses.replace(of_family(family), solver=solver, schedule=schedule)
 
 
+def by_token(index: folders.Index, sampling: SamplingDefaults) -> bool:
+    """Whether a model knows a time for every token, by its index or by what it was trained for."""
+    return index.expand_timesteps or tuple(sampling.tasks) != ("none",)
+
+
 def of_family(family: official.Family) -> SamplingDefaults:
     """As Wan's own code samples a model of that kind, by diffusers' schedule."""
     return SamplingDefaults(

@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 _CHECKSUMS = "crc32"
-_CONFIG = "sora_jax.config"  # our single files carry the config.json that they lack beside them
+# Our single files carry the config.json that they lack beside them, and a transformer's what its
+# pipeline's model_index.json says of it.
+_CONFIG, _PIPELINE = "sora_jax.config", "sora_jax.pipeline"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -61,7 +63,9 @@ class TensorFile:
             ) from error
         self.metadata: dict[str, str] = metadata
         self._checksums = json.loads(metadata.get(_CHECKSUMS, "{}"))
-        self.config = json.loads(metadata[_CONFIG]) if _CONFIG in metadata else None
+        self.config, self.pipeline = (
+            json.loads(metadata[key]) if key in metadata else None for key in (_CONFIG, _PIPELINE)
+        )
         with self.path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             self._header = json.loads(file.read(size))
@@ -103,6 +107,7 @@ def write_shards(
     dtype: str = "float32",
     max_shard_size: int | None = None,
     config: dict | None = None,
+    pipeline: dict | None = None,
 ) -> None:
     """Writes tensors as `dtype` into STEM.safetensors, or into several files and their index.
 
@@ -111,7 +116,7 @@ def write_shards(
 
     Args:
       max_shard_size: bytes a file holds at most, but for a tensor that is larger; None: one file.
-      config: settings that go into the header of each file.
+      config: settings that go into the header of each file, as do those of its `pipeline`.
 
     Raises:
       ValueError: an unknown dtype.
@@ -135,10 +140,17 @@ def write_shards(
     index = directory / f"{stem}.safetensors.index.json"
     # Gone first: a half-written export must not load as if the old index still held.
     index.unlink(missing_ok=True)
+    header = {
+        key: json.dumps(value)
+        for key, value in ((_CONFIG, config), (_PIPELINE, pipeline))
+        if value is not None
+    }
     total = 0
     for name, keys in zip(files, groups, strict=True):
-        tensors = {key: read(key) for key in keys}
-        total += _write_file(directory / name, tensors, dtype=dtype, config=config)
+        path = directory / name
+        # Cast one by one: the file is in memory once, and what it is read from never as a whole.
+        tensors = {key: _cast(path, key, read(key), dtype) for key in keys}
+        total += _write_file(path, tensors, header)
     stale = {directory / f"{stem}.safetensors", *directory.glob(f"{stem}-*-of-*.safetensors")}
     for path in stale - {directory / name for name in files}:
         path.unlink(missing_ok=True)
@@ -150,20 +162,21 @@ def write_shards(
         os.replace(temporary, index)
 
 
-def _write_file(
-    path: Path, tensors: dict[str, np.ndarray], *, dtype: str, config: dict | None
-) -> int:
+def _write_file(path: Path, tensors: dict[str, np.ndarray], header: dict[str, str]) -> int:
     """Writes one file atomically; returns the bytes of its tensors."""
-    tensors = {key: _cast(path, key, value, dtype) for key, value in tensors.items()}
-    checksums = {key: zlib.crc32(value.tobytes()) for key, value in tensors.items()}
-    metadata = {"format": "pt", _CHECKSUMS: json.dumps(checksums)}
-    if config is not None:
-        metadata[_CONFIG] = json.dumps(config)
+    checksums = {
+        key: zlib.crc32(value.reshape(-1).view(np.uint8)) for key, value in tensors.items()
+    }
+    metadata = {"format": "pt", _CHECKSUMS: json.dumps(checksums), **header}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file(tensors, temporary, metadata)
         temporary.chmod(0o644)  # safetensors writes for the owner alone
         os.replace(temporary, path)
+    except SafetensorError as error:  # as where the disk is full
+        raise ValueError(
+            f"{path}: not written ({error}); make room, or name another disk."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return sum(value.nbytes for value in tensors.values())

@@ -28,7 +28,8 @@ _MARKS = ("scaled_fp8", _TOKENIZER)
 class Weights:
     """Tensors of one or more files by name.
 
-    `config` holds the settings that a file of ours carries in its header; None in others.
+    `config` holds the settings that a file of ours carries in its header, `pipeline` those of the
+    pipeline that a transformer is of; None in others.
 
     Args:
       files: opened files; no name may be in two of them.
@@ -44,6 +45,7 @@ class Weights:
         self._prefix = prefix
         self.metadata = {key: value for f in files for key, value in f.metadata.items()}
         self.config = next((f.config for f in files if f.config is not None), None)
+        self.pipeline = next((f.pipeline for f in files if f.pipeline is not None), None)
         self._home: dict[str, TensorFile] = {}
         for file in files:
             for key in file.shapes:

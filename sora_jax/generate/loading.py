@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sora_jax.convert import folder
 from sora_jax.convert.lora import LoRA
-from sora_jax.convert.sampling import read_sampling
+from sora_jax.convert.sampling import by_token, read_sampling
 from sora_jax.convert.tensors import hash_files
 from sora_jax.generate import conditions
 from sora_jax.generate.experts import Experts, Part
@@ -67,8 +67,8 @@ def load_pipeline(
     vae, dit = load("vae"), experts.parts[0]
     expand = index.expand_timesteps
     sampling = read_sampling(path)
-    by_token = expand or tuple(sampling.tasks) != ("none",)
-    way = conditions.takes(dit.config, vae.config, expand_timesteps=by_token)
+    tokens_have_times = by_token(index, sampling)
+    way = conditions.takes(dit.config, vae.config, expand_timesteps=tokens_have_times)
     if dit.config.image_dim is not None and "image" not in held:
         raise ValueError(
             f"{path}: the transformer attends to pictures; add its CLIP image encoder."

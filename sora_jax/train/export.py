@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 import sora_jax
 from sora_jax.checkpoint import Checkpointer
 from sora_jax.convert import folder, onnx, replace, rewrite, stablehlo
-from sora_jax.convert.sampling import SamplingDefaults, of_family
+from sora_jax.convert.sampling import SamplingDefaults, of_family, read_sampling
 from sora_jax.data import loader as loaders
 from sora_jax.diffusion import times
 from sora_jax.image import clip
@@ -88,7 +89,8 @@ def export(
     replace.check(out, parts, official=to == "wan")
     with replace.staged(out) as made:
         if to == "wan":
-            rewrite.write_official(made, parts, dtype=dtype, named_for=out)
+            index = _index(source, parts, config)
+            rewrite.write_official(made, parts, dtype=dtype, named_for=out, index=index)
             _finish_official(source, made, parts, config, named=out)
         else:
             rewrite.write_diffusers(made, parts, dtype=dtype, max_shard_size=max_shard_size)
@@ -180,6 +182,23 @@ def _finish_official(
             )
         if (source / "sampling.json").is_file():
             shutil.copyfile(source / "sampling.json", out / "sampling.json")
+        elif (source / "model_index.json").is_file():  # its scheduler stays behind
+            folder.write_json(out / "sampling.json", dataclasses.asdict(read_sampling(source)))
+
+
+def _index(source: Path, parts, config: ConfigDict | None) -> folder.Index | None:
+    """What a pipeline's model_index.json says, or would say; None where there is no pipeline."""
+    if config is not None:
+        if config.stage == "vae":
+            return None
+        return folder.Index(None, _expands_timesteps(STAGES[config.stage](config)))
+    if "dit" not in parts:
+        return None
+    if not folder.is_loose(source):
+        return folder.read_index(source) if (source / "model_index.json").is_file() else None
+    # A transformer alone tells no family, but its header may.
+    told = folder.find_component(source, "dit")[2].pipeline is not None
+    return folder.read_index(source) if told or "vae" in parts else None
 
 
 def _finish_folder(source: Path, out: Path, *, named: Path) -> None:
@@ -210,15 +229,22 @@ def _complete(source: Path, out: Path) -> str:
         return str(error)
     tokenizer.save(out / "tokenizer")
     family = folder.read_family(out)
-    write_index(
-        out,
-        shift=family.shift,
-        expand_timesteps=family.expand_timesteps,
-        boundary_ratio=family.boundary_ratio,
-        pictures=family.pictures,
-    )
+    index = folder.read_index(source) if folder.is_loose(source) else family
     if not (out / "sampling.json").is_file():
         folder.write_json(out / "sampling.json", dataclasses.asdict(of_family(family)))
+    sampling = read_sampling(out)
+    dit, vae = (folder.read_config(out, name) for name in ("dit", "vae"))
+    space = vae.scale_factor_spatial
+    frames = 1 + (sampling.frames - 1) // vae.scale_factor_temporal
+    latents = (frames, sampling.height // space, sampling.width // space)
+    tokens = math.prod(-(-n // p) for n, p in zip(latents, dit.patch_size, strict=True))
+    write_index(
+        out,
+        shift=float(times.shift_for_tokens(tokens, sampling.shift)),
+        expand_timesteps=index.expand_timesteps,
+        boundary_ratio=index.boundary_ratio,
+        pictures=family.pictures,
+    )
     return ""
 
 
@@ -301,9 +327,19 @@ def write_pipeline(out: Path, config, stage) -> None:
     write_index(
         out,
         shift=times.shift_for_tokens(tokens, stage.token_shift),
+        expand_timesteps=_expands_timesteps(stage),
         pictures=stage.pictures is not None,
     )
     _write_sampling(out, config, stage)
+
+
+def _expands_timesteps(stage) -> bool:
+    """Whether a run's transformer takes a clean first frame as diffusers' TI2V pipelines give it.
+
+    They count tokens of 2x2 latents.
+    """
+    fits = stage.pictures is None and tuple(stage.dit_config.patch_size) == (1, 2, 2)
+    return fits and "first" in stage.tasks.recorded
 
 
 def _write_sampling(out: Path, config, stage) -> None:

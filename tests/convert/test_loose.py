@@ -147,6 +147,27 @@ def test_settings_of_a_checkpoint_go_with_its_files(pipeline_folder, tmp_path):
     assert read_sampling(files) == read_sampling(pipeline_folder)
 
 
+@pytest.mark.parametrize("kind", ["shift", "experts", "clean"])
+def test_what_only_diffusers_files_tell_goes_with_official_ones(pipeline_folder, tmp_path, kind):
+    source = shutil.copytree(pipeline_folder, tmp_path / "source")
+    (source / "sampling.json").unlink()
+    if kind == "experts":
+        shutil.copytree(source / "transformer", source / "transformer_2")
+    boundary = 0.6 if kind == "experts" else None
+    write_index(source, shift=7.0, boundary_ratio=boundary, expand_timesteps=kind == "clean")
+    files = export(source, tmp_path / "files", to="wan")
+    back = export(files, tmp_path / "back")
+    for path in (files, back):
+        there, expected = (json.dumps(dataclasses.asdict(read_sampling(p))) for p in (path, source))
+        assert there == expected
+        assert folder.read_index(path) == folder.read_index(source)
+    scheduler = folder.read_json(back / "scheduler" / "scheduler_config.json")
+    assert scheduler["flow_shift"] == 7.0
+    [*transformers] = (files / "diffusion_models").iterdir()
+    again = export(transformers[0], tmp_path / "again", to="wan")  # alone, without what tells
+    assert folder.find_component(again, "dit")[2].pipeline == folder.read_index(source)._asdict()
+
+
 @pytest.mark.parametrize(
     ("names", "low"),
     [

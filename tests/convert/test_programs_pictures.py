@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 import sora_jax
 from sora_jax import cli
-from sora_jax.convert import folder
+from sora_jax.convert import folder, programs
 from sora_jax.generate.video import to_bytes
 from sora_jax.image.clip import CLIPVisionConfig
 from tests.test_conditions import variant
@@ -101,3 +102,13 @@ def test_run_py_makes_the_same_video(families, family, tmp_path):
     arguments = ["--checkpoint", str(source), "--to", "stablehlo", "--out", str(out)]
     assert cli.main(["convert", "export", *arguments]) == 0
     assert_run_py_makes_the_same_video(source, count, out, tmp_path)
+
+
+def test_what_a_model_was_trained_for_is_what_its_programs_take(tasks_folder, tmp_path, capsys):
+    source = shutil.copytree(tasks_folder, tmp_path / "source")
+    told = {"guidance_interval": [0.2, 0.8], "guidance_blocks": [0]}
+    folder.write_json(source / "sampling.json", folder.read_json(source / "sampling.json") | told)
+    manifest = programs.load(source).manifest
+    assert manifest["pictures"] == ["clean", "given"] and manifest["picture_counts"] == (0, 1)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "guidance_interval [0.2, 0.8], guidance_blocks [0], which programs leave out" in line

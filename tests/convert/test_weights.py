@@ -1,12 +1,15 @@
 """Weights in one file or several: each tensor once, damage and trickery named in one line."""
 
 import json
+import weakref
 
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from sora_jax.convert.tensors import write_shards
 from sora_jax.convert.weights import open_weights
 
 
@@ -163,3 +166,26 @@ def test_a_scale_without_its_tensor_is_told(tmp_path):
         open_weights(tmp_path / "m.safetensors")
     raw_file(tmp_path / "m.safetensors", {"a.scale_weight": ("F32", np.ones((), np.float32))})
     refused(tmp_path, "'a.weight' has a scale but no tensor")
+
+
+def test_a_file_is_in_memory_once_while_it_is_written(tmp_path):
+    shapes, alive = {f"t{i}": (4,) for i in range(4)}, []
+
+    def read(key):
+        value = np.ones(4, np.float32)
+        alive.append(weakref.ref(value))
+        assert [reference() is not None for reference in alive].count(True) == 1  # this one
+        return value
+
+    write_shards(tmp_path, "m", shapes, read, dtype="bfloat16")
+    assert open_weights(tmp_path / "m.safetensors").read("t3").tolist() == [1, 1, 1, 1]
+
+
+def test_a_full_disk_is_told_by_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("sora_jax.convert.tensors.save_file", full)
+    with pytest.raises(ValueError, match=r"m.safetensors: not written \(No space left.*make room"):
+        write_shards(tmp_path, "m", {"a": (1,)}, lambda key: np.ones(1, np.float32))
+    assert not list(tmp_path.iterdir())

@@ -11,8 +11,9 @@ import pytest
 from sora_jax import cli
 from sora_jax.convert import folder, replace, rewrite
 from sora_jax.convert.weights import open_weights
-from sora_jax.train.export import export, parse_bytes, write_index
+from sora_jax.train.export import export, parse_bytes, write_index, write_pipeline
 from sora_jax.train.loop import train
+from sora_jax.train.program import STAGES
 from sora_jax.train.verify import verify
 
 WORDS = {"dit": "transformer's config", "vae": "VAE's config"}
@@ -194,6 +195,21 @@ def test_a_run_is_exported_to_both_and_verified_against_them(dit_config, tmp_pat
     index = json.loads((tmp_path / "diffusers" / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline"
     assert "sora-jax sample" in (tmp_path / "diffusers" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "weights", "expands"),
+    [((1, 2, 2), {"first": 0.5}, True), ((1, 2, 2), {}, False), ((1, 1, 1), {"first": 0.5}, False)],
+)
+def test_a_run_that_learns_clean_first_frames_is_diffusers_ti2v(
+    dit_config, tmp_path, patch_size, weights, expands
+):
+    dit_config.dit.patch_size = patch_size
+    dit_config.tasks.weights.update(none=0.5, **weights)
+    stage = STAGES["dit"](dit_config)
+    stage.text.tokenizer.save(tmp_path / "tokenizer")
+    write_pipeline(tmp_path, dit_config, stage)
+    assert folder.read_index(tmp_path).expand_timesteps == expands
 
 
 @pytest.mark.parametrize(
