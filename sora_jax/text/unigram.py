@@ -16,19 +16,24 @@ from sora_jax.text.tokenizer import EOS, Tokenizer, normalize
 
 _SPACE = "\u2581"  # stands for a space within a piece
 # SentencePiece's types of pieces: control, unused and byte pieces match no text.
-_NORMAL, _UNKNOWN = 1, 2
-_LITERALLY_NEVER = (3, 5, 6)
-_NEVER = -1e6  # a score that no split of a text can prefer
+_NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6
+_PRIVATE = "\U0010fffd"  # stands before the names of pieces that match none
 
 
 class UnigramTokenizer(Tokenizer):
-    """A T5-family tokenizer; HTML escapes and extra spaces go, as in Wan's training."""
+    """A T5-family tokenizer; HTML escapes and extra spaces go, as in Wan's training.
 
-    def __init__(self, backend, source: pathlib.Path, *, model: bytes | None = None):
+    Wan's code also mends texts with ftfy: curly quotes become straight, and what was decoded
+    wrongly ("cafÃ©") is decoded again. Here they stay as they are.
+    """
+
+    def __init__(
+        self, backend, source: pathlib.Path, *, model: bytes | None = None, eos: int | None = None
+    ):
         self._backend = backend
         self._source = source
         self._model = model  # of a spiece.model that is no file of its own
-        eos = backend.token_to_id("</s>")
+        eos = backend.token_to_id("</s>") if eos is None else eos
         if eos != EOS:
             raise ValueError(
                 f"{source}: the id of </s> is {eos}; T5-family tokenizers have {EOS}; take that "
@@ -46,7 +51,8 @@ class UnigramTokenizer(Tokenizer):
 
         path = pathlib.Path(path)
         if path.suffix == ".model":
-            return cls(_from_sentencepiece(path.read_bytes(), path), path)
+            backend, eos = _from_sentencepiece(path.read_bytes(), path)
+            return cls(backend, path, eos=eos)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises Exception itself
@@ -59,7 +65,8 @@ class UnigramTokenizer(Tokenizer):
     def from_sentencepiece(cls, model: bytes, *, source) -> "UnigramTokenizer":
         """Of the bytes of a spiece.model that lie in the file `source`; errors as `from_file`."""
         source = pathlib.Path(source)
-        return cls(_from_sentencepiece(model, source), source, model=model)
+        backend, eos = _from_sentencepiece(model, source)
+        return cls(backend, source, model=model, eos=eos)
 
     @property
     def vocab_size(self) -> int:
@@ -71,28 +78,30 @@ class UnigramTokenizer(Tokenizer):
         Raises:
           ValueError: for a `max_length` below 1.
         """
-        if max_length < 1:
-            raise ValueError(f"max_length is {max_length}; allowed are 1 (eos alone) and more.")
         text = self.clean(text)
-        encoded = self._backend.encode(text, add_special_tokens=False)
-        room = max_length - 1
+        encoded, room = self._encoded(text, max_length)
         if len(encoded.ids) <= room:
             return text, False
         end = encoded.offsets[room - 1][1] if room else 0
         return text[:end].rstrip(), True
 
     def encode(self, text: str, *, max_length: int) -> list[int]:
-        text, _ = self.truncate(text, max_length)
-        ids = self._backend.encode(text, add_special_tokens=False).ids
-        return [*ids[: max_length - 1], EOS]
+        # Of the whole text: its beginning alone can have other pieces.
+        encoded, room = self._encoded(self.clean(text), max_length)
+        return [*encoded.ids[:room], EOS]
+
+    def _encoded(self, clean: str, max_length: int):
+        """The library's encoding of a clean text, and how many of its ids are to be kept."""
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; allowed are 1 (eos alone) and more.")
+        return self._backend.encode(clean, add_special_tokens=False), max_length - 1
 
     def clean(self, text: str) -> str:
         return normalize(html.unescape(html.unescape(text)))
 
     def offsets(self, text: str, *, max_length: int) -> list[tuple[int, int]]:
-        text, _ = self.truncate(text, max_length)
-        encoded = self._backend.encode(text, add_special_tokens=False)
-        return encoded.offsets[: max_length - 1]
+        encoded, room = self._encoded(self.clean(text), max_length)
+        return encoded.offsets[:room]
 
     def save(self, folder) -> None:
         """Copies the file it was read from, and a config that names it for transformers."""
@@ -111,37 +120,57 @@ class UnigramTokenizer(Tokenizer):
 
 
 def _from_sentencepiece(model: bytes, path: pathlib.Path):
-    """A `tokenizers` Unigram tokenizer of a spiece.model, which `path` holds."""
+    """(`tokenizers` Unigram tokenizer, id of </s>) of a spiece.model, which `path` holds."""
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    pieces: list[tuple[str, float]] = []
-    unknown, charsmap, byte_fallback = None, b"", False
+    pieces: list[tuple[str, float, int]] = []
+    charsmap, byte_fallback, extra_spaces_go = b"", False, True
     try:
         for field, value in _fields(model):
             if field == 1:  # SentencePiece: piece, score, type
                 piece = dict(_fields(value))
-                kind = piece.get(3, _NORMAL)
-                if kind == _UNKNOWN:
-                    unknown = len(pieces)
                 score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
-                # Control and byte pieces are never made from their own letters.
-                score = _NEVER if kind in _LITERALLY_NEVER else score
-                pieces.append((piece[1].decode("utf-8"), score))
+                pieces.append((piece[1].decode("utf-8"), score, piece.get(3, _NORMAL)))
             elif field == 2:  # TrainerSpec
                 byte_fallback = bool(dict(_fields(value)).get(35, 0))
             elif field == 3:  # NormalizerSpec
-                charsmap = dict(_fields(value)).get(2, b"")
+                settings = dict(_fields(value))
+                charsmap, extra_spaces_go = settings.get(2, b""), bool(settings.get(4, 1))
     except (AttributeError, IndexError, KeyError, ValueError, TypeError, struct.error) as error:
         raise ValueError(f"{path}: not a SentencePiece model; copy it again.") from error
-    if not pieces or unknown is None:
+    unknown = next((i for i, (_, _, kind) in enumerate(pieces) if kind == _UNKNOWN), None)
+    if unknown is None:
         raise ValueError(f"{path}: holds no pieces, or none for the unknown; copy it again.")
-    backend = Backend(models.Unigram(pieces, unk_id=unknown, byte_fallback=byte_fallback))
-    if charsmap:
-        backend.normalizer = normalizers.Precompiled(charsmap)
+    eos = next((i for i, (name, _, _) in enumerate(pieces) if name == "</s>"), -1)
+    vocabulary = _vocabulary(pieces)
+    backend = Backend(models.Unigram(vocabulary, unk_id=unknown, byte_fallback=byte_fallback))
+    steps = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if extra_spaces_go:  # those, too, that stand where the table left nothing
+        steps.append(normalizers.Replace(_SPACE, " "))
+        steps.append(normalizers.Replace(Regex("^ +| +$"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    backend.normalizer = normalizers.Sequence(steps)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")
     backend.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="always")
-    return backend
+    return backend, eos
+
+
+def _vocabulary(pieces: list[tuple[str, float, int]]) -> list[tuple[str, float]]:
+    """Names and scores, by which no text is a control, unused or byte piece.
+
+    The library's score of what is unknown follows from the lowest of all, as SentencePiece's does
+    from that of the pieces which match: the others must not lower it.
+    """
+    lowest = min((score for _, score, kind in pieces if kind == _NORMAL), default=0.0)
+    vocabulary = []
+    for name, score, kind in pieces:
+        if kind in (_UNKNOWN, _CONTROL, _UNUSED):
+            name, score = _PRIVATE + name, lowest
+        elif kind == _BYTE:  # found by its name, of six letters, all of which may be pieces
+            score = 7 * lowest
+        vocabulary.append((name, score))
+    return vocabulary
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
