@@ -9,10 +9,17 @@ from pathlib import Path
 __version__ = "0.1.0"
 __all__ = ["DTYPES", "checkpoint_path", "load", "weights_folder"]
 DTYPES = ("float32", "bfloat16")
+_SHIPPED = Path(__file__).parent / "weights"
+
+
+def _is_shipped(name: str) -> bool:
+    return "/" not in name and (_SHIPPED / name / "model_index.json").is_file()
 
 
 def weights_folder(name: str = "paperworld") -> Path:
     """The folder of shipped weights called `name`, `name` itself, or that of a hub id.
+
+    The first of these that there is: a folder here called as shipped weights are is `./name`.
 
     Raises:
       ValueError: none of these.
@@ -21,14 +28,13 @@ def weights_folder(name: str = "paperworld") -> Path:
     from sora_jax.convert import hub
 
     video_io.check_name(name)
-    shipped = Path(__file__).parent / "weights"
-    if (shipped / name / "model_index.json").is_file():
-        return shipped / name
+    if _is_shipped(name):
+        return _SHIPPED / name
     if Path(name).is_dir():
         return Path(name)
     if hub.is_hub_id(name):
         return hub.download(name)
-    known = sorted(p.name for p in shipped.iterdir() if p.is_dir()) if shipped.is_dir() else []
+    known = sorted(p.name for p in _SHIPPED.iterdir() if p.is_dir()) if _SHIPPED.is_dir() else []
     raise ValueError(
         f"checkpoint {name!r} is neither a folder nor shipped weights; give a folder, a hub id "
         f"(organisation/name), or one of: {', '.join(known)}."
@@ -36,12 +42,13 @@ def weights_folder(name: str = "paperworld") -> Path:
 
 
 def checkpoint_path(name: str | Path) -> Path:
-    """A path that exists (a training run, a folder or file of weights), or `weights_folder`'s.
+    """Shipped weights, a path that exists (a run, a folder or file of weights), or a hub id's.
 
     Raises:
-      ValueError: neither.
+      ValueError: none of these.
     """
-    return Path(name) if Path(name).exists() else weights_folder(str(name))
+    exists = Path(name).exists() and not _is_shipped(str(name))
+    return Path(name) if exists else weights_folder(str(name))
 
 
 def load(

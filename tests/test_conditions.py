@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import sora_jax
 from sora_jax import cli, video_io
-from sora_jax.convert import folder
+from sora_jax.convert import folder, programs
 from sora_jax.convert.recognize import recognize
 from sora_jax.convert.sampling import read_sampling
 from sora_jax.convert.weights import open_weights
@@ -348,3 +348,18 @@ def test_published_models_of_pictures_are_told_to_animate_them(image_folder, tmp
         assert f"{task[0]}: this model animates a picture" in capsys.readouterr().err
     picture = ["--image", str(tmp_path / "red.png"), "--seconds", "0.5", "--steps", "1"]
     assert cli.main([*base, "--prompt", "a ball", *picture]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"width": 20}, "the text encoder's width is 20, and the transformer takes text of wid"),
+        ({"vocab_size": 16}, "the tokenizer has 384 ids, and the text encoder knows 16"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_told(pipeline_folder, tmp_path, changes, words):
+    text = dataclasses.replace(folder.read_config(pipeline_folder, "text"), **changes)
+    source = variant(pipeline_folder, tmp_path / "source", parts=[("text", text)])
+    for load in (lambda path: sora_jax.load(path, weights=False), programs.load):
+        with pytest.raises(ValueError, match=words):
+            load(source)

@@ -6,7 +6,9 @@ an environment of its own: `make onnx` builds it.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,6 +25,14 @@ def write(source: str | Path, out: str | Path, *, dtype: str = "float32", **size
     Raises:
       ValueError: also where jax2onnx is not installed, or for weights other than float32.
     """
+    to_onnx = check(dtype)
+    with programs.fresh_folder(out) as made:
+        _write(programs.load(source, **size), made, to_onnx)
+    return Path(out)
+
+
+def check(dtype: str) -> Callable[..., Any]:
+    """jax2onnx's function; raises ValueError where `write` would, before anything is read."""
     try:
         from jax2onnx import to_onnx
     except ImportError as error:
@@ -32,9 +42,7 @@ def write(source: str | Path, out: str | Path, *, dtype: str = "float32", **size
         ) from error
     if dtype != "float32":
         raise ValueError(f"dtype {dtype!r}: ONNX programs are float32.")
-    with programs.fresh_folder(out) as made:
-        _write(programs.load(source, **size), made, to_onnx)
-    return Path(out)
+    return to_onnx
 
 
 def _write(loaded: Programs, out: Path, to_onnx) -> None:

@@ -83,14 +83,16 @@ def load(
       ValueError: a damaged or missing part, or a size that does not divide.
     """
     source = Path(source)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: weights of programs are float32 or bfloat16.")
+    check_dtype(dtype)
     sampling = read_sampling(source)
     width, height = size or (sampling.width, sampling.height)
     frames = sampling.frames if frames is None else frames
     dit, vae, text = (folder.find_component(source, name)[0] for name in folder.REQUIRED)
     index = folder.read_index(source)
     way = conditions.takes(dit, vae, expand_timesteps=by_token(index, sampling))
+    held, tokenizer = folder.held(source), folder.open_tokenizer(source)
+    image = folder.find_component(source, "image")[0] if "image" in held else None
+    conditions.check_parts(dit, text, image, vocab_size=tokenizer.vocab_size)
     _tell_left_out(source, sampling)
     time, space = vae.scale_factor_temporal, vae.scale_factor_spatial
     cell = tuple(n * p for n, p in zip((time, space, space), dit.patch_size, strict=True))
@@ -98,7 +100,7 @@ def load(
     latents = (1 + (frames - 1) // time, height // space, width // space, vae.z_dim)
     parts = {
         name: folder.load_component(source, name, dtype="float32" if name == "vae" else dtype)
-        for name in folder.held(source)
+        for name in held
     }
     tokens = math.prod(n // p for n, p in zip(latents, dit.patch_size, strict=False))
     length = sampling.text_tokens
@@ -140,7 +142,6 @@ def load(
         programs["image_encoder"] = program(
             "image", _image_features, picture=((None, height, width, 3), f)
         )
-    tokenizer = folder.open_tokenizer(source)
     manifest = {
         "latents": latents,
         "video": [frames, height, width, 3],
@@ -162,16 +163,27 @@ def load(
     return Programs(programs, weights, tokenizer, manifest)
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError for one that weights of programs do not have."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: weights of programs are float32 or bfloat16.")
+
+
+def check_empty(out: Path) -> None:
+    """Raises ValueError where `out` holds something, which would be mixed with what is new."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"out {out} is not empty; name another folder, or remove it first.")
+
+
 @contextlib.contextmanager
 def fresh_folder(out: str | Path) -> Iterator[Path]:
     """A folder that becomes `out` when everything in it is written.
 
     Raises:
-      ValueError: `out` holds something already, which would be mixed with what is new.
+      ValueError: as `check_empty`.
     """
     out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"out {out} is not empty; name another folder, or remove it first.")
+    check_empty(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         made = Path(temporary) / "out"

@@ -31,6 +31,11 @@ def write(source: str | Path, out: str | Path, *, dtype: str = "float32", **size
     return Path(out)
 
 
+def check(dtype: str) -> None:
+    """Raises ValueError where `write` would, before anything is read."""
+    programs.check_dtype(dtype)
+
+
 def _write(loaded: Programs, out: Path) -> None:
     with layers.float32_contractions():
         exports = {

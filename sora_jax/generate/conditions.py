@@ -22,6 +22,8 @@ from sora_jax.dit import patchify
 from sora_jax.dit.config import DiTConfig
 from sora_jax.generate import tiles as tiling
 from sora_jax.generate.residual import Residual
+from sora_jax.image.clip import CLIPVisionConfig
+from sora_jax.text.t5 import T5Config
 from sora_jax.types import Latents, Velocity
 from sora_jax.vae.config import VAEConfig
 
@@ -67,6 +69,27 @@ def takes(dit: DiTConfig, vae: VAEConfig, *, expand_timesteps: bool) -> str:
         f"the transformer takes {dit.in_channels} channels; with this VAE of {vae.z_dim} it must "
         f"be {vae.z_dim}, or {vae.z_dim + masked} for videos that begin with a picture."
     )
+
+
+def check_parts(
+    dit: DiTConfig, text: T5Config, image: CLIPVisionConfig | None, *, vocab_size: int
+) -> None:
+    """Raises ValueError unless the encoders give what the transformer takes.
+
+    Args:
+      vocab_size: ids of the tokenizer.
+    """
+    for name, encoder, width in (("text", text, dit.text_dim), ("image", image, dit.image_dim)):
+        if encoder is not None and width is not None and encoder.width != width:
+            raise ValueError(
+                f"the {name} encoder's width is {encoder.width}, and the transformer takes "
+                f"{name} of width {width}; use the encoder that it was trained with."
+            )
+    if vocab_size > text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} ids, and the text encoder knows {text.vocab_size}; "
+            "use the tokenizer that it was trained with."
+        )
 
 
 def check(way: str, dit: DiTConfig, pictures: Sequence[Any]) -> None:

@@ -73,6 +73,14 @@ def load_pipeline(
         raise ValueError(
             f"{path}: the transformer attends to pictures; add its CLIP image encoder."
         )
+    text, tokenizer = load("text"), folder.open_tokenizer(path)
+    image = load("image") if "image" in held else None
+    conditions.check_parts(
+        dit.config,
+        text.config,
+        None if image is None else image.config,
+        vocab_size=tokenizer.vocab_size,
+    )
     info = {"checkpoint": path.name, "checkpoint_sha256": folder.checkpoint_hash(path)}
     for name, files in (("loras", loras), ("loras_2", loras_2)):
         if files:
@@ -88,9 +96,9 @@ def load_pipeline(
     pipeline = Pipeline(
         experts=experts,
         vae=vae,
-        text=load("text"),
-        image=load("image") if "image" in held else None,
-        tokenizer=folder.open_tokenizer(path),
+        text=text,
+        image=image,
+        tokenizer=tokenizer,
         sampling=sampling,
         way=way,
         info=info,

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 import sora_jax
 from sora_jax.checkpoint import Checkpointer
-from sora_jax.convert import folder, onnx, replace, rewrite, stablehlo
+from sora_jax.convert import folder, onnx, programs, replace, rewrite, stablehlo
 from sora_jax.convert.sampling import SamplingDefaults, of_family, read_sampling
 from sora_jax.data import loader as loaders
 from sora_jax.diffusion import times
@@ -29,7 +29,7 @@ from sora_jax.train.program import STAGES
 from sora_jax.train.vae_stage import to_float
 
 WEIGHTS = ("ema", "raw")
-PROGRAMS = {"stablehlo": stablehlo.write, "onnx": onnx.write}
+PROGRAMS = {"stablehlo": stablehlo, "onnx": onnx}
 TARGETS = (*rewrite.TARGETS, *PROGRAMS)
 _DIFFUSERS_VERSION = "0.35.0"
 STATISTICS_CLIPS = 256  # clips that the latents' mean and standard deviation are measured on
@@ -78,8 +78,8 @@ def export(
     if out.resolve() == source.resolve() or out.is_file():
         raise ValueError(f"out {out} is the source, or a file; name another folder.")
     if to in PROGRAMS:
-        options = {"dtype": dtype, "size": size, "frames": frames}
-        return _write_programs(PROGRAMS[to], source, out, weights=weights, **options)
+        options = {"weights": weights, "dtype": dtype, "size": size, "frames": frames}
+        return _write_programs(PROGRAMS[to], source, out, **options)
     if (source / "checkpoints").is_dir():
         parts, config, step = run_parts(source, weights)
         finish = functools.partial(_finish_run, config=config, weights=weights, step=step)
@@ -98,14 +98,16 @@ def export(
     return out
 
 
-def _write_programs(write, source: Path, out: Path, *, weights: str, **options) -> Path:
+def _write_programs(kind, source: Path, out: Path, *, weights: str, dtype: str, **size) -> Path:
     if not (source / "checkpoints").is_dir():
-        return write(source, out, **options)
+        return kind.write(source, out, dtype=dtype, **size)
+    kind.check(dtype)
+    programs.check_empty(out)
     with tempfile.TemporaryDirectory() as temporary:
         folder_path = export(source, temporary, weights=weights)
         if not (folder_path / "model_index.json").is_file():
             raise ValueError(f"{source}: trains a VAE alone; programs need a whole pipeline.")
-        return write(folder_path, out, **options)
+        return kind.write(folder_path, out, dtype=dtype, **size)
 
 
 def parse_bytes(text: str | None) -> int | None:
@@ -128,9 +130,7 @@ def run_parts(run: Path, weights: str, *, statistics: bool = True):
     Args:
       statistics: measure those of a VAE's latents, which its config stores.
     """
-    config, params = restore(run, weights)
-    with Checkpointer(run / "checkpoints") as checkpointer:
-        step = checkpointer.latest_step()
+    config, params, step = restore(run, weights)
     stage = STAGES[config.stage](config)
     if config.stage == "vae":
         settings = stage.config
@@ -271,7 +271,7 @@ It loads in diffusers too: `WanPipeline.from_pretrained("{out.resolve().name}")`
 
 
 def restore(run: str | Path, weights: str):
-    """(config, parameters) of the newest checkpoint of `run`.
+    """(config, parameters, step) of the newest sound checkpoint of `run`.
 
     Raises:
       ValueError: there is none.
@@ -287,7 +287,8 @@ def restore(run: str | Path, weights: str):
         averaged = weights == "ema" and config.optim.ema_decay
         under = "ema" if averaged else "params"
         params = checkpointer.restore_part(shapes, under=under)
-    return config, params
+        step = checkpointer.newest_sound()
+    return config, params, step
 
 
 def with_statistics(stage, config, params):
@@ -381,7 +382,9 @@ def write_index(
     Args:
       pictures: the transformer takes pictures as channels: a WanImageToVideoPipeline.
     """
-    tokenizer = folder.read_json(out / "tokenizer" / "tokenizer_config.json")["tokenizer_class"]
+    named = folder.read_json(out / "tokenizer" / "tokenizer_config.json")
+    # Every tokenizer that is loaded here but the one of bytes, which names itself, is of T5's kind.
+    tokenizer = named.get("tokenizer_class", "T5Tokenizer")
     transformer = ["diffusers", "WanTransformer3DModel"]
     index = {
         "_class_name": "WanPipeline",

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from sora_jax import cli
 from sora_jax.convert import folder, replace, rewrite
 from sora_jax.convert.weights import open_weights
+from sora_jax.text.tokenizer import ByteTokenizer
 from sora_jax.train.export import export, parse_bytes, write_index, write_pipeline
 from sora_jax.train.loop import train
 from sora_jax.train.program import STAGES
@@ -309,6 +311,46 @@ def test_official_files_with_a_tokenizer_become_a_whole_pipeline(pipeline_folder
     assert saved == model.getvalue()
     video = sora_jax.load(tmp_path / "whole")("a red ball", size=(16, 16), frames=5, steps=2)
     assert video.frames.shape == (5, 16, 16, 3)
+
+
+def test_shipped_weights_go_before_a_folder_of_their_name(tmp_path, monkeypatch):
+    import sora_jax
+
+    monkeypatch.chdir(tmp_path)
+    shipped = sora_jax.weights_folder("paperworld")
+    Path("paperworld").mkdir()
+    for find in (sora_jax.weights_folder, sora_jax.checkpoint_path):
+        assert find("paperworld") == shipped
+        assert find("./paperworld") == Path("paperworld")
+
+
+def test_the_card_tells_the_step_whose_weights_were_sound(dit_config, tmp_path):
+    dit_config.num_steps, dit_config.checkpoint_every = 2, 1
+    run = tmp_path / "run"
+    train(dit_config, run, devices=jax.devices()[:1])
+    files = [path for path in (run / "checkpoints" / "2" / "state").rglob("*") if path.is_file()]
+    damaged = max(files, key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    assert "| 1 of 8 clips |" in (export(run, tmp_path / "out") / "README.md").read_text()
+
+
+def test_programs_of_a_run_are_checked_before_it_is_read(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    full = tmp_path / "run"
+    for out, dtype, words in (
+        (full, "float32", "is the source"),
+        (tmp_path, "float32", "not empt"),
+        (tmp_path / "out", "float16", "float32 or bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            export(tmp_path / "run", out, to="stablehlo", dtype=dtype)
+
+
+def test_a_tokenizer_that_does_not_name_its_class_is_of_t5s_kind(tmp_path):
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    folder.write_json(tmp_path / "tokenizer" / "tokenizer_config.json", {})
+    write_index(tmp_path, shift=1.0)
+    assert folder.read_json(tmp_path / "model_index.json")["tokenizer"][1] == "T5Tokenizer"
 
 
 def test_a_run_that_names_shipped_weights_is_exported_from_any_folder(tmp_path, monkeypatch):
