@@ -183,7 +183,10 @@ def _finish_official(
         if (source / "sampling.json").is_file():
             shutil.copyfile(source / "sampling.json", out / "sampling.json")
         elif (source / "model_index.json").is_file():  # its scheduler stays behind
-            folder.write_json(out / "sampling.json", dataclasses.asdict(read_sampling(source)))
+            try:
+                folder.write_json(out / "sampling.json", dataclasses.asdict(read_sampling(source)))
+            except ValueError as error:
+                print(f"{named}: has no sampling.json: {error}", file=sys.stderr)
 
 
 def _index(source: Path, parts, config: ConfigDict | None) -> folder.Index | None:

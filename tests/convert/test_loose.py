@@ -168,6 +168,15 @@ def test_what_only_diffusers_files_tell_goes_with_official_ones(pipeline_folder,
     assert folder.find_component(again, "dit")[2].pipeline == folder.read_index(source)._asdict()
 
 
+def test_weights_are_written_where_the_scheduler_is_unknown(pipeline_folder, tmp_path, capsys):
+    source = shutil.copytree(pipeline_folder, tmp_path / "source")
+    (source / "sampling.json").unlink()
+    folder.write_json(source / "scheduler" / "scheduler_config.json", {"_class_name": "DDIM"})
+    files = export(source, tmp_path / "files", to="wan")
+    assert "files: has no sampling.json: " in capsys.readouterr().err
+    assert folder.find_component(files, "vae") and not (files / "sampling.json").exists()
+
+
 @pytest.mark.parametrize(
     ("names", "low"),
     [
