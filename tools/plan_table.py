@@ -85,7 +85,8 @@ def run(args) -> None:
         only = "sample" if name.startswith("sample_") else "train"
         command += ["--topology", topology, "--slices", str(slices), "--only", only]
         chip = {"tpu7x": "v7x"}.get(topology.split(":")[0], topology.split(":")[0])
-        command += ["--price", str(PRICES[chip]), "--json", str(out)]
+        command += ["--json", str(out)]
+        command += [] if only == "sample" else ["--price", str(PRICES[chip])]
         command += ["--decode"] if video and video[-1] else []
         command += [f"--config.{o}" for o in overrides]
         print(" ".join(command), flush=True)
