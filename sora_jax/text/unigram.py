@@ -21,10 +21,10 @@ _PRIVATE = "\U0010fffd"  # stands before the names of pieces that match none
 
 
 class UnigramTokenizer(Tokenizer):
-    """A T5-family tokenizer; HTML escapes and extra spaces go, as in Wan's training.
+    """A T5-family tokenizer, of texts as Wan's code and diffusers clean them.
 
-    Wan's code also mends texts with ftfy: curly quotes become straight, and what was decoded
-    wrongly ("cafÃ©") is decoded again. Here they stay as they are.
+    ftfy mends them: curly quotes become straight, and what was decoded wrongly ("cafÃ©") is decoded
+    again. HTML escapes and extra spaces go.
     """
 
     def __init__(
@@ -97,6 +97,10 @@ class UnigramTokenizer(Tokenizer):
         return self._backend.encode(clean, add_special_tokens=False), max_length - 1
 
     def clean(self, text: str) -> str:
+        if "&" in text or not (text.isascii() and text.isprintable()):  # ftfy leaves the rest alone
+            import ftfy
+
+            text = ftfy.fix_text(normalize(text))  # which refuses what is no Unicode
         return normalize(html.unescape(html.unescape(text)))
 
     def offsets(self, text: str, *, max_length: int) -> list[tuple[int, int]]:

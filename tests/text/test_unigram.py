@@ -115,6 +115,21 @@ def test_offsets_say_which_letters_an_id_stands_for(spiece, text):
     assert tokenizer.clean("a &amp;amp; b") == "a & b"
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("the cat\u2019s \u201cred\u201d ball", 'the cat\'s "red" ball'),
+        ("caf\u00c3\u00a9 by the sea", "caf\u00e9 by the sea"),
+        ("a \ufb01sh\x1b[31m swims\n  left ", "a fish swims left"),
+        ("&lt;red&gt; &amp;amp;amp;lt;ball", "<red> <ball"),
+        ("a red ball, 16:9", "a red ball, 16:9"),
+    ],
+)
+def test_texts_are_mended_as_wan_s_code_mends_them(spiece, text, expected):
+    """tests/parity/test_prompts.py has diffusers' word for it."""
+    assert UnigramTokenizer.from_file(spiece).clean(text) == expected
+
+
 def test_damaged_files_are_told(spiece, tmp_path):
     data = spiece.read_bytes()
     for name, content, words in (
