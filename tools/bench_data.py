@@ -2,9 +2,10 @@
 
     python tools/bench_data.py packing [--ratio 1 2] [--steps 120] [--lengths octaves]
     python tools/bench_data.py cache [--clips 64]
+    python tools/bench_data.py draw [--clips 256] [--workers 2]
     python tools/bench_data.py loader --videos DIR
 
-The last needs torch: run it in the environment of `make parity`.
+`loader` needs torch: run it in the environment of `make parity`.
 Alternates what it compares and prints medians; docs/benchmarks.md has the table.
 """
 
@@ -14,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -188,6 +190,24 @@ def pixels_source(config):
     return sources.make_source(config.data)
 
 
+def draw(args) -> None:
+    """Clips of Paperworld, 17 frames of 64x64, drawn a second by so many processes."""
+    from configs import paperworld
+
+    source = pixels_source(paperworld.get_config("full"))
+    rates, indices = [], iter(range(10**9))
+    with ProcessPoolExecutor(args.workers) as pool:
+        list(pool.map(source.__getitem__, (next(indices) for _ in range(args.workers))))
+        for _ in range(args.rounds):
+            round_ = [next(indices) for _ in range(args.clips)]
+            begun = time.perf_counter()
+            for _ in pool.map(source.__getitem__, round_, chunksize=8):
+                pass
+            rates.append(args.clips / (time.perf_counter() - begun))
+    rate = statistics.median(rates)
+    print(f"drawn {rate:.0f} clips a second by {args.workers} processes")
+
+
 def loader(args) -> None:
     """Decoded clips a second of our loader and a torch DataLoader with PyAV, two workers each."""
     import av
@@ -256,7 +276,8 @@ def loader(args) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_subparsers(required=True)
-    for name, run in (("packing", packing), ("cache", cache), ("loader", loader)):
+    runs = {"packing": packing, "cache": cache, "draw": draw, "loader": loader}
+    for name, run in runs.items():
         command = what.add_parser(name, help=run.__doc__)
         command.set_defaults(run=run)
         command.add_argument("--rounds", type=int, default=3)
@@ -267,6 +288,9 @@ def main() -> None:
             command.add_argument("--depth", type=int, default=4)
         elif name == "cache":
             command.add_argument("--clips", type=int, default=64)
+        elif name == "draw":
+            command.add_argument("--clips", type=int, default=256)
+            command.add_argument("--workers", type=int, default=2)
         else:
             command.add_argument("--videos", required=True, metavar="DIR")
             command.add_argument("--side", type=int, default=64)
