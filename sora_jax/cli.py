@@ -3,11 +3,15 @@
 Nothing heavy is imported before a subcommand runs, so that --help answers at once.
 """
 
+import _thread
 import argparse
+import contextlib
 import errno
 import functools
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -401,8 +405,32 @@ def _told(error: Exception) -> str:
     return " ".join(text.split())
 
 
+@contextlib.contextmanager
+def _interrupts_come_again() -> Iterator[None]:
+    """Repeats Ctrl-C that came where Python drops exceptions, as in JAX's hook of the collector."""
+    told = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            # A little later: here it would be dropped again.
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            told(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = told
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; a mistake of the caller is one line on stderr and exit status 2."""
+    with _interrupts_come_again():
+        return _main(argv)
+
+
+def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     args = parser().parse_args([a for a in argv if not a.startswith("--config.")])

@@ -25,7 +25,9 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ValueError(f"--config {name}: no such file{_hint(path.name, near)}")
-    get_config = _import(path).get_config
+    get_config = getattr(_import(path), "get_config", None)
+    if get_config is None:
+        raise ValueError(f"--config {name}: defines no get_config; see configs/base.py.")
     takes_variant = bool(inspect.signature(get_config).parameters)
     if variant and not takes_variant:
         raise ValueError(f"--config {spec}: {path.name} has no variants; leave out ':{variant}'.")
@@ -51,13 +53,28 @@ def topology(spec: str) -> str:
 
 
 def _import(path: Path):
+    """The module of a file of configs.
+
+    Raises:
+      ValueError: it is none of Python's, or does not run; one line.
+    """
+    if path.suffix != ".py":
+        raise ValueError(
+            f"--config {path}: give a FILE.py[:VARIANT], such as configs/paperworld.py."
+        )
     # Run files say `from configs import base`, so the folder above theirs must be importable.
     root = str(path.resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        at = f"{error.filename or path}, line {error.lineno}"
+        raise ValueError(f"--config {path}: {error.msg} ({at}); correct it.") from error
+    except ImportError as error:
+        raise ValueError(f"--config {path}: {error}; install it, or correct the name.") from error
     return module
 
 

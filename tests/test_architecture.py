@@ -29,7 +29,7 @@ FLOORS = [
     {"text", "vae", "dit", "image"},
     {"attention", "layers", "checkpoint", "data"},
     {"ring_attention", "flash", "diffusion", "sharding", "video_io", "types"}
-    | {"progress", "manifest", "agreement", "background"},
+    | {"progress", "manifest", "agreement", "background", "locked"},
     {"allocator", "blocked_attention", "chips", "compile_options", "cudnn_attention", "quantized"},
 ]
 # On one floor, but strangers to each other; so are all that stand in two of them.

@@ -352,6 +352,25 @@ def test_a_run_that_was_ended_says_by_its_status_whether_to_start_it_again(
     )
 
 
+def test_an_interrupt_that_python_drops_comes_again():
+    """In a process of its own, for it is sent to the main thread."""
+    program = (
+        "import gc, sys, time; from sora_jax import cli\n"
+        "def hook(phase, info):\n"
+        "    gc.callbacks.remove(hook)\n"
+        "    raise KeyboardInterrupt\n"
+        "def work(args):\n"
+        "    gc.callbacks.append(hook)\n"
+        "    gc.collect()\n"
+        "    time.sleep(20)\n"
+        "cli._info, cli.setup_jax = work, lambda: None\n"
+        "sys.exit(cli.main(['info']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "sora-jax: stopped; no partial file is left.\n"
+
+
 def test_an_interrupt_without_words_says_what_is_left(monkeypatch, tmp_path, capsys):
     def ended(args):
         raise KeyboardInterrupt

@@ -144,3 +144,22 @@ def test_mistakes_are_one_line_that_names_the_mend(spec, overrides, words):
     assert "\n" not in message and "?." not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x = 1", "defines no get_config; see configs/base.py."),
+        ("def get_config(", r"'\(' was never closed \(.*bad.py, line 1\); correct it."),
+        ("import nope", "No module named 'nope'; install it, or correct the name."),
+    ],
+)
+def test_a_file_that_is_no_config_is_told_in_one_line(tmp_path, text, says):
+    (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(ValueError, match=f"--config .*bad.py: {says}"):
+        config_file.load(str(tmp_path / "bad.py"))
+
+
+def test_a_config_is_a_file_of_python():
+    with pytest.raises(ValueError, match=r"--config README.md: give a FILE.py\[:VARIANT\]"):
+        config_file.load("README.md")

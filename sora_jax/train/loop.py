@@ -60,6 +60,7 @@ def train(config, workdir: str | Path, *, devices=None) -> Path:
             skips = Skips(skip_config(config), file=workdir / "skipped.jsonl")
             loader = opened.enter_context(contextlib.closing(make_loader(config, stage, mesh)))
             check_room(config, workdir, program)
+            opened.enter_context(startup.alone(workdir))
             startup.log_apart(workdir)
             run_id = startup.run_id(workdir)
             opened.callback(clock.write)

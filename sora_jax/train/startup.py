@@ -11,6 +11,7 @@ import shutil
 import sys
 import uuid
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 
 import sora_jax
 from sora_jax import agreement, video_io
+from sora_jax.locked import locked
 
 ROOM = 2.2  # free space wanted, in sizes of the state: a new checkpoint beside the last one
 _NEW = 1.1  # of it, what a new one takes; the rest may be taken by what a run has kept already
@@ -35,6 +37,7 @@ _FREE = {
     *("path", "cache", "cache_clips", "threads", "workers"),
     *("dtype", "quantization", "remat", "context", "attention"),
 }
+_LEASE = 120.0  # seconds after which file servers (NFS) give up the locks of who is gone
 _ON_OR_OFF = ("optim.ema_decay",)  # may change, but not to or from 0: the state has it or has not
 
 
@@ -42,8 +45,10 @@ def folder(path: str | Path, *, key: str = "--workdir") -> Path:
     """`path`, which must be a folder of the file system.
 
     Raises:
-      ValueError: it is a URL, of which pathlib would make a folder named "gs:" here.
+      ValueError: it is empty, or a URL, of which pathlib would make a folder named "gs:" here.
     """
+    if not str(path).strip():
+        raise ValueError(f"{key} is empty; name a folder, such as runs/mine.")
     if "://" in str(path):
         raise ValueError(
             f"{key} {path} is no folder: mount the bucket, for runs append to files and rename "
@@ -225,6 +230,29 @@ def _no_room(folder: Path, needed: int, wanted: float, key: str) -> str | None:
         f"{key} {folder} has {free / 1e9:.1f} GB free, checkpoints of {needed / 1e9:.2f} GB want "
         f"{wanted / 1e9:.1f} GB; make room, or give another folder."
     )
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Holds `workdir` for this run, by its first process.
+
+    A job of several processes waits a while: a host that died may leave its lock on a file server.
+
+    Raises:
+      ValueError: in all processes, if another run is there.
+    """
+    busy = f"--workdir {workdir}: another run trains there; wait for it, or give another."
+    problem = None
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            wait = _LEASE if jax.process_count() > 1 else 0.0
+            try:
+                held.enter_context(locked(workdir, busy=busy, wait=wait))
+            except ValueError as error:
+                problem = str(error)
+        if problem := agreement.of_first(problem):
+            raise ValueError(problem)
+        yield
 
 
 def run_id(workdir: Path) -> str:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from sora_jax.checkpoint import Checkpointer
 from sora_jax.data import sources
 from sora_jax.train import export as exporting
-from sora_jax.train import loop
+from sora_jax.train import loop, startup
 from sora_jax.train.export import export
 from sora_jax.train.loop import begin, train
 from sora_jax.train.vae_stage import VAEStage
@@ -279,3 +279,10 @@ def test_bad_settings_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=words):
         train(dit_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_in_a_workdir_is_refused_before_it_writes_there(vae_config, tmp_path):
+    with startup.alone(tmp_path), pytest.raises(ValueError, match="another run trains there"):
+        train(vae_config, tmp_path, devices=ONE)
+    # But for the folder that was made to try whether it can be.
+    assert list(tmp_path.rglob("*")) == [tmp_path / "checkpoints"]

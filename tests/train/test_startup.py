@@ -202,3 +202,19 @@ def test_settings_out_of_range_are_refused(config, key, value, words):
     startup.check_settings(config)
     with pytest.raises(ValueError, match=words):
         startup.check_settings(changed(config, **{key: value}))
+
+
+def test_a_workdir_is_of_one_run_at_a_time(tmp_path):
+    with (
+        startup.alone(tmp_path),
+        pytest.raises(ValueError, match="another run trains there; wait for it, or give anoth"),
+        startup.alone(tmp_path),
+    ):
+        pass
+    with startup.alone(tmp_path):
+        pass
+
+
+def test_an_empty_workdir_is_none():
+    with pytest.raises(ValueError, match="--workdir is empty; name a folder"):
+        startup.folder("")

@@ -41,6 +41,7 @@ from sora_jax.data.build.workers import (
     is_disk_full,
     run_tasks,
 )
+from sora_jax.locked import locked
 from sora_jax.progress import Progress
 
 FORMAT = 1  # of the manifest
@@ -402,26 +403,15 @@ def _locked(out: str) -> Iterator[Staging]:
     if staging.is_remote:  # nothing there to lock with
         yield staging
         return
-    import fcntl
-
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise ValueError(
             f"{out}: cannot be made ({error.strerror}); choose another --out."
         ) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(
-            f"{out}: another build is writing there; wait for it, or choose another --out."
-        ) from None
-    try:
+    busy = f"{out}: another build is writing there; wait for it, or choose another --out."
+    with locked(out, busy=busy):
         yield staging
-    finally:
-        os.close(handle)
 
 
 def _cores() -> int:
