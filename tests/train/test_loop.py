@@ -142,10 +142,11 @@ def test_a_crash_goes_on_from_the_local_copy_or_from_before_a_damage_and_tells_w
     assert_same_end(tmp_path / "straight", tmp_path / "crashed")
     goodput = json.loads((tmp_path / "crashed" / "goodput.json").read_text())
     assert goodput["runs"] == 3 and goodput["seconds"]["lost"] > 0
-    assert goodput["seconds"]["restore"] > 0
-
-    assert goodput["seconds"]["down"] > 0
-    assert sum(goodput["seconds"].values()) == pytest.approx(time.time() - begun, rel=0.01, abs=1.0)
+    assert goodput["seconds"]["restore"] > 0 and goodput["seconds"]["down"] > 0
+    # A second for what lies before the first clock and after the last, as above; of two cores with
+    # six other jobs it was 1.6 of 14.9.
+    wall = time.time() - begun
+    assert sum(goodput["seconds"].values()) == pytest.approx(wall, rel=0.01, abs=2.5)
 
     dit_config.seed = 1
     with pytest.raises(ValueError, match=r"crashed holds a run of another config: seed 0, not 1;"):
