@@ -321,7 +321,7 @@ def _prompts(args: Namespace) -> list[str]:
         what = "is a directory" if path.is_dir() else "no such file"
         raise ValueError(f"--prompts-file {path}: {what}; give a file with one prompt a line.")
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts-file {path}: not UTF-8 ({error}); save it as that.") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]

@@ -144,6 +144,13 @@ def test_a_file_of_prompts_gives_numbered_videos(sample, tmp_path):
     assert status == 0 and [line[-7:] for line in out.split()] == ["p-0.png", "p-1.png"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(sample, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a ball\na tree\n", "utf-8-sig")
+    prompts = ("--prompts-file", tmp_path / "prompts.txt")
+    assert sample(*prompts, "--frames", 1, out="p.png")[0] == 0
+    assert json.loads((tmp_path / "p-0.json").read_text())["prompt"] == "a ball"
+
+
 def test_prompts_that_cannot_be_read_are_named(sample, tmp_path):
     (tmp_path / "latin.txt").write_bytes("ein B\xe4r".encode("latin-1"))
     for path, words in ((tmp_path / "latin.txt", "not UTF-8"), (tmp_path, "is a directory")):

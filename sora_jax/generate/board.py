@@ -94,7 +94,7 @@ def read(path: str | Path) -> Board:
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not readable: {' '.join(str(error).split())}") from error

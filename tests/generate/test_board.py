@@ -34,8 +34,9 @@ def test_a_storyboard_is_read_with_its_defaults(tmp_path):
     ]
     assert third.begins == "continue" and third.seed == 7
     as_json = tmp_path / "film.json"
-    as_json.write_text(json.dumps(shots({})))
-    assert board.read(as_json).shots[0].seconds == 2
+    for encoding in ("utf-8", "utf-8-sig"):  # Windows puts a byte order mark first
+        as_json.write_text(json.dumps(shots({})), encoding)
+        assert board.read(as_json).shots[0].seconds == 2
 
 
 def test_a_picture_is_looked_for_beside_the_file(tmp_path):
