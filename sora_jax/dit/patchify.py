@@ -42,10 +42,19 @@ def check_pixels(frames: int, height: int, width: int, *, cell: tuple[int, int, 
                 f"size {width}x{height}: {name} {value} is not a multiple of {step}; use "
                 f"{_nearest(value, step)}."
             )
-    if frames < 1 or (frames - 1) % cell[0]:
+    check_frames(frames, step=cell[0])
+
+
+def check_frames(frames: int, *, step: int, name: str = "frames") -> None:
+    """Raises ValueError, naming the nearest that are, unless `frames` is 1 + a multiple of `step`.
+
+    Args:
+      name: what the message calls them.
+    """
+    if frames < 1 or (frames - 1) % step:
         raise ValueError(
-            f"frames {frames} is not 1 + a multiple of {cell[0]}; use "
-            f"{_nearest(frames, cell[0], offset=1)}."
+            f"{name} {frames} is not 1 + a multiple of {step}; use "
+            f"{_nearest(frames, step, offset=1)}."
         )
 
 

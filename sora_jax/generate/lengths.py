@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sora_jax import agreement
+from sora_jax.dit.patchify import check_frames
 from sora_jax.generate import memory
 
 MOST_SECONDS = 3600.0
@@ -29,15 +30,42 @@ def overlap_of(pipe, window: int) -> int:
     return whole(pipe, (window + 1) // 2)
 
 
-def window_of(pipe, frames: int | None = None, *, settings: Mapping[str, Any] = {}) -> int:
-    """Frames of a window by default: what the checkpoint was trained on, or what memory holds.
+def window_of(
+    pipe,
+    frames: int | None = None,
+    *,
+    window: int | None = None,
+    settings: Mapping[str, Any] = {},
+) -> int:
+    """Frames of a window: as asked, or what the checkpoint was trained on, or what memory holds.
 
     Of several processes all call it, and get the same.
 
     Args:
       frames: of the film, where it may be shorter.
+      window: what is asked for; None leaves it to checkpoint and memory.
       settings: the film's, for its size.
+
+    Raises:
+      ValueError: a window that the model does not take, or too short to move over the film.
     """
+    if window is None:
+        window = _fitting(pipe, frames, settings)
+    check_frames(window, step=pipe.cell[0], name="window")
+    if frames is None:
+        return window
+    if frames > window:
+        check_window(window, least=1 + pipe.vae.config.scale_factor_temporal, to="move forward")
+    return min(window, frames)
+
+
+def check_window(window: int, *, least: int, to: str) -> None:
+    """Raises ValueError for a window of less than `least` frames; `to` says what they are for."""
+    if window < least:
+        raise ValueError(f"window {window} is too short to {to}; use at least {least}.")
+
+
+def _fitting(pipe, frames: int | None, settings: Mapping[str, Any]) -> int:
     trained = pipe.sampling.frames
     most = trained if frames is None else min(frames, trained)
     width, height = size_of(pipe, settings)

@@ -138,21 +138,16 @@ def window_of(pipe, board: Board, **settings: Any) -> int:
     """Frames that the model sees at once: `window` of the settings, or what memory holds.
 
     Raises:
-      ValueError: too few to show both sides of a cut.
+      ValueError: such as the model does not take, or too few to show both sides of a cut.
     """
     step = pipe.vae.config.scale_factor_temporal
     least = 1 + -(-3 // step) * step
-    window = settings.get("window")
+    window, size = settings.get("window"), settings.get("size") or board.size
+    given = lengths.window_of(pipe, window=window, settings={} if size is None else {"size": size})
     if window is None:
-        size = settings.get("size") or board.size
-        given = lengths.window_of(pipe, settings={} if size is None else {"size": size})
         return max(least, given)
-    if window < least:
-        raise ValueError(
-            f"--window {window}: the windows of a storyboard have at least {least} frames here, to "
-            "show both sides of a cut."
-        )
-    return window
+    lengths.check_window(given, least=least, to="show both sides of a cut")
+    return given
 
 
 def render(pipe, board: Board, *, on_step: OnStep | None = None, **settings: Any) -> Film:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, UInt8
 
 from sora_jax import video_io
 from sora_jax.diffusion.tasks import FRAME_TIMES
+from sora_jax.dit.patchify import check_frames
 from sora_jax.generate import canvas as canvas_of
 from sora_jax.generate import lengths, texts, trained, windows
 from sora_jax.generate import rolling as rolling_of
@@ -70,13 +71,11 @@ def _render(
     """The film of a canvas (or of a draft), in one window or in several; its first `shown` frames.
 
     Raises:
-      ValueError: as many frames as the VAE does not take.
+      ValueError: as many frames as the VAE does not take, or such a window.
     """
     total = len(draft) if canvas is None else len(canvas.frames)
     pipe.request(prompt, **(settings | {"frames": total}))
-    window = lengths.whole(
-        pipe, min(total, window or lengths.window_of(pipe, total, settings=settings))
-    )
+    window = lengths.window_of(pipe, total, window=window, settings=settings)
     if total > window:
         trained.check(pipe, "prefix")
     settings = settings | {"frames": window}
@@ -84,7 +83,7 @@ def _render(
     made = windows.film(
         pipe,
         lambda *_: [request],
-        Sweep(total, window, overlap or lengths.overlap_of(pipe, window)),
+        Sweep(total, window, lengths.overlap_of(pipe, window) if overlap is None else overlap),
         canvases=None if canvas is None else [canvas],
         drafts=None if draft is None else draft[None],
         strength=strength,
@@ -143,17 +142,21 @@ def extend(
     Time stamps count from the beginning of the video that is made.
 
     Raises:
-      ValueError: an unknown direction, no time, or a clip without frames.
+      ValueError: an unknown direction, no time, a clip without frames or too short to lead to,
+        or a window too short to make anything beside what it is given.
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction {direction!r} is unknown; use {', '.join(DIRECTIONS)}.")
     lengths.check_seconds(seconds)
     clip = _fitted(clip, lengths.size_of(pipe, settings))
-    settings = settings | {"frames": window or lengths.window_of(pipe, settings=settings)}
-    request = pipe.request(prompt, **settings)
+    length = lengths.window_of(pipe, window=window, settings=settings)
     step = pipe.vae.config.scale_factor_temporal
+    # Half a window that goes back is given, at least a latent frame, which is never the first.
+    least, way = (1 + step, "forward") if direction == "forward" else (2 * step, "backward")
+    least = 1 + -(-(least - 1) // step) * step
+    lengths.check_window(length, least=least, to=f"extend {way}")
+    request = pipe.request(prompt, **(settings | {"frames": length}))
     added = max(step, round(seconds * request.fps / step) * step)
-    length = request.frames
     made, lead = clip, added if direction == "both" else 0
     whole = len(clip) + added * (2 if direction == "both" else 1)
     texts.check(pipe, prompt, frames=whole, fps=request.fps)
@@ -416,11 +419,10 @@ def long(
     """
     if joint and rolling:
         raise ValueError("joint (--joint) and rolling (--rolling) exclude each other; use one.")
-    for name, count in (("frames", frames), ("overlap", overlap or 1)):
-        if count < 1 or lengths.whole(pipe, count) != count:
-            step = pipe.vae.config.scale_factor_temporal
-            raise ValueError(f"{name} {count} is not 1 + a multiple of {step}.")
-    window = min(window or lengths.window_of(pipe, frames, settings=settings), frames)
+    step = pipe.vae.config.scale_factor_temporal
+    for name, count in (("frames", frames), ("overlap", 1 if overlap is None else overlap)):
+        check_frames(count, step=step, name=name)
+    window = lengths.window_of(pipe, frames, window=window, settings=settings)
     if frames > window and not joint:
         trained.check(pipe, "prefix")
     if rolling:
@@ -432,7 +434,7 @@ def long(
     if image is not None:
         trained.check(pipe, "first")
         canvases = [canvas_of.of_pictures({0: image}, window, size=(request.width, request.height))]
-    sweep = Sweep(frames, window, overlap or lengths.overlap_of(pipe, window))
+    sweep = Sweep(frames, window, lengths.overlap_of(pipe, window) if overlap is None else overlap)
     texts.check(pipe, prompt, frames=frames, fps=request.fps)
     if joint:
         made = windows.joint(pipe, [request], sweep, canvases=canvases, on_step=on_step)

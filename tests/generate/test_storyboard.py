@@ -164,7 +164,7 @@ def test_the_command_plans_and_renders(tasks_folder, tmp_path, capsys):
     assert cli.main([*base, "--plan"]) == 0
     assert narrow != capsys.readouterr().out  # more windows
     assert record["task"]["window"] == 5
-    for window, says in (("6", "frames 6"), ("1", "--window 1: the windows"), ("0", "--window 0:")):
+    for window, says in (("6", "window 6 is not 1 +"), ("1", "at least 5"), ("0", "window 0 is")):
         assert cli.main([*base, "--plan", "--window", window]) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1

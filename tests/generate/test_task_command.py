@@ -114,6 +114,8 @@ def test_files_are_read_before_weights(sample, wide, tmp_path, monkeypatch, args
 
 
 SECOND = ("--seconds", 1)
+EXTEND = ("--video", "WIDE", *SECOND, "--extend")
+INPAINT = ("--inpaint", "WIDE", "--mask", "0,0,8,8")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,15 @@ SECOND = ("--seconds", 1)
         (("--keyframe", "99:WIDE"), "keyframe 99 is outside the video; use 0 to 8"),
         (("--keyframe", "last:WIDE", "--keyframe", "8:WIDE"), "keyframe 8 is given twice"),
         ((*SECOND, "--joint", "--rolling"), "exclude each other"),
-        (("--seconds", 4, "--window", 4), "frames 4 is not 1 + a multiple of 2"),
+        (("--seconds", 4, "--window", 4), "window 4 is not 1 + a multiple of 2; use 3 or 5"),
+        (("--seconds", 4, "--window", 0), "window 0 is not 1 + a multiple of 2; use 1"),
+        (("--seconds", 4, "--window", 1), "window 1 is too short to move forward; use at least 3"),
+        ((*INPAINT, "--window", 4), "window 4 is not 1 + a multiple of 2"),
+        ((*INPAINT, "--window", 0), "window 0 is not 1 + a multiple of 2"),
+        ((*EXTEND, "both", "--window", 3), "window 3 is too short to extend backward; use at"),
+        ((*EXTEND, "backward", "--window", 1), "to extend backward; use at least 5"),
+        ((*EXTEND, "forward", "--window", 1), "to extend forward; use at least 3"),
+        ((*EXTEND, "forward", "--window", 0), "window 0 is not 1 + a multiple of 2"),
         (("--inpaint", "WIDE", "--mask", "NOTHING"), "the mask marks nothing of the video"),
         (("--inpaint", "WIDE", "--mask", "0,0,16,16"), "the mask marks all of the video"),
         (
