@@ -60,12 +60,12 @@ def add(actions: Any, command: Callable[..., Any]) -> None:
     cache.add_argument(
         "--text", action="store_true", help="encode captions too, by the checkpoint's text encoder"
     )
-    cache.add_argument("--clips", type=int, default=0, metavar="N", help="the first N (all)")
+    cache.add_argument("--clips", type=int, metavar="N", help="the first N (all)")
     cache.add_argument(
-        "--frames", type=int, default=0, metavar="N", help="of --data: at most so many a clip (all)"
+        "--frames", type=int, metavar="N", help="of --data: at most so many a clip (all)"
     )
     cache.add_argument(
-        "--fps", type=float, default=0.0, metavar="RATE", help="of --data: resampled to (their own)"
+        "--fps", type=float, metavar="RATE", help="of --data: resampled to (their own)"
     )
     cache.add_argument(
         "--shard-clips", type=int, default=512, metavar="N", help="clips a file (default: 512)"
@@ -98,6 +98,13 @@ def run_build(args: Namespace) -> None:
 def run_cache(args: Namespace) -> None:
     if args.data and args.overrides:
         raise ValueError(f"--config.{args.overrides[0]} needs --config FILE, not --data.")
+    for name in ("clips", "frames", "fps"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(
+                f"--{name} {value:g} is out of range; use more than 0, or leave it out: then it "
+                f"is {'their own' if name == 'fps' else 'all'}."
+            )
     if args.config and (args.frames or args.fps):
         raise ValueError(
             "--frames and --fps are for --data; set --config.data.frames and --config.data.fps."
@@ -115,13 +122,13 @@ def run_cache(args: Namespace) -> None:
         )
     else:
         source = latent_cache.clips_for(
-            args.data, args.checkpoint, frames=args.frames, fps=args.fps
+            args.data, args.checkpoint, frames=args.frames or 0, fps=args.fps or 0.0
         )
     found = latent_cache.build(
         source,
         checkpoint_path(args.checkpoint),
         args.out,
-        clips=args.clips,
+        clips=args.clips or 0,
         text_folder=checkpoint_path(args.checkpoint) if args.text else "",
         shard_clips=args.shard_clips,
     )

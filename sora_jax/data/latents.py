@@ -56,7 +56,8 @@ def from_bytes(record: bytes) -> dict[str, np.ndarray]:
 
 
 def is_complete(path: Path) -> bool:
-    return (path / INDEX).is_file()
+    """Whether all is there; a built set has an index too, but not what tells of latents."""
+    return (path / INDEX).is_file() and (path / META).is_file()
 
 
 class LatentSource:

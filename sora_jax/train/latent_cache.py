@@ -161,8 +161,16 @@ def clips_for(
 
 
 def check_meta(path: Path, wanted: dict[str, Any]) -> None:
-    """Raises ValueError where a cache at `path`, complete or not, was made otherwise."""
+    """Raises ValueError where a cache at `path`, complete or not, was made otherwise, or where
+    what is there is a built set or else no cache."""
     if not (path / latents.META).is_file():
+        # What a cache has first is missing, so these are another's; a built set has both.
+        others = [name for name in ("manifest.json", latents.INDEX) if (path / name).is_file()]
+        if others:
+            raise ValueError(
+                f"{path} holds {others[0]} of something else than a cache of latents; give a new "
+                "folder."
+            )
         return
     found = folder.read_json(path / latents.META)
     if "origin" in wanted and "origin" in found:  # caches did not always tell

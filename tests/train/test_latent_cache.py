@@ -162,6 +162,16 @@ def test_cache_of_another_vae_is_refused_whether_complete_or_not(vae_folder, tmp
             build(Source(), other, tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["index.npz", "manifest.json"])  # of a built set, say
+def test_a_folder_of_something_else_is_refused_and_stays(vae_folder, tmp_path, name):
+    (tmp_path / name).write_bytes(b"another's")
+    with pytest.raises(ValueError, match=rf"{name} of something else than a cache of latents"):
+        build(Source(), vae_folder, tmp_path)
+    with pytest.raises(ValueError, match="no complete cache of latents"):
+        latents.LatentSource(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 class SourceOfWorld(Source):
     def __init__(self, **origin):
         super().__init__()

@@ -361,7 +361,12 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, arguments, 
     [
         (["--data", "set", "--config.data.frames=9"], "--config.data.frames=9 needs --config FILE"),
         (["--config", "configs/base.py", "--fps", "8"], "--frames and --fps are for --data"),
-        (["--data", "set", "--fps", "nan"], "at nan fps"),
+        (["--data", "set", "--fps", "inf"], "at inf fps"),
+        (["--data", "set", "--fps", "nan"], "--fps nan is out of range; use more than 0, or"),
+        (["--data", "set", "--fps", "0"], "--fps 0 is out of range"),
+        (["--data", "set", "--frames", "0"], "--frames 0 is out of range; use more than 0, or"),
+        (["--data", "set", "--frames", "-3"], "--frames -3 is out of range"),
+        (["--data", "set", "--clips", "0"], "leave it out: then it is all."),
     ],
 )
 def test_options_of_the_cache_that_would_be_ignored_are_refused(tmp_path, capsys, arguments, line):
