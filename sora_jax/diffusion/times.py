@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+# Of a schedule; beyond them its times are no longer apart, the more steps the sooner.
+MIN_SHIFT, MAX_SHIFT = 0.01, 500.0
+
 
 @dataclasses.dataclass(frozen=True)
 class TimeConfig:
@@ -156,8 +159,11 @@ def from_uniform(
 def _check_steps(num_steps: int, shift: float) -> None:
     if num_steps < 1:
         raise ValueError(f"num_steps {num_steps} must be at least 1.")
-    if not shift > 0:
-        raise ValueError(f"shift {shift} must be positive; 1 is none, Wan uses 3 for 480p.")
+    if not MIN_SHIFT <= shift <= MAX_SHIFT:
+        raise ValueError(
+            f"shift {shift} is out of range; use {MIN_SHIFT:g} to {MAX_SHIFT:g}: 1 is none, Wan "
+            "uses 3 for 480p."
+        )
 
 
 def sampling_times(num_steps: int, *, shift: float = 1.0) -> Float[np.ndarray, " s"]:

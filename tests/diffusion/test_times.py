@@ -98,7 +98,11 @@ def test_flow_match_euler_times_equal_diffusers():
     ("call", "message"),
     [
         (lambda: times.sampling_times(0), "num_steps 0 must be at least 1"),
-        (lambda: times.wan_times(4, shift=0.0), "shift 0.0 must be positive"),
+        (lambda: times.wan_times(4, shift=0.0), "shift 0.0 is out of range; use 0.01 to 500"),
+        (lambda: times.sampling_times(4, shift=float("inf")), "shift inf is out of range"),
+        (lambda: times.sampling_times(4, shift=float("nan")), "shift nan is out of range"),
+        (lambda: times.wan_official_times(4, shift=1e308), r"shift 1e\+308 is out of range"),
+        (lambda: times.flow_match_euler_times(4, shift=1e-300), "shift 1e-300 is out of range"),
         (lambda: times.shift_for_tokens(0), "num_tokens 0 must be at least 1"),
         (lambda: TimeConfig(std=0.0), "time std 0.0 must be positive"),
         (lambda: TokenShift(tokens_lo=9, tokens_hi=9), "0 < tokens_lo < tokens_hi"),
@@ -108,6 +112,13 @@ def test_flow_match_euler_times_equal_diffusers():
 def test_bad_settings_say_what_is_allowed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("shift", [times.MIN_SHIFT, times.MAX_SHIFT])
+@pytest.mark.parametrize("name", times.SCHEDULES)
+def test_every_shift_that_is_taken_keeps_times_apart(name, shift):
+    for steps in (1, 50, 1000):
+        assert (np.diff(times.schedule(name, steps, shift=shift)[0]) < 0).all()
 
 
 def test_schedules_by_name_are_those_of_the_functions():
