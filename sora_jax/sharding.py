@@ -61,10 +61,16 @@ def join_processes() -> None:
     JAX_NUM_PROCESSES and JAX_PROCESS_ID tell (launch/local.sh sets them).
 
     Raises:
-      ValueError: one of the three is missing or no number.
+      ValueError: one of the three is missing or no number, or JAX finds no others.
     """
     if "JAX_COORDINATOR_ADDRESS" not in os.environ:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                f"--distributed: nothing tells this process of others ({error}) Start all of them "
+                "by launch/local.sh 2 sora-jax COMMAND --distributed ..., or leave it out."
+            ) from error
         return
     numbers = []
     for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):

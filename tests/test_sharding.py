@@ -1,10 +1,13 @@
 """Logical axes to mesh axes, for parameters and activations."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from jax._src import distributed
 from jax.sharding import PartitionSpec
 
 from sora_jax import sharding
@@ -28,6 +31,15 @@ def spec_of_sharding(tree, name):
 def params(**arrays):
     """A tree of parameters: name=(shape, axes)."""
     return {name: nnx.Param(jnp.zeros(shape), axes=axes) for name, (shape, axes) in arrays.items()}
+
+
+def test_a_process_alone_is_told_how_several_are_started(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("JAX_CO", "SLURM", "OMPI"))]:
+        monkeypatch.delenv(name)
+    # JAX's own looks for others, without its refusal to do so once a device was touched.
+    monkeypatch.setattr(jax.distributed, "initialize", distributed.State().initialize)
+    with pytest.raises(ValueError, match=r"launch/local.sh 2 sora-jax COMMAND --distributed"):
+        sharding.join_processes()
 
 
 def test_spec_follows_the_table():
