@@ -34,13 +34,19 @@ def sheet_path(path: str | Path) -> Path:
 def check_beside(path: str | Path, *, sheet: bool = False) -> None:
     """Raises ValueError unless a video's metadata, and its contact sheet, can lie beside it.
 
-    They cannot where NAME.json is there and of another program, or the names are too long.
+    They cannot where NAME.json is there and of another program, a folder has the name of one of
+    them, or the names are too long.
     """
     from sora_jax import video_io
 
     beside = Path(path).with_suffix(".json")
     for file in (beside, *([sheet_path(path)] if sheet else [])):
         video_io.check_name(file)
+        if file.is_dir():
+            raise ValueError(
+                f"{path}: {file} is written beside it, and is a folder; use another name, or move "
+                "that away."
+            )
     if not beside.is_file():
         return
     try:

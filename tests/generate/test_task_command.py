@@ -226,6 +226,17 @@ def test_a_file_of_another_program_is_not_replaced_by_settings(
         video.save(tmp_path / "made.mp4")
 
 
+@pytest.mark.parametrize("name", ["made.json", "made_sheet.png"])
+def test_a_folder_that_has_a_name_beside_the_video_is_told_before_weights(
+    sample, tmp_path, monkeypatch, name
+):
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(Pipeline, "load_weights", None)
+    for task in ((), ("--seconds", 1)):
+        status, err = sample(*task, "--sheet")
+        assert status == 2 and f"{name} is written beside it, and is a folder; use" in err
+
+
 @pytest.mark.parametrize(
     "args, out",
     [
