@@ -363,9 +363,15 @@ def make_source(config: Any, *, split: str = "train") -> Source:
         return FolderSource(config["path"], settings)
     if kind == "tfds":
         return _checked_shape(TfdsSource(config["path"], split), config)
-    close = difflib.get_close_matches(str(kind), KINDS, n=1)
+    if kind == "latents":
+        raise ValueError(
+            f"data.kind {kind!r} has no videos, only latents of them for training; use one of "
+            f"{', '.join(KINDS)}."
+        )
+    kinds = (*KINDS, "latents")
+    close = difflib.get_close_matches(str(kind), kinds, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise ValueError(f"unknown data.kind {kind!r}: use one of {', '.join(KINDS)}{hint}")
+    raise ValueError(f"unknown data.kind {kind!r}: use one of {', '.join(kinds)}{hint}")
 
 
 def _world(shares: Any, settings: type) -> dict[str, float]:

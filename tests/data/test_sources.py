@@ -179,6 +179,8 @@ def test_make_source_reads_a_config(real_folder):
 
 def test_make_source_refuses_in_one_line(real_folder):
     expect("did you mean 'folder'", make_source, data_config(kind="floder"))
+    expect("clips, latents; did you mean 'latents'", make_source, data_config(kind="latent"))
+    expect("'latents' has no videos", make_source, data_config(kind="latents"))
     expect("use one of paperworld, folder, tfds", make_source, data_config(kind="zzz"))
     expect("set config.data.path", make_source, data_config(kind="folder"))
     config = data_config(kind="folder", path=str(real_folder))
