@@ -198,10 +198,14 @@ def missing_file(path: Path) -> str:
     """One line that names a missing file and the nearest thing that is there."""
     parent = path.parent
     if not parent.is_dir():
-        return f"{path}: no such file, and no folder {parent}; check --checkpoint."
+        return f"{path}: no such file, and no folder {parent}; check the path."
     near = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir()], n=1)
-    hint = f" did you mean {near[0]}?" if near else " the folder is not a complete checkpoint."
-    return f"{path}: no such file;{hint}"
+    hint = (
+        f"did you mean {near[0]}?"
+        if near
+        else f"check its name, and that all of {parent} is there."
+    )
+    return f"{path}: no such file; {hint}"
 
 
 def hash_files(paths: list[Path]) -> str:
