@@ -147,9 +147,8 @@ def _shot(values: Any, number: int, name: str, folder: Path) -> Shot:
         raise ValueError(f"{where}: continues the last frame, so it takes no keyframe.")
     fields["carry"] = _whole(fields.get("carry", number - 1), f"{where}: carry")
     if not 0 <= fields["carry"] < max(number, 1):
-        raise ValueError(
-            f"{where}: carry {fields['carry']} is no earlier shot; use 1 to {number - 1}, or 0."
-        )
+        earlier = f"1 to {number - 1}, or 0" if number > 1 else "0, or leave it out"
+        raise ValueError(f"{where}: carry {fields['carry']} is no earlier shot; use {earlier}.")
     if not isinstance(fields.get("camera", ""), str):
         raise ValueError(f"{where}: camera is {fields['camera']!r}; write words, such as pan left.")
     if "seed" in fields:

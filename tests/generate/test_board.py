@@ -62,6 +62,7 @@ def test_a_picture_is_looked_for_beside_the_file(tmp_path):
         (shots({"begins": "continue"}), "nothing comes before it"),
         (shots({}, {"begins": "fade"}), "begins 'fade' is unknown; use cut or continue"),
         (shots({}, {"carry": 2}), "carry 2 is no earlier shot; use 1 to 1, or 0"),
+        (shots({"carry": 5}), "shot 1: carry 5 is no earlier shot; use 0, or leave it out"),
         (shots({"keyframe": "none.png"}), "no such file"),
         ({**shots({}), "size": "64"}, "write width x height"),
         ({**shots({}), "size": 0x40}, r"size is 64 \(YAML reads 0x... as one number\); write"),
