@@ -151,7 +151,7 @@ def read_mask(text: str, video: str, read: _Reader) -> np.ndarray:
     which it is then cut or padded.
 
     Raises:
-      ValueError: a box outside the video, or a file of another size.
+      ValueError: a box outside the video, a file of another size, or all or nothing marked.
     """
     width, height = read.size
     numbers = text.split(",")
@@ -163,7 +163,12 @@ def read_mask(text: str, video: str, read: _Reader) -> np.ndarray:
             )
         hole = np.zeros((height, width), bool)
         hole[y : y + h, x : x + w] = True
+        tasks.check_hole(hole, name=f"--mask {text}")
         return hole
+    if "," in text and not Path(text).exists():
+        raise ValueError(
+            f"--mask {text}: no file, and no box; write x,y,w,h as four whole numbers from 0 on."
+        )
     frames, own = read.as_it_is(text), video_io.probe(video)
     size = frames.shape[2], frames.shape[1]
     if size not in (read.size, (own.width, own.height)):
@@ -173,6 +178,7 @@ def read_mask(text: str, video: str, read: _Reader) -> np.ndarray:
             f"{video} is{'' if (own.width, own.height) == read.size else made}."
         )
     hole = np.stack([read.fit(frame) for frame in frames]).mean(axis=-1) > 127
+    tasks.check_hole(hole, name=f"--mask {text}")
     return hole[0] if len(hole) == 1 else hole
 
 

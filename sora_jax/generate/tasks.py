@@ -297,6 +297,15 @@ def edit(pipe, prompt: str, clip: Clip, *, strength: float | int = 0.8, **settin
     )
 
 
+def check_hole(hole: Bool[np.ndarray, "*f H W"], *, name: str = "the mask") -> None:
+    """Raises ValueError unless a mask marks a part of the video; `name` is the message's for it."""
+    if not hole.any() or hole.all():
+        raise ValueError(
+            f"{name} marks {'all' if hole.any() else 'nothing'} of the video; white is made anew "
+            "and black stays: give some of both."
+        )
+
+
 def inpaint(
     pipe,
     prompt: str,
@@ -321,10 +330,7 @@ def inpaint(
     hole = np.broadcast_to(hole, clip.shape[:3])
     shown = np.repeat(hole[..., None], 3, axis=-1).astype(np.uint8) * 255
     clip, hole = _fitted(clip, size), _fitted(shown, size)[..., 0] > 0
-    if not hole.any() or hole.all():
-        raise ValueError(
-            "the mask marks " + ("all" if hole.any() else "nothing") + " of the video."
-        )
+    check_hole(hole)
     task = {"name": "inpaint", "clip": array_hash(clip), "mask": array_hash(hole)}
     held = lengths.held(pipe, clip)
     known = ~np.concatenate([hole, np.repeat(hole[-1:], len(held) - len(hole), axis=0)])

@@ -133,8 +133,17 @@ INPAINT = ("--inpaint", "WIDE", "--mask", "0,0,8,8")
         ((*EXTEND, "backward", "--window", 1), "to extend backward; use at least 5"),
         ((*EXTEND, "forward", "--window", 1), "to extend forward; use at least 3"),
         ((*EXTEND, "forward", "--window", 0), "window 0 is not 1 + a multiple of 2"),
-        (("--inpaint", "WIDE", "--mask", "NOTHING"), "the mask marks nothing of the video"),
-        (("--inpaint", "WIDE", "--mask", "0,0,16,16"), "the mask marks all of the video"),
+        (
+            ("--inpaint", "WIDE", "--mask", "NOTHING"),
+            "nothing.png marks nothing of the video; white",
+        ),
+        (("--inpaint", "WIDE", "--mask", "0,0,16,16"), "--mask 0,0,16,16 marks all of the video"),
+        (
+            ("--inpaint", "WIDE", "--mask=-8,0,16,16"),
+            "--mask -8,0,16,16: no file, and no box; write",
+        ),
+        (("--inpaint", "WIDE", "--mask", "a,b,c,d"), "--mask a,b,c,d: no file, and no box"),
+        (("--inpaint", "WIDE", "--mask", "1,2,3"), "x,y,w,h as four whole numbers"),
         (
             ("--inpaint", "WIDE", "--mask", "THREE"),
             "the mask is 16x16 of 3 frames, the video 16x16 of 2",
@@ -152,6 +161,7 @@ def test_what_a_task_refuses_is_told_before_weights(
 ):
     for name, frames in (("nothing", 1), ("three", 3)):
         dark = np.zeros((frames, 16, 32, 3), np.uint8)
+        dark[1:] = 255
         Video(frames=dark, fps=8.0, metadata={}).save(tmp_path / f"{name}.png")
     monkeypatch.setattr(Pipeline, "load_weights", None)
     files = {"WIDE": wide, "NOTHING": tmp_path / "nothing.png", "THREE": tmp_path / "three.png"}
