@@ -1,6 +1,7 @@
 """The pipeline: requests are checked, videos depend on what is said and on nothing else."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -152,12 +153,37 @@ def test_the_negative_prompt_takes_the_place_of_the_empty_one(pipe):
         ({"guidance_blocks": (1, 2)}, "this transformer's blocks are 0 to 1"),
         ({"guidance_blocks": (-1,)}, "different numbers from 0"),
         ({"guidance_blocks_interval": (0.8, 0.2)}, "blocks' interval"),
+        ({"size": "64x64"}, r"size is '64x64'; give \(width, height\), two whole"),
+        ({"size": (16.0, 16)}, r"size is \(16.0, 16\); give"),
+        ({"frames": 5.0}, "frames is 5.0; give a whole number"),
+        ({"steps": "4"}, "steps is '4'; give a whole number"),
+        ({"seed": True}, "seed is True; give a whole number"),
+        ({"guidance": "4"}, "guidance is '4'; give a number"),
+        ({"shift": [3]}, r"shift is \[3\]; give a number"),
+        ({"negative_prompt": ["a", "b"]}, r"negative_prompt is \['a', 'b'\]; give one text"),
+        ({"guidance_interval": 0.5}, r"guidance_interval is 0.5; give two times \(lo, hi\)"),
+        ({"guidance_blocks": 1}, r"guidance_blocks is 1; give their numbers, such as \(5,\)"),
+        ({"guidance_blocks": (0.5,)}, "guidance_blocks is 0.5; give a whole number"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(pipe, settings, words):
     with pytest.raises(ValueError, match=words) as caught:
         pipe.request(**{"prompt": "a ball"} | settings)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_taken_and_recorded(pipe):
+    numbers = {"frames": np.int64(5), "steps": np.int32(1), "seed": np.uint32(7)}
+    numbers |= {
+        "guidance": np.float32(2),
+        "size": np.array([16, 16]),
+        "guidance_blocks": [np.int8(1)],
+    }
+    plain = pipe.request(
+        "a ball", frames=5, steps=1, seed=7, guidance=2, size=(16, 16), guidance_blocks=(1,)
+    )
+    made = pipe.request("a ball", **numbers)
+    assert made == plain and json.dumps(dataclasses.asdict(made))
 
 
 @pytest.mark.parametrize(

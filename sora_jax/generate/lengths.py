@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from sora_jax import agreement
 from sora_jax.dit.patchify import check_frames
 from sora_jax.generate import memory
+from sora_jax.generate.request import pixels
 
 MOST_SECONDS = 3600.0
 
@@ -81,7 +82,8 @@ def _fitting(pipe, frames: int | None, settings: Mapping[str, Any]) -> int:
 
 def size_of(pipe, settings: Mapping[str, Any]) -> tuple[int, int]:
     """Width and height that `settings` ask for, by default the checkpoint's."""
-    return settings.get("size") or (pipe.sampling.width, pipe.sampling.height)
+    size = settings.get("size")
+    return (pipe.sampling.width, pipe.sampling.height) if size is None else pixels(size)
 
 
 def check_seconds(seconds: float | int) -> None:

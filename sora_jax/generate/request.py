@@ -2,7 +2,8 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sora_jax.convert.sampling import SamplingDefaults
@@ -74,7 +75,7 @@ def of_settings(
 
     Raises:
       TypeError: a setting that there is not.
-      ValueError: a scale for the second of two, where there is one.
+      ValueError: a setting of another type, or a scale for the second of two, where there is one.
     """
     known = {field.name for field in dataclasses.fields(Request)} - {"prompt", "width", "height"}
     for name in settings.keys() - known - {"size"}:
@@ -82,17 +83,17 @@ def of_settings(
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}."
         raise TypeError(f"there is no setting {name!r}; {hint}")
     given = {name: value for name, value in settings.items() if value is not None}
-    width, height = given.get("size") or (defaults.width, defaults.height)
+    width, height = pixels(given.get("size", (defaults.width, defaults.height)))
 
     def chosen(name: str) -> Any:
         return given.get(name, getattr(defaults, name))
 
-    solver = chosen("solver")
+    solver = _text("solver", chosen("solver"))
     threshold = given.get("cache_threshold")
     if threshold is None:
         takes = defaults.feature_cache is not None and sampler.num_evaluations(solver, 1) == 1
         threshold = defaults.cache_threshold if takes else 0.0
-    guidance, second = float(chosen("guidance")), given.get("guidance_2")
+    guidance, second = _number("guidance", chosen("guidance")), given.get("guidance_2")
     if second is not None and transformers == 1 and second != guidance:
         raise ValueError(
             f"guidance_2 {second} is for models with two transformers; leave it out here."
@@ -101,29 +102,72 @@ def of_settings(
         second = defaults.guidance_2
 
     def interval(name: str) -> tuple[float, float]:
-        lo, hi = chosen(name)
-        return float(lo), float(hi)
+        try:
+            lo, hi = chosen(name)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} is {chosen(name)!r}; give two times (lo, hi).") from error
+        return _number(name, lo), _number(name, hi)
+
+    blocks = chosen("guidance_blocks")
+    if not isinstance(blocks, Iterable) or isinstance(blocks, str):
+        raise ValueError(f"guidance_blocks is {blocks!r}; give their numbers, such as (5,).")
 
     return Request(
-        prompt=prompt,
-        negative_prompt=given.get("negative_prompt", ""),
+        prompt=_text("prompt", prompt),
+        negative_prompt=_text("negative_prompt", given.get("negative_prompt", "")),
         width=width,
         height=height,
-        frames=chosen("frames"),
-        fps=float(chosen("fps")),
-        steps=chosen("steps"),
+        frames=_whole("frames", chosen("frames")),
+        fps=_number("fps", chosen("fps")),
+        steps=_whole("steps", chosen("steps")),
         guidance=guidance,
-        guidance_2=guidance if second is None else float(second),
+        guidance_2=guidance if second is None else _number("guidance_2", second),
         guidance_interval=interval("guidance_interval"),
-        guidance_rescale=float(chosen("guidance_rescale")),
-        guidance_blocks=tuple(chosen("guidance_blocks")),
+        guidance_rescale=_number("guidance_rescale", chosen("guidance_rescale")),
+        guidance_blocks=tuple(_whole("guidance_blocks", block) for block in blocks),
         guidance_blocks_interval=interval("guidance_blocks_interval"),
-        shift=float(given.get("shift", 1.0)),
+        shift=_number("shift", given.get("shift", 1.0)),
         solver=solver,
-        schedule=chosen("schedule"),
-        cache_threshold=float(threshold),
-        seed=given.get("seed", 0),
+        schedule=_text("schedule", chosen("schedule")),
+        cache_threshold=_number("cache_threshold", threshold),
+        seed=_whole("seed", given.get("seed", 0)),
     )
+
+
+def pixels(size: Any) -> tuple[int, int]:
+    """(width, height) as given; ValueError, in one line, for anything else."""
+    try:
+        width, height = size
+        return _whole("width", width), _whole("height", height)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"size is {size!r}; give (width, height), two whole numbers of pixels."
+        ) from error
+
+
+def _whole(name: str, value: Any) -> int:
+    """numpy's integers are such, and become Python's, which JSON can hold."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError(value)
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"{name} is {value!r}; give a whole number.") from error
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, str | bool):
+            raise TypeError(value)
+        return float(value)
+    except TypeError as error:
+        raise ValueError(f"{name} is {value!r}; give a number.") from error
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}; give one text.")
+    return value
 
 
 def check(request: Request, *, cell: tuple[int, int, int], blocks: int) -> None:

@@ -31,12 +31,14 @@ Clip = UInt8[np.ndarray, "_ _ _ 3"]
 DIRECTIONS = ("forward", "backward", "both")
 
 
-def _fitted(clip: np.ndarray, size: tuple[int, int], *, name: str = "the video") -> Clip:
+def _fitted(clip: Any, size: tuple[int, int], *, name: str = "the video") -> Clip:
     """`clip` with its centre cut to `size` (width, height).
 
     Raises:
       ValueError: an array of another kind, or one without frames.
     """
+    if isinstance(clip, Video):  # what `Pipeline` returns
+        raise ValueError(f"{name} is a Video; give its .frames.")
     if not (isinstance(clip, np.ndarray) and clip.dtype == np.uint8 and clip.ndim == 4):
         raise ValueError(
             f"{name} is {getattr(clip, 'dtype', type(clip).__name__)} of shape "

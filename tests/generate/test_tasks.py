@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import inspect
 
 import numpy as np
 import pytest
 
 import sora_jax
-from sora_jax.generate import lengths, refine, tasks, texts
+from sora_jax.generate import Video, lengths, refine, tasks, texts
+from sora_jax.generate import request as requests_of
 from sora_jax.generate.pipeline import Pipeline
 
 PROMPT = "a red ball rolls left"
@@ -270,6 +272,14 @@ def test_numbers_that_make_no_sense_are_refused(pipe, clip):
         for make in (tasks.extend, tasks.loop):
             with pytest.raises(ValueError, match=r"seconds .* is out of range; use more than 0"):
                 make(pipe, PROMPT, clip, seconds=seconds, **FEW)
+
+
+def test_what_shape_checks_would_refuse_is_told_without_them(pipe, clip):
+    made = Video(frames=clip, fps=8.0, metadata={})
+    with pytest.raises(ValueError, match=r"the video is a Video; give its \.frames"):
+        inspect.unwrap(tasks.extend)(pipe, PROMPT, made, seconds=1, **FEW)
+    with pytest.raises(ValueError, match=r"prompt is \['a', 'b'\]; give one text"):
+        inspect.unwrap(requests_of.of_settings)(["a", "b"], {}, defaults=pipe.sampling)
 
 
 def spans_seen(pipe, monkeypatch, make):
