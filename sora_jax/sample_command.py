@@ -122,7 +122,8 @@ def run(args: Namespace) -> list[Path]:
     video_io.check_rate(out, requests[0].fps)
     if writes():
         for i in range(len(requests)):
-            check_beside(_numbered(out, i, len(requests)), sheet=args.sheet)
+            path = video_io.check_output_path(_numbered(out, i, len(requests)))
+            check_beside(path, sheet=args.sheet)
     together = again.get("batch_size", min(len(requests), AT_ONCE))
     if (arrays or noise is not None) and len(requests) > together:
         raise ValueError(

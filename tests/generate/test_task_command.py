@@ -247,6 +247,15 @@ def test_a_folder_that_has_a_name_beside_the_video_is_told_before_weights(
         assert status == 2 and f"{name} is written beside it, and is a folder; use" in err
 
 
+def test_a_folder_that_has_the_name_of_one_of_several_videos_is_told_before_weights(
+    sample, tmp_path, monkeypatch
+):
+    (tmp_path / "made-1.png").mkdir()
+    monkeypatch.setattr(Pipeline, "load_weights", None)
+    status, err = sample("--batch", 2)
+    assert status == 2 and "made-1.png is a directory" in err
+
+
 @pytest.mark.parametrize(
     "args, out",
     [
