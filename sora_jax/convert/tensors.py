@@ -200,11 +200,7 @@ def missing_file(path: Path) -> str:
     if not parent.is_dir():
         return f"{path}: no such file, and no folder {parent}; check the path."
     near = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir()], n=1)
-    hint = (
-        f"did you mean {near[0]}?"
-        if near
-        else f"check its name, and that all of {parent} is there."
-    )
+    hint = f"did you mean {near[0]}?" if near else "check its name and its folder."
     return f"{path}: no such file; {hint}"
 
 

@@ -119,9 +119,7 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     refused(tmp_path / "model.gguf", "not a .safetensors file")
     refused(tmp_path / "modle.gguf", "no such file; did you mean model.gguf")
-    refused(
-        tmp_path / "nope.safetensors", f"no such file; check its name, and that all of {tmp_path}"
-    )
+    refused(tmp_path / "nope.safetensors", "no such file; check its name and its folder")
     refused(tmp_path / "no" / "a.safetensors", "and no folder .*no; check the path")
     refused(tmp_path, "needs one .safetensors file, or one index of several; found: none")
 
