@@ -3,12 +3,12 @@
 Nothing heavy is imported before a subcommand runs, so that --help answers at once.
 """
 
-import _thread
 import argparse
 import contextlib
 import errno
 import functools
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -413,7 +413,8 @@ def _interrupts_come_again() -> Iterator[None]:
     def hook(unraisable) -> None:
         if unraisable.exc_type is KeyboardInterrupt:
             # A little later: here it would be dropped again.
-            threading.Timer(0.05, _thread.interrupt_main).start()
+            main_thread = threading.main_thread().ident
+            threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
         else:
             told(unraisable)
 

@@ -362,7 +362,9 @@ def test_a_run_that_was_ended_says_by_its_status_whether_to_start_it_again(
 def test_an_interrupt_that_python_drops_comes_again():
     """In a process of its own, for it is sent to the main thread."""
     program = (
-        "import gc, sys, time; from sora_jax import cli\n"
+        "import gc, signal, sys, time; from sora_jax import cli\n"
+        # Jobs in the background of a shell begin with it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def hook(phase, info):\n"
         "    gc.callbacks.remove(hook)\n"
         "    raise KeyboardInterrupt\n"
