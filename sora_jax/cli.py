@@ -4,18 +4,12 @@ Nothing heavy is imported before a subcommand runs, so that --help answers at on
 """
 
 import argparse
-import contextlib
-import errno
 import functools
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
-from sora_jax import DTYPES, model_arguments, task_arguments
+from sora_jax import DTYPES, mistakes, model_arguments, task_arguments
 
 EXAMPLES = """examples:
   sora-jax sample --prompt "a red ball rolls left in the meadow" --out ball.mp4
@@ -25,30 +19,11 @@ EXAMPLES = """examples:
   sora-jax data build --input videos --out sets/videos
   sora-jax info
 """
-# What to change where the system refuses a file.
-_ROOM = "make room, or use another folder"
-_PERMISSIONS = "change its permissions, or give another"
-_MENDS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _PERMISSIONS),
-    errno.ENAMETOOLONG: "use a shorter one",
-    errno.EISDIR: "give a file",
-}
 CONFIGURED = ("import", "build", "cache")  # the actions that take --config.KEY=VALUE
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, as all others are told; subparsers are of the same class."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("argument ") and "expected" in message:
-            name = message.removeprefix("argument ").partition(":")[0].split("/")[0]
-            message += f" (one that begins with - is written {name}=VALUE)"
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
-
-
 def parser() -> argparse.ArgumentParser:
-    top = _Parser(
+    top = mistakes.Parser(
         prog="sora-jax",
         description="Turn sentences into videos, and train the models that do.",
         epilog=EXAMPLES,
@@ -396,38 +371,9 @@ def _less_memory(command: str) -> str:
     return "Ask for fewer frames, a smaller size or batch, or use --dtype bfloat16."
 
 
-def _told(error: Exception) -> str:
-    """What a mistake says, or the system of a file that it refuses, in one line."""
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        named = f"{error.filename}: " if error.filename else ""
-        text = f"{named}{error.strerror}; {_MENDS.get(error.errno, 'check that it is there')}."
-    return " ".join(text.split())
-
-
-@contextlib.contextmanager
-def _interrupts_come_again() -> Iterator[None]:
-    """Repeats Ctrl-C that came where Python drops exceptions, as in JAX's hook of the collector."""
-    told = sys.unraisablehook
-
-    def hook(unraisable) -> None:
-        if unraisable.exc_type is KeyboardInterrupt:
-            # A little later: here it would be dropped again.
-            main_thread = threading.main_thread().ident
-            threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
-        else:
-            told(unraisable)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = told
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; a mistake of the caller is one line on stderr and exit status 2."""
-    with _interrupts_come_again():
+    with mistakes.interrupts_come_again():
         return _main(argv)
 
 
@@ -452,7 +398,7 @@ def _main(argv: list[str] | None) -> int:
         setup_jax()
         args.run(args)
     except (ValueError, OSError, FloatingPointError) as error:
-        text = _told(error)
+        text = mistakes.told(error)
         if getattr(args, "distributed", False):
             _leave_job(text)
         else:

@@ -16,6 +16,7 @@ FLOORS = [
         "info",
         "sample_command",
         "storyboard_command",
+        "mistakes",
         "model_arguments",
         "task_arguments",
         "task_command",
