@@ -115,8 +115,8 @@ def _sample(config: Any, host: topology.Slice, decode: bool) -> dict[str, Any]:
         step = sampling.decode(config, host)
         error = _shortage(step, host)
         found["decode"] = _step(step, host)
-    except steps.TooLarge as too_large:
-        error = too_large
+    except steps.TooLarge as refused:
+        error = refused
         found["decode"] = {"fits": False, "needed_gib": error.needed / GIB}
     if not found["decode"]["fits"]:
         return found | {"part": "decoding"} | no_video(error, config)
