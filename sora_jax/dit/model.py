@@ -12,17 +12,16 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from sora_jax import attention, layers, sharding, types
+from sora_jax import layers, sharding, types
 from sora_jax.dit import embed, heads, patchify, rope
-from sora_jax.dit.config import BLOCK_INPUT, REMAT, DiTConfig
+from sora_jax.dit.block import Apart, DiTBlock, to_tokens
+from sora_jax.dit.config import REMAT, DiTConfig
 
 # Segment of tokens that fill up a sequence; packing's own, -1, would attend to them.
 _FILL_SEGMENT = -2
@@ -35,193 +34,9 @@ Time = Float[Array, " b"] | Float[Array, "b n"] | Float[Array, "b f_grid h_grid 
 Around = Callable[[jax.Array, Callable[[jax.Array], jax.Array]], jax.Array]
 
 
-class Apart(NamedTuple):
-    """Blocks whose self-attention keeps to segments of its own.
-
-    Attributes:
-      blocks: counted from 0; static.
-      ids: the segment of every token there.
-      runs: as `attention.attention` takes it.
-    """
-
-    blocks: tuple[int, ...]
-    ids: Int[Array, "b n"]
-    runs: int | None = None
-
-
-class Attention(nnx.Module):
-    """Multi-head attention with q and k RMS-normalised over the full width.
-
-    With `image`, the queries also attend to image tokens by keys and values of their own, and the
-    two results are added before the output projection.
-    """
-
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, out_init=None, image: bool = False):
-        linear = functools.partial(
-            layers.Linear,
-            config.width,
-            config.width,
-            rngs=rngs,
-            dtype=config.linear_dtype,
-            rounded=True,
-        )
-        self.q = linear(axes=("embed", "heads"))
-        self.k = linear(axes=("embed", "heads"))
-        self.v = linear(axes=("embed", "heads"))
-        self.out = linear(axes=("heads", "embed"), init=out_init)
-        self.norm_q = layers.RMSNorm(config.width, eps=config.eps)
-        self.norm_k = layers.RMSNorm(config.width, eps=config.eps)
-        self.k_image = linear(axes=("embed", "heads")) if image else None
-        self.v_image = linear(axes=("embed", "heads")) if image else None
-        self.norm_k_image = layers.RMSNorm(config.width, eps=config.eps) if image else None
-        self.config = config
-
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        source: Float[Array, "b s d"],
-        *,
-        rotation: tuple[jax.Array, jax.Array] | None = None,
-        kv_axis: str = "tokens",
-        q_segment_ids: Int[Array, "b n"] | None = None,
-        kv_segment_ids: Int[Array, "b s"] | None = None,
-        kv_bias: Float[Array, "b s"] | None = None,
-        runs: int | None = None,
-        image: Float[Array, "b i d"] | None = None,
-    ) -> Float[Array, "b n d"]:
-        """Queries from `x`, keys and values from `source`; `rotation` is rope's cos and sin."""
-        config = self.config
-        in_heads = functools.partial(heads.project, rotation=rotation, num_heads=config.num_heads)
-        fused_queries, fused_keys = heads.passes(
-            config, x.shape[1], biased=kv_bias is not None, turned=rotation is not None
-        )
-        q = in_heads(self.q, self.norm_q, x, fused=fused_queries)
-        k = in_heads(self.k, self.norm_k, source, fused=fused_keys)
-        v = self.v(source).reshape(*source.shape[:2], *k.shape[2:])
-        y = attention.attention(
-            q,
-            k,
-            v,
-            q_segment_ids=q_segment_ids,
-            kv_segment_ids=kv_segment_ids,
-            kv_bias=kv_bias,
-            kv_axis=kv_axis,
-            implementation=config.attention,
-            context=config.context,
-            dtype=config.dtype,
-            scaled=fused_queries is not None,
-            runs=runs,
-        )
-        if self.k_image is not None and image is not None:
-            shape = (*image.shape[:2], *k.shape[2:])
-            y = y + attention.attention(
-                q,
-                self.norm_k_image(self.k_image(image)).reshape(shape),
-                self.v_image(image).reshape(shape),
-                kv_axis=kv_axis,
-                implementation=config.attention,
-                dtype=config.dtype,
-                scaled=fused_queries is not None,
-            )
-        return self.out(y.reshape(*x.shape[:2], -1))
-
-
-class MLP(nnx.Module):
-    """Linear, GELU (tanh), linear."""
-
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        linear = functools.partial(
-            layers.Linear, rngs=rngs, dtype=config.linear_dtype, rounded=True
-        )
-        self.up = linear(config.width, config.ffn_dim, axes=("embed", "mlp"))
-        self.down = linear(config.ffn_dim, config.width, axes=("mlp", "embed"))
-
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        y = sharding.constrain(self.up(x), "batch", "tokens", "act_mlp")
-        return self.down(jax.nn.gelu(y.astype(jnp.float32), approximate=True))
-
-
-def _to_tokens(
-    values: Float[Array, "b times d"], membership: Float[Array, "b n times"] | None
-) -> Float[Array, "b n_or_1 d"]:
-    """What every segment has to each of its tokens, exactly; a product, for so is its gradient."""
-    if membership is None:
-        return values
-    return jnp.einsum("bns,bsd->bnd", membership, values, precision="highest")
-
-
 def _fill_up(x: jax.Array, *, count: int, value: int = 0) -> jax.Array:
     """`count` more tokens of `value` (b, n + count, ...)."""
     return jnp.pad(x, ((0, 0), (0, count)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
-
-
-class DiTBlock(nnx.Module):
-    """Self-attention, cross-attention, MLP; the identity at initialisation."""
-
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        norm = functools.partial(layers.LayerNorm, config.width, eps=config.eps)
-        self.norm_self = norm(affine=False)
-        self.self_attention = Attention(config, rngs=rngs)
-        self.norm_cross = norm() if config.cross_attn_norm else None
-        self.cross_attention = Attention(
-            config, rngs=rngs, out_init=_zeros, image=config.image_dim is not None
-        )
-        self.norm_mlp = norm(affine=False)
-        self.mlp = MLP(config, rngs=rngs)
-        self.modulation = nnx.Param(jnp.zeros((6, config.width)), axes=("time", "norm"))
-
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        text: Float[Array, "b s d"],
-        *,
-        modulation: Sequence[Float[Array, "b times d"]],
-        rotation: tuple[jax.Array, jax.Array],
-        text_bias: Float[Array, "b s"] | None,
-        segment_ids: Int[Array, "b n"] | None = None,
-        text_segment_ids: Int[Array, "b s"] | None = None,
-        text_of_tokens: Int[Array, "b n"] | None = None,
-        image: Float[Array, "b i d"] | None = None,
-        membership: Float[Array, "b n times"] | None = None,
-        num_segments: int = 1,
-        apart: tuple[Apart, Bool[Array, ""]] | None = None,
-    ) -> Float[Array, "b n d"]:
-        """The six of `modulation` are those of the row, its tokens, or with `membership` segments.
-
-        They come apart, for of tokens they are as large as what a block keeps: six in one array
-        would be written and read once more for every gradient. `apart` comes with whether this is
-        one of its blocks.
-        """
-        x = checkpoint_name(x, BLOCK_INPUT)
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
-            _to_tokens(part + own[None, None], membership)
-            for part, own in zip(modulation, self.modulation[...], strict=True)
-        )
-
-        def attend(y: jax.Array, ids: jax.Array | None = segment_ids, runs=num_segments):
-            return self.self_attention(
-                y, y, rotation=rotation, q_segment_ids=ids, kv_segment_ids=ids, runs=runs
-            )
-
-        y = self.norm_self(x) * (1 + scale) + shift
-        if apart is None:
-            y = attend(y)
-        else:
-            (_, ids, runs), is_apart = apart
-            y = jax.lax.cond(is_apart, functools.partial(attend, ids=ids, runs=runs), attend, y)
-        x = sharding.constrain(x + y * gate, "batch", "tokens", "act_embed")
-        y = self.cross_attention(
-            x if self.norm_cross is None else self.norm_cross(x),
-            text,
-            kv_axis="text_tokens",
-            q_segment_ids=None if text_segment_ids is None else text_of_tokens,
-            kv_segment_ids=text_segment_ids,
-            kv_bias=text_bias,
-            image=image,
-        )
-        x = x + y
-        y = self.mlp(self.norm_mlp(x) * (1 + scale_mlp) + shift_mlp)
-        return sharding.constrain(x + y * gate_mlp, "batch", "tokens", "act_embed")
 
 
 class DiT(nnx.Module):
@@ -434,7 +249,7 @@ class DiT(nnx.Module):
         )
         x = blocks(x) if around is None else around(x, blocks)
         modulation_out = time[:, :, None] + self.modulation_out[...][None, None]
-        shift, scale = (_to_tokens(modulation_out[:, :, i], membership) for i in range(2))
+        shift, scale = (to_tokens(modulation_out[:, :, i], membership) for i in range(2))
         return self.proj_out(self.norm_out(x) * (1 + scale) + shift)
 
     def _run_blocks(
