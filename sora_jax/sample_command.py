@@ -21,7 +21,7 @@ AT_ONCE = 8  # videos denoised together at most
 _NAMES = (
     *("negative_prompt", "frames", "fps", "steps", "guidance", "guidance_2"),
     *("guidance_interval", "guidance_rescale", "guidance_blocks", "guidance_blocks_interval"),
-    *("shift", "solver", "schedule", "cache_threshold"),
+    *("shift", "solver", "schedule", "cache_threshold", "kv_cache"),
 )
 _PICTURES = ("image", "last_image")
 _TASK_STAGE = "make"  # a task's windows are denoised, decoded and written in turn
@@ -363,7 +363,8 @@ def _cut(pipe: Pipeline, prompt: str, console: Console) -> str:
 def _read_metadata(path: Path) -> dict:
     metadata = folder.read_json(path) if path.suffix == ".json" else video_io.read_metadata(path)
     needed = {"prompt", "seed", "width", "height", "checkpoint_sha256", *_NAMES}
-    newer = {"guidance_blocks": (), "guidance_blocks_interval": (0.0, 1.0), "cache_threshold": 0.0}
+    newer = {"guidance_blocks": (), "guidance_blocks_interval": (0.0, 1.0)}
+    newer |= {"cache_threshold": 0.0, "kv_cache": 1}
     needed -= {"guidance_2", *newer}  # what older files may lack
     if missing := needed - set(metadata):
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; give a video made here.")

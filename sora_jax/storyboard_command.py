@@ -66,7 +66,7 @@ def run(args: Namespace) -> None:
     if args.out is not None:
         video_io.check_rate(args.out, board.fps or pipe.sampling.fps)
     settings = {"steps": args.steps, "guidance": args.guidance, "window": args.window}
-    settings["cache_threshold"] = args.cache_threshold
+    settings["cache_threshold"], settings["kv_cache"] = args.cache_threshold, args.kv_cache
     storyboard.plan(pipe, board, **settings)  # refuses what cannot be before weights are read
     if not args.plan:
         pipe.load_weights()

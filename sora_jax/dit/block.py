@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sora_jax import attention, layers, sharding
 from sora_jax.dit import heads
 from sora_jax.dit.config import BLOCK_INPUT, DiTConfig
+from sora_jax.dit.kv_cache import KV, KVCache
 
 _zeros = nnx.initializers.zeros_init()
 
@@ -24,11 +25,13 @@ class Apart(NamedTuple):
       blocks: counted from 0; static.
       ids: the segment of every token there.
       runs: as `attention.attention` takes it.
+      given: segments of tokens whose keys and values a `KVCache` takes, which are not in `ids`.
     """
 
     blocks: tuple[int, ...]
     ids: Int[Array, "b n"]
     runs: int | None = None
+    given: Int[Array, "b g"] | None = None
 
 
 class Attention(nnx.Module):
@@ -63,7 +66,35 @@ class Attention(nnx.Module):
         x: Float[Array, "b n d"],
         source: Float[Array, "b s d"],
         *,
-        rotation: tuple[jax.Array, jax.Array] | None = None,
+        rotation: heads.Rotation | None = None,
+        kv_bias: Float[Array, "b s"] | None = None,
+        **kwargs: Any,
+    ) -> Float[Array, "b n d"]:
+        """Queries from `x`, keys and values from `source`; the rest is as in `attend`."""
+        kv = self.keys_values(source, like=x, rotation=rotation, kv_bias=kv_bias)
+        return self.attend(x, kv, rotation=rotation, kv_bias=kv_bias, **kwargs)
+
+    def keys_values(
+        self,
+        source: Float[Array, "b s d"],
+        *,
+        like: Float[Array, "b n d"],
+        rotation: heads.Rotation | None = None,
+        kv_bias: Float[Array, "b s"] | None = None,
+    ) -> KV:
+        """Those of `source`, for queries from `like`; `rotation` is rope's cosines and sines."""
+        _, fused = self._passes(like, rotation, kv_bias)
+        k = heads.project(
+            self.k, self.norm_k, source, rotation, num_heads=self.config.num_heads, fused=fused
+        )
+        return KV(k, self.v(source).reshape(*source.shape[:2], *k.shape[2:]))
+
+    def attend(
+        self,
+        x: Float[Array, "b n d"],
+        kv: KV,
+        *,
+        rotation: heads.Rotation | None = None,
         kv_axis: str = "tokens",
         q_segment_ids: Int[Array, "b n"] | None = None,
         kv_segment_ids: Int[Array, "b s"] | None = None,
@@ -71,19 +102,14 @@ class Attention(nnx.Module):
         runs: int | None = None,
         image: Float[Array, "b i d"] | None = None,
     ) -> Float[Array, "b n d"]:
-        """Queries from `x`, keys and values from `source`; `rotation` is rope's cos and sin."""
+        """Queries from `x`, turned by `rotation`, see `kv`."""
         config = self.config
-        in_heads = functools.partial(heads.project, rotation=rotation, num_heads=config.num_heads)
-        fused_queries, fused_keys = heads.passes(
-            config, x.shape[1], biased=kv_bias is not None, turned=rotation is not None
-        )
-        q = in_heads(self.q, self.norm_q, x, fused=fused_queries)
-        k = in_heads(self.k, self.norm_k, source, fused=fused_keys)
-        v = self.v(source).reshape(*source.shape[:2], *k.shape[2:])
+        fused, _ = self._passes(x, rotation, kv_bias)
+        q = heads.project(self.q, self.norm_q, x, rotation, num_heads=config.num_heads, fused=fused)
         y = attention.attention(
             q,
-            k,
-            v,
+            kv.keys,
+            kv.values,
             q_segment_ids=q_segment_ids,
             kv_segment_ids=kv_segment_ids,
             kv_bias=kv_bias,
@@ -91,11 +117,11 @@ class Attention(nnx.Module):
             implementation=config.attention,
             context=config.context,
             dtype=config.dtype,
-            scaled=fused_queries is not None,
+            scaled=fused is not None,
             runs=runs,
         )
         if self.k_image is not None and image is not None:
-            shape = (*image.shape[:2], *k.shape[2:])
+            shape = (*image.shape[:2], *kv.keys.shape[2:])
             y = y + attention.attention(
                 q,
                 self.norm_k_image(self.k_image(image)).reshape(shape),
@@ -103,9 +129,14 @@ class Attention(nnx.Module):
                 kv_axis=kv_axis,
                 implementation=config.attention,
                 dtype=config.dtype,
-                scaled=fused_queries is not None,
+                scaled=fused is not None,
             )
         return self.out(y.reshape(*x.shape[:2], -1))
+
+    def _passes(self, x, rotation, kv_bias) -> tuple[heads.Pass | None, heads.Pass | None]:
+        return heads.passes(
+            self.config, x.shape[1], biased=kv_bias is not None, turned=rotation is not None
+        )
 
 
 class MLP(nnx.Module):
@@ -162,12 +193,13 @@ class DiTBlock(nnx.Module):
         membership: Float[Array, "b n times"] | None = None,
         num_segments: int = 1,
         apart: tuple[Apart, Bool[Array, ""]] | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Array, "b n d"]:
         """The six of `modulation` are those of the row, its tokens, or with `membership` segments.
 
         They come apart, for of tokens they are as large as what a block keeps: six in one array
         would be written and read once more for every gradient. `apart` comes with whether this is
-        one of its blocks.
+        one of its blocks; `cache` is this block's.
         """
         x = checkpoint_name(x, BLOCK_INPUT)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
@@ -175,17 +207,23 @@ class DiTBlock(nnx.Module):
             for part, own in zip(modulation, self.modulation[...], strict=True)
         )
 
-        def attend(y: jax.Array, ids: jax.Array | None = segment_ids, runs=num_segments):
-            return self.self_attention(
-                y, y, rotation=rotation, q_segment_ids=ids, kv_segment_ids=ids, runs=runs
+        y = self.norm_self(x) * (1 + scale) + shift
+        own = self.self_attention.keys_values(y, like=y, rotation=rotation)
+        kv = own if cache is None else cache.seen(own, dtype=self.self_attention.config.dtype)
+
+        def attend(y: jax.Array, ids=segment_ids, runs=num_segments, given=None):
+            kv_ids = ids if cache is None else cache.ids(ids, given)
+            if kv_ids is not ids:
+                runs = None  # which are those of queries
+            return self.self_attention.attend(
+                y, kv, rotation=rotation, q_segment_ids=ids, kv_segment_ids=kv_ids, runs=runs
             )
 
-        y = self.norm_self(x) * (1 + scale) + shift
         if apart is None:
             y = attend(y)
         else:
-            (_, ids, runs), is_apart = apart
-            y = jax.lax.cond(is_apart, functools.partial(attend, ids=ids, runs=runs), attend, y)
+            (_, *others), is_apart = apart
+            y = jax.lax.cond(is_apart, lambda y: attend(y, *others), attend, y)
         x = sharding.constrain(x + y * gate, "batch", "tokens", "act_embed")
         y = self.cross_attention(
             x if self.norm_cross is None else self.norm_cross(x),

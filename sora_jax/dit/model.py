@@ -22,6 +22,7 @@ from sora_jax import layers, sharding, types
 from sora_jax.dit import embed, heads, patchify, rope
 from sora_jax.dit.block import Apart, DiTBlock, to_tokens
 from sora_jax.dit.config import REMAT, DiTConfig
+from sora_jax.dit.kv_cache import KVCache
 
 # Segment of tokens that fill up a sequence; packing's own, -1, would attend to them.
 _FILL_SEGMENT = -2
@@ -87,6 +88,7 @@ class DiT(nnx.Module):
         image_emb: Float[Array, "b i d_image"] | None = None,
         frames_apart: tuple[Sequence[int], Bool[Array, "b #f_grid"]] | None = None,
         around: Around | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Array, "b f h w c_out"]:
         """Velocity at time `t` of every example (b,), token (b, n) or patch (b, f', h', w').
 
@@ -104,6 +106,8 @@ class DiT(nnx.Module):
           frames_apart: blocks, counted from 0, in which some frames of patches see only
             themselves, and which do (`diffusion.guidance`).
           around: looks at what the blocks do, or stands in for them (a cache between steps).
+          cache: stores keys and values of given tokens, or takes them from another evaluation.
+            Then the velocity of those tokens, which are not worked on, is 0.
 
         Raises:
           ValueError: if the patches do not tile the latents, `t` does not fit the tokens, or
@@ -115,28 +119,39 @@ class DiT(nnx.Module):
                 f"t of shape {t.shape} fits neither examples {t.shape[:1]}, nor tokens "
                 f"{(t.shape[0], math.prod(grid))}, nor the grid {(t.shape[0], *grid)}."
             )
-        text_of_tokens = None
-        if text_of_frames is not None:
-            text_of_tokens = jnp.repeat(text_of_frames, grid[1] * grid[2], axis=1)
+        of_frame = functools.partial(jnp.repeat, repeats=grid[1] * grid[2], axis=1)
+        text_of_tokens = None if text_of_frames is None else of_frame(text_of_frames)
         apart = None
         if frames_apart is not None:
             blocks, alone = frames_apart
             ids = jnp.where(alone, jnp.arange(grid[0], dtype=jnp.int32), grid[0])
             runs = grid[0] + 1 if alone.shape[1] == 1 else None  # else they may lie in between
-            apart = Apart(tuple(blocks), jnp.repeat(ids, grid[1] * grid[2], axis=1), runs)
+            apart = Apart(tuple(blocks), of_frame(ids), runs)
+        x, t = patchify.patchify(latents, self.config.patch_size), t.reshape(t.shape[0], -1)
+        positions = patchify.positions(*grid)[None]
+        takes = cache is not None and cache.taken is not None
+        if takes:
+            x, positions = cache.of_rest(x), cache.of_rest(positions)
+            t = t if t.shape[1] == 1 else cache.of_rest(t)
+            text_of_tokens = None if text_of_frames is None else cache.of_rest(text_of_tokens)
+            if apart is not None:
+                given = apart.ids[:, cache.given]
+                apart = Apart(apart.blocks, cache.of_rest(apart.ids), given=given)
         velocity = self.tokens(
-            patchify.patchify(latents, self.config.patch_size),
-            t.reshape(t.shape[0], -1),
+            x,
+            t,
             text_emb,
             text_mask=text_mask,
             text_segment_ids=text_segment_ids,
             text_of_tokens=text_of_tokens,
             num_segments=num_texts,
             image_emb=image_emb,
-            positions=patchify.positions(*grid)[None],
+            positions=positions,
             apart=apart,
             around=around,
+            cache=cache,
         )
+        velocity = cache.spread(velocity) if takes else velocity
         return patchify.unpatchify(velocity, self.config.patch_size, grid=grid)
 
     def tokens(
@@ -155,6 +170,7 @@ class DiT(nnx.Module):
         image_emb: Float[Array, "b i d_image"] | None = None,
         apart: Apart | None = None,
         around: Around | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Array, "b n p_out"]:
         """The model on patch tokens, where several examples may share a row (packing).
 
@@ -172,7 +188,7 @@ class DiT(nnx.Module):
           num_segments: static bound on the number of segments in a row.
           image_emb: image features of the whole row.
           apart: blocks in which other segments than `segment_ids` see each other.
-          around: as in `__call__`.
+          around, cache: as in `__call__`; tokens are those that are worked on.
 
         Raises:
           ValueError: if the text is longer than `config.text_len`, or segment ids are given
@@ -198,6 +214,7 @@ class DiT(nnx.Module):
                 image_emb=image_emb,
                 apart=apart and apart._replace(ids=fill(apart.ids, value=_FILL_SEGMENT)),
                 around=around,
+                cache=cache,
             )
             return filled[:, :count]
         length = text_emb.shape[1]
@@ -246,6 +263,7 @@ class DiT(nnx.Module):
             membership=membership,
             num_segments=num_segments,
             apart=apart,
+            cache=cache,
         )
         x = blocks(x) if around is None else around(x, blocks)
         modulation_out = time[:, :, None] + self.modulation_out[...][None, None]
@@ -253,7 +271,13 @@ class DiT(nnx.Module):
         return self.proj_out(self.norm_out(x) * (1 + scale) + shift)
 
     def _run_blocks(
-        self, x: jax.Array, text: jax.Array, *, apart: Apart | None, **kwargs
+        self,
+        x: jax.Array,
+        text: jax.Array,
+        *,
+        apart: Apart | None = None,
+        cache: KVCache | None = None,
+        **kwargs,
     ) -> jax.Array:
         """Scans the stacked blocks, or unrolls them, each rematerialised by `config.remat`."""
         graph, params = nnx.split(self.blocks, nnx.Param)
@@ -261,20 +285,28 @@ class DiT(nnx.Module):
         is_apart = None
         if apart is not None:
             is_apart = jnp.isin(jnp.arange(config.depth), jnp.array(apart.blocks))
-        stacked = (params, is_apart)
+        stacked = (params, is_apart, None if cache is None else cache.taken)
 
-        def block(x, own):
-            params, is_apart = own
+        def block(x, of_block):
+            params, is_apart, taken = of_block
             x = heads.row_major(x, config)
             asked = None if apart is None else (apart, is_apart)
-            return nnx.merge(graph, params)(x, text, apart=asked, **kwargs), None
+            own = None if cache is None else cache.of_block(taken)
+            x = nnx.merge(graph, params)(x, text, apart=asked, cache=own, **kwargs)
+            return x, None if own is None else own.stored
 
         if config.remat != "none":
             # Inside scan, nothing outside a block can be merged with its recomputation.
             policy = REMAT[config.remat]
             block = jax.checkpoint(block, policy=policy, prevent_cse=config.unroll)
         if config.unroll:
+            stored = []
             for i in range(config.depth):
-                x, _ = block(x, jax.tree.map(operator.itemgetter(i), stacked))
-            return x
-        return jax.lax.scan(block, x, stacked)[0]
+                x, own = block(x, jax.tree.map(operator.itemgetter(i), stacked))
+                stored.append(own)
+            stored = jax.tree.map(lambda *parts: jnp.stack(parts), *stored)
+        else:
+            x, stored = jax.lax.scan(block, x, stacked)
+        if cache is not None:
+            cache.stored = stored
+        return x

@@ -20,6 +20,7 @@ from sora_jax.diffusion import guidance
 from sora_jax.diffusion.guidance import GuidanceConfig
 from sora_jax.dit import patchify
 from sora_jax.dit.config import DiTConfig
+from sora_jax.dit.kv_cache import KVCache
 from sora_jax.generate import tiles as tiling
 from sora_jax.generate.residual import Residual
 from sora_jax.image.clip import CLIPVisionConfig
@@ -145,6 +146,7 @@ def conditioned(
     tiles: Tiles | None = None,
     residual: Residual | None = None,
     guide: GuidanceConfig | None = None,
+    cache: KVCache | None = None,
 ) -> Velocity:
     """The transformer as velocity(x, t) over 1 or 2 times the batch that `conditions` are for.
 
@@ -153,6 +155,7 @@ def conditioned(
     Args:
       residual: given in place of the blocks, or stored by them; of every tile, where there are any.
       guide: says in which blocks frames of the second half of the rows do not see each other.
+      cache: of keys and values of given tokens; without tiles alone.
     """
 
     def velocity(x: Latents, t: Float[Array, ""] | Float[Array, "1 f 1 1 1"]) -> Latents:
@@ -177,7 +180,8 @@ def conditioned(
             times = t[0, :, 0, 0] if t.ndim else t
             known["frames_apart"] = guidance.frames_apart(guide, times, rows=x.shape[0])
         if tiles is None:
-            return dit(x, time, **known, around=None if residual is None else residual.around)
+            around = None if residual is None else residual.around
+            return dit(x, time, **known, around=around, cache=cache)
         patch = dit.config.patch_size
         grid = patchify.grid(*x.shape[1:4], patch_size=patch)
         time = time if time.ndim > 1 else time[:, None, None, None]

@@ -14,9 +14,11 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from sora_jax.diffusion import feature_cache, path, sampler, times
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion.feature_cache import ChangeCurve
+from sora_jax.dit.kv_cache import KV
 from sora_jax.generate import conditions
 from sora_jax.generate.conditions import Conditions, Text, Tiles
 from sora_jax.generate.experts import Experts
+from sora_jax.generate.given_kv import GivenKV, Taken
 from sora_jax.generate.request import Request
 from sora_jax.generate.residual import Residual
 
@@ -82,6 +84,7 @@ class Denoiser:
     Args:
       jit: compiles a function for the pipeline's mesh.
       curve: of the checkpoint, for requests with a `cache_threshold`.
+      shards: that the mesh cuts tokens into.
     """
 
     def __init__(
@@ -90,8 +93,10 @@ class Denoiser:
         jit: Callable[..., Callable],
         *,
         curve: ChangeCurve | None = None,
+        shards: int = 1,
     ):
         self.experts, self.curve, self._jit = experts, curve, jit
+        self._shards = shards
         self._step = functools.lru_cache(maxsize=16)(self._make_step)
         self._step_by_frame = functools.lru_cache(maxsize=4)(self._make_step_by_frame)
 
@@ -107,7 +112,16 @@ class Denoiser:
         on_step: OnStep | None = None,
         on_residual: OnResidual | None = None,
     ) -> Float[Array, "b f h w c"]:
-        """Latents of `request`, given tokens among them as they were given."""
+        """Latents of `request`, given tokens among them as they were given.
+
+        Raises:
+          ValueError: a strength out of range, or a `kv_cache` over tiles.
+        """
+        if tiles is not None and request.kv_cache > 1:
+            raise ValueError(
+                "kv_cache (--kv-cache) keeps what one window is given, and here several are "
+                "denoised together; leave it out."
+            )
         table, told = times.schedule(request.schedule, request.steps, shift=request.shift)
         first, x = 0, noise
         if start is not None:
@@ -118,6 +132,8 @@ class Denoiser:
         computed, residual = self.computed(request, first=first), None
         # Where no step reuses, the program is the one without a cache, to the bit.
         run = "run" if computed.all() and on_residual is None else "store"
+        regimes, kv = self._regimes(request, told, first), self.given_kv(request)
+        kv.begin(given.keep)
         for i, runs in enumerate(computed, first):
             expert = self.experts.at(told[i])
             kind = _Kind(
@@ -134,8 +150,10 @@ class Denoiser:
                 jax.block_until_ready(state.x)  # steps under way hold the other's memory
             step, before = self._step(kind), state.x
             params, taken = self.experts.params(expert), None if runs else residual
-            state, stored = step(state, i - first, params, text, given, taken)
+            of_given = kv.next(fresh=bool(regimes[i - first]), runs=bool(runs))
+            state, (stored, own) = step(state, i - first, params, text, given, taken, of_given)
             residual = stored if runs else residual
+            kv.store(own)
             if on_residual is not None and runs:
                 on_residual(float(told[i]), residual)
             if on_step is not None:
@@ -159,7 +177,9 @@ class Denoiser:
         request: Request,
         text: Text,
         given: Conditions,
-    ) -> Any:
+        *,
+        of_given: Taken | None = None,
+    ) -> tuple[Any, KV | None]:
         """One step in which every latent frame is at a step of its own.
 
         Args:
@@ -167,13 +187,18 @@ class Denoiser:
           progress: the step that each frame is at. Below 0 it has not begun, from `request.steps`
             on it is finished: both stay as they are.
           given: beside the first transformer's other conditions, the frames that are finished.
+          of_given: of a `given_kv`, which is told what is given back beside the state.
         """
         guide = request.guide(0)
         kind = _Kind(
             request.steps, request.shift, request.solver, request.schedule, 0, guide, None, "run"
         )
         step = self._step_by_frame(kind)
-        return step(state, jnp.asarray(progress), self.experts.params(0), text, given)
+        return step(state, jnp.asarray(progress), self.experts.params(0), text, given, of_given)
+
+    def given_kv(self, request: Request) -> GivenKV:
+        """Of a video that has not begun."""
+        return GivenKV(request.kv_cache, shards=self._shards)
 
     def times_by_frame(
         self, progress: Int[np.ndarray, " f"], request: Request
@@ -187,18 +212,26 @@ class Denoiser:
 
     def computed(self, request: Request, *, first: int = 0) -> Bool[np.ndarray, " s"]:
         """Which steps from `first` on run the blocks; the others reuse what the last one stored."""
-        steps = range(first, request.steps)
         if not request.cache_threshold:
-            return np.ones(len(steps), bool)
+            return np.ones(request.steps - first, bool)
         _, told = times.schedule(request.schedule, request.steps, shift=request.shift)
-        # What another transformer stored is of no use, nor what was stored for other rows.
-        of = [(self.experts.at(told[i]), self._guide(request, told, i).needs_uncond) for i in steps]
         return feature_cache.computed_steps(
             self.curve,
             told[first : request.steps],
             threshold=request.cache_threshold,
-            fresh=np.array([True, *(a != b for a, b in itertools.pairwise(of))]),
+            fresh=self._regimes(request, told, first),
         )
+
+    def _regimes(self, request: Request, told: np.ndarray, first: int) -> Bool[np.ndarray, " s"]:
+        """True at the steps from `first` on for which what one before stored is of no use.
+
+        Another transformer stored it, or it is of other rows.
+        """
+        of = [
+            (self.experts.at(told[i]), self._guide(request, told, i).needs_uncond)
+            for i in range(first, request.steps)
+        ]
+        return np.array([True, *(a != b for a, b in itertools.pairwise(of))])
 
     def forwards(self, request: Request) -> int:
         """Forward passes of a transformer in a request's steps, where no step reuses another's."""
@@ -217,9 +250,10 @@ class Denoiser:
         table, told = table[kind.first :], told[kind.first :]
 
         @functools.partial(self._jit, stays=True)
-        def step(state, i, params, text, given, taken):
+        def step(state, i, params, text, given, taken, of_given):
             dit = self.experts.parts[0].module(params)
             residual = None if kind.blocks == "run" else Residual(taken)
+            cache = None if of_given is None else of_given.cache()
             velocity = conditions.conditioned(
                 dit,
                 text,
@@ -227,25 +261,32 @@ class Denoiser:
                 tiles=kind.tiles,
                 residual=residual,
                 guide=kind.guide,
+                cache=cache,
             )
             guided = guidances.guided_velocity(velocity, config=kind.guide)
             solver = sampler.make_solver(guided, table, solver=kind.solver, model_times=told)
-            return solver.step(state, i), None if residual is None else residual.stored
+            state = solver.step(state, i)
+            stored = None if residual is None else residual.stored
+            if stored is not None and cache is not None:
+                stored = cache.cut(stored)  # of the tokens that steps to come work on
+            return state, (stored, None if cache is None else cache.stored)
 
         return step
 
     def _make_step_by_frame(self, kind: _Kind):
         table, told = times.schedule(kind.schedule, kind.steps, shift=kind.shift)
 
-        @self._jit
-        def step(state, progress, params, text, given):
+        @functools.partial(self._jit, stays=True)
+        def step(state, progress, params, text, given, of_given):
             dit = self.experts.parts[0].module(params)
-            velocity = conditions.conditioned(dit, text, given, guide=kind.guide)
+            cache = None if of_given is None else of_given.cache()
+            velocity = conditions.conditioned(dit, text, given, guide=kind.guide, cache=cache)
             guided = guidances.guided_velocity(velocity, config=kind.guide)
             solver = sampler.make_solver(guided, table, solver=kind.solver, model_times=told)
             at = jnp.clip(progress, 0, kind.steps - 1)
             moved, under_way = solver.step(state, _by_frame(at)), _by_frame(progress == at)
-            return jax.tree.map(lambda new, old: jnp.where(under_way, new, old), moved, state)
+            state = jax.tree.map(lambda new, old: jnp.where(under_way, new, old), moved, state)
+            return state, None if cache is None else cache.stored
 
         return step
 

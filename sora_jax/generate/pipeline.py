@@ -18,7 +18,7 @@ from sora_jax import compile_options, sharding
 from sora_jax.convert.sampling import SamplingDefaults
 from sora_jax.diffusion import times
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import conditions, detail, memory, texts, trained
+from sora_jax.generate import conditions, detail, given_kv, memory, texts, trained
 from sora_jax.generate import given as given_of
 from sora_jax.generate import request as requests_of
 from sora_jax.generate.canvas import Canvas
@@ -66,7 +66,8 @@ class Pipeline:
         self._latents = self._jit(lambda params, video: vae.module(params).encode(video))
         if image is not None:
             self._features = self._jit(lambda params, pixels: image.module(params)(pixels))
-        self.denoise = Denoiser(experts, self._jit, curve=sampling.feature_cache)
+        shards = 1 if mesh is None else mesh.shape[sharding.CONTEXT]
+        self.denoise = Denoiser(experts, self._jit, curve=sampling.feature_cache, shards=shards)
 
     def _jit(self, function: Callable, *, stays: bool = False) -> Callable:
         """`function` compiled for the pipeline's mesh.
@@ -207,6 +208,7 @@ class Pipeline:
         solver: str | None = None,
         schedule: str | None = None,
         cache_threshold: float | None = None,
+        kv_cache: int | None = None,
         seed: int = 0,
     ) -> Video:
         """One video of `prompt`; everything not given is the checkpoint's default.
@@ -227,6 +229,8 @@ class Pipeline:
           shift: moves steps towards noise; by default it follows from the number of tokens.
           cache_threshold: above 0, steps may reuse what the transformer computed in one before,
             as long as that is not measured to change by more; .06 halves the work. 0 is exact.
+          kv_cache: with pictures, every such step alone computes keys and values of tokens that
+            are given, and the steps between work on the others; 1, the default, is exact.
           seed: the noise; equal arguments and checkpoint give equal frames on one machine.
 
         Raises:
@@ -249,6 +253,7 @@ class Pipeline:
             solver=solver,
             schedule=schedule,
             cache_threshold=cache_threshold,
+            kv_cache=kv_cache,
             seed=seed,
         )
         return self.run([request], pictures=(image, last_image))[0]
@@ -301,6 +306,8 @@ class Pipeline:
                 canvas_of.of_pictures(shown, shared.frames, size=(shared.width, shared.height))
             ] * len(requests)
         self._check_videos(requests, canvases, drafts)
+        if shared.kv_cache > 1 and (canvases is None or self.way == "channels"):
+            raise ValueError(given_kv.NOTHING_KEPT)
         latents = self.noise(requests) if noise is None else self._given(noise, requests)
         clock = _Clock(on_stage)
         text = texts.embed(self, requests)

@@ -25,7 +25,8 @@ class Request:
 
     `guidance_2` is the scale for the second transformer, of little noise, in models with two.
     `cache_threshold` is how far the residual of the transformer's blocks may move before they run
-    again (`diffusion.feature_cache`); 0 runs them at every step.
+    again (`diffusion.feature_cache`); 0 runs them at every step. Keys and values of given tokens
+    are computed at every `kv_cache`-th step that runs them; 1 is every one.
     """
 
     prompt: str
@@ -45,6 +46,7 @@ class Request:
     solver: str
     schedule: str
     cache_threshold: float
+    kv_cache: int
     seed: int
 
     def guide(self, expert: int = 0) -> guidances.GuidanceConfig:
@@ -130,6 +132,7 @@ def of_settings(
         solver=solver,
         schedule=_text("schedule", chosen("schedule")),
         cache_threshold=_number("cache_threshold", threshold),
+        kv_cache=_whole("kv_cache", given.get("kv_cache", 1)),
         seed=_whole("seed", given.get("seed", 0)),
     )
 
@@ -199,15 +202,23 @@ def check(request: Request, *, cell: tuple[int, int, int], blocks: int) -> None:
             f"guidance_blocks {request.guidance_blocks}: this transformer's blocks are 0 to "
             f"{blocks - 1}; give some of them, or none."
         )
+    if not 1 <= request.kv_cache <= MAX_STEPS:
+        raise ValueError(
+            f"kv_cache {request.kv_cache} is out of range; use 1 (off) to {MAX_STEPS} steps."
+        )
     evaluations = sampler.num_evaluations(request.solver, 1)
     if not 0 <= request.cache_threshold <= MAX_THRESHOLD:
         raise ValueError(
             f"cache_threshold {request.cache_threshold} is out of range; use 0 (off) to "
             f"{MAX_THRESHOLD:g}."
         )
-    if request.cache_threshold and evaluations > 1:
-        raise ValueError(
-            f"cache_threshold {request.cache_threshold} needs a solver that evaluates the model "
-            f"once a step, {request.solver} does {evaluations} times; use another solver, or 0."
-        )
+    for name, value, off in (
+        ("cache_threshold", request.cache_threshold, 0.0),
+        ("kv_cache", request.kv_cache, 1),
+    ):
+        if value != off and evaluations > 1:
+            raise ValueError(
+                f"{name} {value} needs a solver that evaluates the model once a step, "
+                f"{request.solver} does {evaluations} times; use another solver, or {off:g}."
+            )
     times.schedule(request.schedule, request.steps, shift=request.shift)

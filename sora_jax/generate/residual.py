@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from sora_jax import sharding
 
@@ -17,7 +18,8 @@ class Residual:
     def around(self, x: jax.Array, blocks: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """The `around` of a `DiT`."""
         if self.given is not None:
-            return x + self.given
+            spare = x.shape[1] - self.given.shape[1]  # tokens that fill up the sequence
+            return x + jnp.pad(self.given, ((0, 0), (0, spare), (0, 0)))
         y = blocks(x)
         self.stored = sharding.constrain(y - x, "batch", "tokens", "act_embed")
         return y

@@ -101,6 +101,7 @@ def film(
     last_pictures: dict[int, np.ndarray] = {}
     patch = pipe.dit.config.patch_size
     here = _here(given, state.x, 0, None, patch_size=patch)
+    kv, seen_before = denoise.given_kv(shared), None
     step = shown = begin = 0
     for frame in range(total):
         if roll.begin(frame) > begin:
@@ -114,7 +115,13 @@ def film(
             finished = jnp.asarray(progress >= shared.steps)[None, :, None, None]
             clean = conditions.keep_clean(x, here.clean, here.keep, patch_size=patch)
             seen = Conditions(clean=clean, keep=here.keep | finished)
-            state = denoise.step_by_frame(state, progress, shared, _at(text, begin, size), seen)
+            if (begin, sum(progress >= shared.steps)) != seen_before:
+                seen_before = (begin, sum(progress >= shared.steps))
+                kv.begin(seen.keep)
+            state, own = denoise.step_by_frame(
+                state, progress, shared, _at(text, begin, size), seen, of_given=kv.next()
+            )
+            kv.store(own)
             step += 1
             if on_step is not None:
                 jax.block_until_ready(state.x)

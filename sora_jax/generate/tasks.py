@@ -21,6 +21,7 @@ from sora_jax.generate import rolling as rolling_of
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Picture
 from sora_jax.generate.denoise import OnStep, check_strength
+from sora_jax.generate.given_kv import NOTHING_KEPT
 from sora_jax.generate.video import Film, Video, array_hash
 from sora_jax.generate.windows import Sweep
 from sora_jax.prompts import timed
@@ -442,6 +443,9 @@ def long(
     if image is not None:
         trained.check(pipe, "first")
         canvases = [canvas_of.of_pictures({0: image}, window, size=(request.width, request.height))]
+    nothing_given = frames <= window and image is None and not rolling
+    if request.kv_cache > 1 and (nothing_given or pipe.way == "channels"):
+        raise ValueError(NOTHING_KEPT)
     sweep = Sweep(frames, window, lengths.overlap_of(pipe, window) if overlap is None else overlap)
     texts.check(pipe, prompt, frames=frames, fps=request.fps)
     if joint:

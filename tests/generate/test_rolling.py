@@ -123,9 +123,9 @@ def test_what_is_given_at_the_beginning_comes_back_and_is_seen(pipe, clip):
 def test_time_stamps_are_those_of_the_film(pipe, monkeypatch):
     seen, step = [], Denoiser.step_by_frame
 
-    def spy(self, state, progress, request, text, given):
+    def spy(self, state, progress, request, text, given, **kwargs):
         seen.append(np.asarray(text.of_frames)[0].tolist())
-        return step(self, state, progress, request, text, given)
+        return step(self, state, progress, request, text, given, **kwargs)
 
     monkeypatch.setattr(Denoiser, "step_by_frame", spy)
     film(pipe, prompt="[0-1] a red ball [1-2.125] a blue box")
