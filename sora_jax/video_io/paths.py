@@ -54,6 +54,11 @@ def check_name(path: str | os.PathLike) -> None:
             raise ValueError(f"{path}: {error.strerror}; use a shorter one.") from error
 
 
+def ffmpeg_name(path: str | os.PathLike) -> str:
+    """`path` as FFmpeg is to be told it, which takes a colon in a name for a protocol."""
+    return f"file:{os.fspath(path)}"
+
+
 def try_folder(folder: Path) -> None:
     """Raises OSError unless a file can be made in `folder`: makes one, for permissions are not
     all that it takes."""

@@ -20,6 +20,17 @@ BT709, UNSPECIFIED = 1, 2  # ITU-T H.273 table 4
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # Pillow's names for grey of 16 bits
 
 
+def playing_streams(container: Any) -> list[Any]:
+    """The video streams of a file that play and can be decoded: not its cover, a still."""
+    from av.stream import Disposition
+
+    return [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & Disposition.attached_pic and stream.codec_context
+    ]
+
+
 class Upright:
     """Upright RGB of the FFmpeg frames of one file; how they lie is read from the first of them."""
 

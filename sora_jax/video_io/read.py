@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sora_jax.video_io import pictures
-from sora_jax.video_io.paths import IMAGE_SUFFIXES, READABLE_SUFFIXES
+from sora_jax.video_io.paths import IMAGE_SUFFIXES, READABLE_SUFFIXES, ffmpeg_name
 from sora_jax.video_io.sheet import fit
 
 SCALED_BELOW = 0.5  # of a frame's size: there its chroma is no coarser than what is wanted
@@ -178,15 +178,16 @@ def _image_frames(path: Path) -> Iterator[tuple[float, float, np.ndarray]]:
 
 
 def _video_stream(container: Any, path: Path) -> Any:
-    if not container.streams.video:
-        raise ValueError(f"{path}: holds no video; replace or remove it.")
-    return container.streams.video[0]
+    streams = pictures.playing_streams(container)
+    if not streams:
+        raise ValueError(f"{path}: holds no video that can be decoded; replace or remove it.")
+    return streams[0]
 
 
 def _probe_video(path: Path) -> VideoInfo:
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(ffmpeg_name(path)) as container:
         stream = _video_stream(container, path)
         frame = next(container.decode(stream), None)
         if frame is None:
@@ -203,7 +204,7 @@ def _probe_video(path: Path) -> VideoInfo:
 def _count_packets(path: Path) -> tuple[int, Fraction]:
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(ffmpeg_name(path)) as container:
         stream = _video_stream(container, path)
         packets = container.demux(stream)
         times = sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
@@ -225,7 +226,7 @@ def _read_stream(
 ) -> list[np.ndarray]:
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(ffmpeg_name(path)) as container:
         stream = _video_stream(container, path)
         first_pts = stream.start_time or 0
         if times[0] > 0:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sora_jax.video_io import containers
-from sora_jax.video_io.paths import VIDEO_SUFFIXES, atomic_path, check_output_path
+from sora_jax.video_io.paths import VIDEO_SUFFIXES, atomic_path, check_output_path, ffmpeg_name
 
 MAX_FPS = 240
 MAX_GIF_FPS = 50  # browsers slow down frames shorter than 2 hundredths of a second
@@ -83,7 +83,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file; give the path of a video or image.")
     try:
         if path.suffix.lower() in VIDEO_SUFFIXES:
-            with av.open(str(path)) as container:
+            with av.open(ffmpeg_name(path)) as container:
                 tags = {key.lower(): value for key, value in container.metadata.items()}
             comment = tags.get("comment", "")
         else:
@@ -150,7 +150,7 @@ def _write_stream(
     muxer = {"fflags": "+bitexact"}
     if path.suffix.lower() == ".mp4":
         muxer["movflags"] = "faststart"
-    with av.open(str(path), "w", options=muxer) as container:
+    with av.open(ffmpeg_name(path), "w", options=muxer) as container:
         if comment is not None:
             container.metadata["comment"] = comment
         stream, index = None, 0
@@ -198,7 +198,7 @@ def _write_gif(path: Path, frames: np.ndarray, rate: Fraction) -> None:
 
     ticks = containers.tick_times(len(frames), rate, per_second=100)
     options = {"loop": "0", "final_delay": str(ticks[-1] - ticks[-2])}
-    with av.open(str(path), "w", format="gif", options=options) as container:
+    with av.open(ffmpeg_name(path), "w", format="gif", options=options) as container:
         stream = container.add_stream("gif", rate=100)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "pal8"

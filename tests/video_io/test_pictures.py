@@ -10,7 +10,7 @@ from PIL import Image
 
 from sora_jax import video_io
 from sora_jax.data.build.media import Media
-from tests.data.build.conftest import write_matrix, write_trimmed, write_video
+from tests.data.build.conftest import write_covered, write_matrix, write_trimmed, write_video
 
 
 def all_frames(path):
@@ -107,6 +107,17 @@ def test_untagged_videos_have_the_colours_of_their_size(tmp_path, shown, size, r
         container.mux(stream.encode())
     middle = shown(tmp_path / "x.mp4")[0, size[0] // 2, size[1] // 2]
     assert np.abs(middle - colour).max() <= 3
+
+
+def test_a_cover_is_none_of_the_frames(tmp_path, shown):
+    plain = write_video(tmp_path / "plain.mp4", [corners()] * 3)
+    path = write_covered(tmp_path / "x.mp4", plain)
+    with av.open(str(path)) as container:
+        assert [s.codec_context.name for s in container.streams.video] == ["png", "h264"]
+    np.testing.assert_array_equal(shown(path), shown(plain))
+    with pytest.raises(ValueError, match="holds no video") as error:
+        shown(write_covered(tmp_path / "cover.mp4", None))
+    assert "\n" not in str(error.value)
 
 
 def test_a_picture_hidden_in_a_jpeg_is_none_of_its_frames(tmp_path, shown):

@@ -67,6 +67,24 @@ def test_metadata_comes_back_the_same(tmp_path, suffix):
     assert video_io.read_metadata(path) == {}
 
 
+@pytest.mark.parametrize("stem", ["a:b", "http:x", "file:x", "%03d"])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_name_is_never_a_protocol_nor_a_pattern(tmp_path, monkeypatch, suffix, stem):
+    monkeypatch.chdir(tmp_path)  # behind a folder no colon ends a protocol
+    name = f"{stem}.{suffix}"
+    frames = moving_ball(3, 16, 16)
+    video_io.write_video(name, frames, fps=8, metadata=METADATA)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert video_io.probe(name).num_frames == 3
+    assert video_io.read_video(name).frames.shape == frames.shape
+    assert video_io.read_metadata(name) == METADATA
+    (tmp_path / name).write_bytes(b"not a video" * 50)
+    for read in (video_io.probe, video_io.read_metadata):
+        with pytest.raises(ValueError) as error:
+            read(name)
+        assert str(error.value).startswith(f"{name}: ")
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_same_frames_give_the_same_bytes(tmp_path, suffix):
     first = video_io.write_video(tmp_path / f"a.{suffix}", moving_ball(5), fps=8, metadata=METADATA)

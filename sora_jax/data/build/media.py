@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sora_jax.video_io import pictures
+from sora_jax.video_io.paths import ffmpeg_name
 
 MAGIC = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF"}
 # Demuxers that read one local file; playlists (HLS, DASH, concat) would open others.
@@ -137,18 +138,13 @@ class _Video:
         import av
 
         self.close()
-        path = self._media.path
         options = {"format_whitelist": DEMUXERS}
         if self._media._max_pixels is not None:
             # While it probes, FFmpeg decodes frames of whatever size a file declares.
             options["max_pixels"] = str(4 * self._media._max_pixels)
-        # "file:", because FFmpeg takes a colon in a name for a protocol.
-        self._container = av.open(f"file:{path}", options=options, metadata_errors="replace")
-        streams = [
-            s
-            for s in self._container.streams.video
-            if not s.disposition & av.stream.Disposition.attached_pic and s.codec_context
-        ]
+        name = ffmpeg_name(self._media.path)
+        self._container = av.open(name, options=options, metadata_errors="replace")
+        streams = pictures.playing_streams(self._container)
         if not streams:
             raise ValueError("holds no video stream that can be decoded; leave it out.")
         self._stream = streams[0]

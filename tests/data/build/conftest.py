@@ -1,7 +1,8 @@
 """Small videos of every kind, made on the spot."""
 
+import contextlib
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,36 @@ def write_trimmed(source: Path, target: Path, start: float) -> Path:
                 packet.dts -= round(start / packet.time_base)
                 new.mux(packet)
     return target
+
+
+def write_covered(target: Path, source: Path | None) -> Path:
+    """An MP4 whose first stream is a cover, a white still; then the packets of `source`, if any."""
+    import av
+
+    picture = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 255, np.uint8))
+    with av.open(str(target), "w") as new, contextlib.ExitStack() as stack:
+        cover = new.add_stream("png", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 32, 32, "rgb24"
+        cover.disposition = av.stream.Disposition.attached_pic
+        packets = []
+        if source is not None:
+            old = stack.enter_context(av.open(str(source)))
+            stream = new.add_stream_from_template(old.streams.video[0])
+            packets = [packet for packet in old.demux(video=0) if packet.dts is not None]
+        new.mux([*cover.encode(picture), *cover.encode()])
+        for packet in packets:
+            packet.stream = stream
+            new.mux(packet)
+    # FFmpeg writes the box that holds the cover behind the tracks, and takes streams as they come.
+    data = target.read_bytes()
+    at = data.index(b"moov") + 4
+    boxes = sorted(_boxes(data[at:]), key=lambda box: box[4:8] == b"trak")
+    target.write_bytes(data[:at] + b"".join(boxes))
+    return target
+
+
+def _boxes(data: bytes) -> Iterator[bytes]:
+    while data:
+        size = int.from_bytes(data[:4])
+        yield data[:size]
+        data = data[size:]
