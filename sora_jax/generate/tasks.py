@@ -22,6 +22,7 @@ from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Picture
 from sora_jax.generate.denoise import OnStep, check_strength
 from sora_jax.generate.given_kv import NOTHING_KEPT
+from sora_jax.generate.request import Request
 from sora_jax.generate.video import Film, Video, array_hash
 from sora_jax.generate.windows import Sweep
 from sora_jax.prompts import timed
@@ -191,8 +192,8 @@ def extend(
     return video_of(pipe, request, made, task)
 
 
-def _check_untimed(prompt: str) -> None:
-    if timed.is_timed(prompt):
+def _check_untimed(request: Request) -> None:
+    if timed.is_timed(request.prompt):
         raise ValueError("a join or a loop takes a prompt without time stamps; leave them out.")
 
 
@@ -232,9 +233,9 @@ def bridge(
       ValueError: more than one window can bridge, or no time; a prompt with time stamps.
     """
     trained.check(pipe, "middle")
-    _check_untimed(prompt)
     step, length = pipe.vae.config.scale_factor_temporal, lengths.window_of(pipe, settings=settings)
     request = pipe.request(prompt, **(settings | {"frames": length}))
+    _check_untimed(request)
     gap = _gap(pipe, request, seconds)
     before = lengths.whole(pipe, min(len(first), (length - gap + 1) // 2))
     held = np.repeat(second[-1:], max(step - len(second), 0), axis=0)
@@ -270,10 +271,11 @@ def loop(
 ) -> Video:
     """A video whose end leads back to its beginning: `clip`, or one made first, and a bridge."""
     trained.check(pipe, "middle")
-    _check_untimed(prompt)
     if clip is None:
         length = lengths.window_of(pipe, settings=settings)
-        _gap(pipe, pipe.request(prompt, **(settings | {"frames": length})), seconds)
+        request = pipe.request(prompt, **(settings | {"frames": length}))
+        _check_untimed(request)
+        _gap(pipe, request, seconds)
         clip = pipe.run([pipe.request(prompt, **settings)], on_step=on_step)[0].frames
     clip = _fitted(clip, lengths.size_of(pipe, settings))
     settings = {k: v for k, v in settings.items() if k != "frames"}

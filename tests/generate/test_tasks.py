@@ -282,6 +282,44 @@ def test_what_shape_checks_would_refuse_is_told_without_them(pipe, clip):
         inspect.unwrap(requests_of.of_settings)(["a", "b"], {}, defaults=pipe.sampling)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda pipe, clip, task, **more: task("animate")(pipe, picture=clip[0], **more),
+        lambda pipe, clip, task, **more: task("extend")(pipe, clip=clip, seconds=1, **more),
+        lambda pipe, clip, task, **more: task("join")(pipe, first=clip, second=clip, **more),
+        lambda pipe, clip, task, **more: task("loop")(pipe, clip=clip, **more),
+        lambda pipe, clip, task, **more: task("loop")(pipe, **more),
+        lambda pipe, clip, task, **more: task("edit")(pipe, clip=clip, **more),
+        lambda pipe, clip, task, **more: task("outpaint")(pipe, clip=clip[:, 4:12], **more),
+        lambda pipe, clip, task, **more: task("interpolate")(pipe, clip=clip, **more),
+        lambda pipe, clip, task, **more: task("long")(pipe, frames=17, **more),
+    ],
+    ids=[
+        "animate",
+        "extend",
+        "join",
+        "loop",
+        "made loop",
+        "edit",
+        "outpaint",
+        "interpolate",
+        "long",
+    ],
+)
+def test_several_prompts_are_refused_by_every_task(pipe, clip, monkeypatch, make):
+    def unchecked(owner, name):  # as it is called outside the tests
+        monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
+        return getattr(owner, name)
+
+    for name in ("keyframes", "_render", "bridge", "_check_untimed"):
+        unchecked(tasks, name)
+    unchecked(Pipeline, "request")
+    unchecked(requests_of, "of_settings")
+    with pytest.raises(ValueError, match=r"prompt is \['a', 'b'\]; give one text"):
+        make(pipe, clip, functools.partial(unchecked, tasks), prompt=["a", "b"], **FEW)
+
+
 def spans_seen(pipe, monkeypatch, make):
     """Which of the prompts each latent frame of each window follows."""
     seen, embed = [], texts.embed
