@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_jax.convert import rewrite
+from sora_jax.convert import replace, rewrite
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def mean(parts: list[rewrite.Tensors], shares: list[float]) -> rewrite.Tensors:
             for part, share in zip(parts, shares, strict=True)
         )
 
-    return rewrite.Tensors(parts[0].config, parts[0].shapes, read)
+    return parts[0]._replace(read=read, paths=[path for part in parts for path in part.paths])
 
 
 def main() -> None:
@@ -46,8 +46,7 @@ def main() -> None:
             raise ValueError(f"--shares {shares}: give one a checkpoint, which add up to 1.")
         held = [rewrite.parts_of(path) for path in args.checkpoints]
         means = {name: mean([parts[name] for parts in held], shares) for name in held[0]}
-        rewrite.write_diffusers(args.out, means, dtype="bfloat16")
-        rewrite.copy_companions(args.checkpoints[0], args.out)
+        replace.write_changed(args.checkpoints[0], args.out, means, dtype="bfloat16")
     except ValueError as error:
         print(f"average_weights: {error}", file=sys.stderr)
         sys.exit(2)

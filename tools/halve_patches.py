@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_jax.convert import rewrite
+from sora_jax.convert import replace, rewrite
 from sora_jax.dit import rope
 
 QUERIES_AND_KEYS = ("attn1.to_q.", "attn1.to_k.", "attn1.norm_q.", "attn1.norm_k.")
@@ -55,7 +55,7 @@ def halve(part: rewrite.Tensors) -> rewrite.Tensors:
         return changes[key](values.astype(np.float32)) if key in changes else values
 
     halved = dataclasses.replace(config, patch_size=(1, 1, 1))
-    return rewrite.Tensors(halved, part.shapes | example, read)
+    return rewrite.Tensors(halved, part.shapes | example, read, part.paths)
 
 
 def channels(num_heads: int, head_dim: int) -> np.ndarray:
@@ -74,8 +74,7 @@ def main() -> None:
     try:
         parts = rewrite.parts_of(args.checkpoint)
         parts["dit"] = halve(parts["dit"])
-        rewrite.write_diffusers(args.out, parts, dtype="float32")
-        rewrite.copy_companions(args.checkpoint, args.out)
+        replace.write_changed(args.checkpoint, args.out, parts, dtype="float32")
     except ValueError as error:
         print(f"halve_patches: {error}", file=sys.stderr)
         sys.exit(2)

@@ -398,8 +398,13 @@ def main() -> None:
     import jax
 
     from sora_jax import sharding
-    from sora_jax.convert import folder, rewrite
+    from sora_jax.convert import folder, replace, rewrite
 
+    try:  # before the work; as early as JAX may have threads
+        replace.check(args.out, rewrite.parts_of(args.init), official=False)
+    except ValueError as error:
+        print(f"train_by_clock: {error}", file=sys.stderr)
+        sys.exit(2)
     mesh, log, vae_steps = sharding.make_mesh(devices=jax.devices()[:1]), [], 0
     while len(clips.available()) < min(4 * args.vae_batch, len(clips.video)):
         time.sleep(0.1)
@@ -420,14 +425,12 @@ def main() -> None:
     latents.renew()
     built, state, dit_steps = train_dit(args, latents, begun, log)
     stop.value = 1
-    args.out.mkdir(parents=True, exist_ok=True)
-    rewrite.copy_companions(Path(args.init), args.out)
     parts = {
         "vae": rewrite.from_params("vae", settings, params),
         "dit": rewrite.from_params("dit", built.stage.dit_config, state.ema["dit"]),
         "text": rewrite.from_params("text", built.stage.text.config, state.ema["text"]),
     }
-    rewrite.write_diffusers(args.out, parts, dtype="bfloat16")
+    replace.write_changed(Path(args.init), args.out, parts, dtype="bfloat16")
     drawn = [len(rows.encoded) for rows in latents.rows.values()]
     log.append({"vae_steps": vae_steps, "dit_steps": dit_steps, "encoded": drawn})
     (args.out / "log.json").write_text(json.dumps(log) + "\n")

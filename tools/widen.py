@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_jax.convert import rewrite
+from sora_jax.convert import replace, rewrite
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,7 +43,13 @@ def double_vae(part: rewrite.Tensors, rng: np.random.Generator) -> rewrite.Tenso
         decoder_base_dim=2 * (config.decoder_base_dim or config.base_dim),
     )
     made = {key: _doubled(key, part.read(key), rng) for key in part.shapes}
-    return rewrite.Tensors(wide, {key: x.shape for key, x in made.items()}, made.__getitem__)
+    return _held(part, wide, made)
+
+
+def _held(part: rewrite.Tensors, config, made: dict[str, np.ndarray]) -> rewrite.Tensors:
+    """What `part` has become."""
+    shapes = {key: x.shape for key, x in made.items()}
+    return rewrite.Tensors(config, shapes, made.__getitem__, part.paths)
 
 
 def _doubled(key: str, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -88,7 +94,7 @@ def widen_mlps(part: rewrite.Tensors, width: int, rng: np.random.Generator) -> r
             x = np.pad(x, ((0, 0), (0, more)))
         made[key] = x
     wide = dataclasses.replace(part.config, ffn_dim=width)
-    return rewrite.Tensors(wide, {key: x.shape for key, x in made.items()}, made.__getitem__)
+    return _held(part, wide, made)
 
 
 def main() -> None:
@@ -101,8 +107,7 @@ def main() -> None:
             parts["vae"] = double_vae(parts["vae"], rng)
         if args.mlp is not None:
             parts["dit"] = widen_mlps(parts["dit"], args.mlp, rng)
-        rewrite.write_diffusers(args.out, parts, dtype="float32")
-        rewrite.copy_companions(args.checkpoint, args.out)
+        replace.write_changed(args.checkpoint, args.out, parts, dtype="float32")
     except ValueError as error:
         print(f"widen: {error}", file=sys.stderr)
         sys.exit(2)

@@ -11,7 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sora_jax.convert.folder import COMPONENTS
-from sora_jax.convert.rewrite import COMFYUI, Tensors, official_stem
+from sora_jax.convert.rewrite import (
+    COMFYUI,
+    Tensors,
+    copy_companions,
+    official_stem,
+    write_diffusers,
+)
 from sora_jax.text.tokenizer import FILES as TOKENIZER_FILES
 
 INDEX = "model_index.json"
@@ -41,6 +47,18 @@ def check(out: Path, parts: Mapping[str, Tensors], *, official: bool) -> None:
             f"out {out} holds a pipeline with {', '.join(others)}, which this export does not "
             "write: two models would be mixed; name another folder, or remove it first."
         )
+
+
+def write_changed(source: Path, out: Path, parts: Mapping[str, Tensors], *, dtype: str) -> None:
+    """Writes `parts` as the folder `out`, with what lies beside the weights of `source`.
+
+    Raises:
+      ValueError: as `check`; nothing is written then.
+    """
+    check(out, parts, official=False)
+    with staged(out) as made:
+        write_diffusers(made, parts, dtype=dtype)
+        copy_companions(source, made)
 
 
 @contextlib.contextmanager
