@@ -4,7 +4,7 @@ Plain image analysis and no learning, so that it can judge a learned model: a pl
 that fits best; a subject is the pixels of an ink; its shape is the best-fitting drawn silhouette;
 its verb follows from its path, its rotation and its disappearance. A verb is read only where the
 subject is in sight to the end, and nearly all the time unless it hides; it hides where there is a
-wall or a rock to hide behind.
+wall or a rock to hide behind. What is not in sight so is not counted either.
 """
 
 import dataclasses
@@ -87,6 +87,15 @@ def _is_behind(track: Track) -> bool:
     return float(track.low[last]) > top and aside < WALL * UNIT
 
 
+def _is_there(track: Track, occluder: str | None) -> bool:
+    """Whether it is in sight to the end and nearly all the time, or hides behind `occluder`."""
+    if _is_lost(track):
+        return False
+    if _vanishes(track):
+        return occluder is not None and _is_behind(track)
+    return len(_sights(track)) >= (1 - _ABSENT) * len(track.area)
+
+
 def _displacement(track: Track) -> float:
     """Signed horizontal way from the first to the last sight, as part of the frame's width."""
     x = track.centre[track.area > 0.25 * track.area.max(), 0]
@@ -105,12 +114,10 @@ def _solo_verb(
     track: Track, *, turned: bool, occluder: str | None
 ) -> tuple[str | None, str | None]:
     """Verb and direction; no verb of one that is lost, vanishes before nothing, or rises."""
-    if _is_lost(track):
+    if not _is_there(track, occluder):
         return None, None
     if _vanishes(track):
-        return ("hides" if occluder and _is_behind(track) else None), None
-    if len(_sights(track)) < (1 - _ABSENT) * len(track.area):
-        return None, None
+        return "hides", None
     way = _displacement(track)
     if abs(way) > _TRAVEL * min(1.0, (len(track.area) - 1) / _TRAVEL_FRAMES):
         side = "right" if way > 0 else "left"
@@ -192,7 +199,7 @@ def _read_shot(video: np.ndarray, place: str) -> Reading:
         verb=verb,
         direction=direction,
         place=place,
-        number=len(tracks),
+        number=sum(_is_there(t, occluder) for t in tracks),
         other_colour=None if other is None else tracks[other].colour,
         other_shape=None if other is None else shapes[other][0],
         occluder=occluder,

@@ -225,3 +225,19 @@ def test_a_late_beginning_and_a_frame_without_a_subject_change_no_verb(scene_of,
     for verb in ("stays", "falls", "slides"):
         scene = scene_of(verb)
         assert oracle.score(oracle.read(gone(begin, end)(scene)), scene)["verb"]
+
+
+@pytest.mark.parametrize("kind", ["companions", "collisions"])
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("begin", "end", "number"), [(9, 17, 1), (0, 9, 1), (7, 10, 1), (8, 9, 2), (0, 2, 2)]
+)
+def test_only_what_is_in_sight_all_along_is_counted(kind, which, begin, end, number):
+    shares = {"multi_shot": 0.0, "collisions": 0.0, "companions": 0.0} | {kind: 1.0}
+    scene = sample_scene(3, 0, settings=PaperworldSettings(**shares))
+    (shot,) = scene.shots
+    alone = dataclasses.replace(shot, actors=(shot.actors[1 - which],))
+    clip = render(scene)
+    assert oracle.read(clip).number == 2
+    clip[begin:end] = render(dataclasses.replace(scene, shots=(alone,)))[begin:end]
+    assert oracle.read(clip).number == number
