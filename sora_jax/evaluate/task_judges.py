@@ -148,7 +148,10 @@ def _bounce(case: Case, made: Made) -> Outcome:
 
 
 def _collision(case: Case, made: Made) -> Outcome:
-    """Momentum of whichever of the two strikes; that it is the one that was asked is `roles`."""
+    """Momentum of whichever of the two strikes, and whichever way.
+
+    That it is the one that was asked is `roles`; that it goes the way that was asked, `motion`.
+    """
     shot = case.scene.shots[0]
     frame = shot.rate / case.scene.fps  # seconds of the action
     for actors in (shot.actors, shot.actors[::-1]):

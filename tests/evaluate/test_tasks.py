@@ -172,6 +172,11 @@ def the_other_strikes(case):
     return render(dataclasses.replace(case.scene, shots=(shot,)))
 
 
+def mirror(case):
+    """Left for right: as physics it is as good as it was."""
+    return case.truth[:, :, ::-1].copy()
+
+
 @pytest.mark.parametrize(
     ("task", "verbs", "defect", "wrong"),
     [
@@ -202,6 +207,7 @@ def the_other_strikes(case):
         ("physics bounce", [], stutter, {"parabola", "parabolic"}),
         ("physics collision", [], hurry, {"momentum"}),
         ("physics collision", [], the_other_strikes, {"roles"}),
+        ("physics collision", [], mirror, {"motion"}),
     ],
 )
 def test_a_planted_defect_fails_its_measure_and_truth_none(task, verbs, defect, wrong):
