@@ -45,6 +45,8 @@ def main() -> None:
         if len(shares) != len(args.checkpoints) or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"--shares {shares}: give one a checkpoint, which add up to 1.")
         held = [rewrite.parts_of(path) for path in args.checkpoints]
+        if any(parts.keys() != held[0].keys() for parts in held):
+            raise ValueError("--checkpoints hold other components; give ones of one training.")
         means = {name: mean([parts[name] for parts in held], shares) for name in held[0]}
         replace.write_changed(args.checkpoints[0], args.out, means, dtype="bfloat16")
     except ValueError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sora_jax.convert import folder, rewrite
 
@@ -38,3 +39,18 @@ def test_shares_that_do_not_add_up_are_refused(pipeline_folder, tmp_path):
     made = run("--checkpoints", pipeline_folder, "--shares", 0.5, "--out", tmp_path / "mean")
     assert made.returncode == 2 and "add up to 1" in made.stderr
     assert made.stderr.count("\n") == 1 and not (tmp_path / "mean").exists()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_checkpoints_of_other_components_are_refused(
+    load_tool, pipeline_folder, tmp_path, monkeypatch, capsys, first
+):
+    folders = [pipeline_folder, pipeline_folder / "vae"]
+    checkpoints = [str(folders[first]), str(folders[1 - first])]
+    arguments = ["average_weights", "--checkpoints", *checkpoints, "--out", str(tmp_path / "mean")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        load_tool("average_weights").main()
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and "other components" in told and told.count("\n") == 1
+    assert not (tmp_path / "mean").exists()
