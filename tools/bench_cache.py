@@ -1,6 +1,7 @@
 """Times sampling with the feature cache and without, in turns, and scores what both make.
 
 python tools/bench_cache.py --thresholds 0.05 0.07 0.1 --fewer-steps 12 --prompts 64
+python tools/bench_cache.py --thresholds --guidance-intervals 0.3,1 0,0.9  # guidance there alone
 
 Each batch of prompts is made in every way before the next one, so that a machine's ups and downs
 fall on all alike; times and ratios are medians over batches.
@@ -13,12 +14,25 @@ from pathlib import Path
 from typing import Any
 
 
+def interval(text: str) -> tuple[float, float]:
+    lo, hi = map(float, text.split(","))
+    return lo, hi
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default="paperworld", help="folder or shipped name")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.05, 0.07, 0.1, 0.15])
+    parser.add_argument("--thresholds", type=float, nargs="*", default=[0.05, 0.07, 0.1, 0.15])
     parser.add_argument(
         "--fewer-steps", type=int, nargs="*", default=[], help="also without cache in so many"
+    )
+    parser.add_argument(
+        "--guidance-intervals",
+        type=interval,
+        nargs="*",
+        default=[],
+        metavar="LO,HI",
+        help="also without cache, guided at these flow times alone",
     )
     parser.add_argument("--prompts", type=int, default=64, help="videos made in each way")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -82,6 +96,8 @@ class Way:
             "threshold": request.cache_threshold,
             "steps": request.steps,
             "computed": int(self._pipe.denoise.computed(request).sum()),
+            "guidance_interval": list(request.guidance_interval),
+            "forwards": self._pipe.denoise.forwards(request),
             "seconds": np.median(self.seconds, axis=0).tolist(),
             "faster": np.median(np.divide(exact.seconds, self.seconds), axis=0).tolist(),
             "psnr": float(np.median(self.psnr)),
@@ -105,7 +121,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(f"--prompts {args.prompts} must be a multiple of --batch-size.")
     pipe = Timed(sora_jax.load(args.checkpoint))
     options = [{"cache_threshold": t, "steps": args.steps} for t in (0.0, *args.thresholds)]
-    ways = [Way(pipe, **o) for o in (*options, *({"steps": n} for n in args.fewer_steps))]
+    options += [{"steps": n} for n in args.fewer_steps]
+    options += [{"guidance_interval": i, "steps": args.steps} for i in args.guidance_intervals]
+    ways = [Way(pipe, **o) for o in options]
     for way in ways:
         pipe.request("a check", **way.options)
     settings = paperworld.scene_settings(pipe)
@@ -132,13 +150,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     from sora_jax.evaluate import scores
 
     names = (*scores.ATTRIBUTES, "all")
-    heads = ["threshold", "blocks run", "denoising, s", "in all, s", "PSNR, dB", *names]
+    heads = ["threshold", "guided", "blocks run", "denoising, s", "in all, s", "PSNR, dB", *names]
     lines = [[*heads, "attributes lost, won"], ["---"] * (len(heads) + 1)]
     for row in rows:
         times = [f"{s:.2f} ({f:.2f})" for s, f in zip(row["seconds"], row["faster"], strict=True)]
         lines.append(
             [
                 f"{row['threshold']:g}",
+                "{:g} to {:g}".format(*row["guidance_interval"]),
                 f"{row['computed']} of {row['steps']}",
                 *times,
                 "exact" if row is rows[0] else f"{row['psnr']:.1f}",
