@@ -21,7 +21,7 @@ __all__ = ["asked", "check", "parse_size", "prepare", "read_mask", "save"]
 
 def check(pipe, task: str, args: Namespace) -> None:
     """Raises ValueError, before any weights are read, for a task that `pipe` cannot do."""
-    anew = task in ("edit", "interpolate", "refine")
+    anew = task in ("edit", "refine") or (task == "interpolate" and args.strength)
     if pipe.way == "channels" and (anew or (task == "seconds" and args.image is None)):
         raise ValueError(f"{flag(task)}: {conditions.NEEDS_PICTURE}")
     needed = {"keyframe": "keyframes", "join": "middle", "loop": "middle", "inpaint": "box"}
@@ -51,7 +51,8 @@ def prepare(
     if args.window is not None:
         given["window"] = args.window
     if args.strength is not None:
-        check_strength(args.strength)
+        if task != "interpolate" or args.strength:  # which draws nothing anew unless it is told
+            check_strength(args.strength)
         given["strength"] = args.strength
     seconds = {} if args.seconds is None else {"seconds": args.seconds}
     if args.seconds is not None:

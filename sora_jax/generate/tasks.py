@@ -18,12 +18,13 @@ from sora_jax.dit.patchify import check_frames
 from sora_jax.generate import canvas as canvas_of
 from sora_jax.generate import lengths, texts, trained, windows
 from sora_jax.generate import rolling as rolling_of
+from sora_jax.generate.between import between
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Picture
 from sora_jax.generate.denoise import OnStep, check_strength
 from sora_jax.generate.given_kv import NOTHING_KEPT
 from sora_jax.generate.request import Request
-from sora_jax.generate.video import Film, Video, array_hash
+from sora_jax.generate.video import Film, Video, array_hash, to_bytes
 from sora_jax.generate.windows import Sweep
 from sora_jax.prompts import timed
 
@@ -367,34 +368,44 @@ def outpaint(
 
 
 def interpolate(
-    pipe, prompt: str, clip: Clip, *, times: int = 2, strength: float | int = 0.6, **settings: Any
+    pipe,
+    prompt: str,
+    clip: Clip,
+    *,
+    times: int = 2,
+    strength: float | int = 0.0,
+    on_step: OnStep | None = None,
+    **settings: Any,
 ) -> Video:
-    """`clip` at `times` its frame rate: frames between, blended and then drawn anew.
+    """`clip` at `times` its frame rate; frames between are moved part of the way (`between`).
+
+    Args:
+      strength: above 0 they are also noised as much and drawn anew after the prompt. What that
+        changes is added to them, so that what the VAE loses of them is not lost.
 
     Raises:
-      ValueError: `times` below 2, or a strength outside (0, 1].
+      ValueError: `times` below 2, a strength outside [0, 1], or more frames a second than there
+        may be.
     """
     if times < 2:
         raise ValueError(f"interpolate {times} is out of range; use 2 or more.")
-    check_strength(strength)
+    if strength:
+        check_strength(strength)
+    settings["fps"] = times * (settings.get("fps") or pipe.sampling.fps)
+    drawn = {name: settings.pop(name, None) for name in ("window", "overlap")}
+    request = pipe.request(prompt, **settings)
     clip = _fitted(clip, lengths.size_of(pipe, settings))
-    places = np.arange((len(clip) - 1) * times + 1) / times
-    before = np.floor(places).astype(int)
-    after, share = np.minimum(before + 1, len(clip) - 1), (places - before)[:, None, None, None]
-    draft = np.rint(clip[before] * (1 - share) + clip[after] * share).astype(np.uint8)
-    task = {"name": "interpolate", "clip": array_hash(clip), "times": times}
-    fps = settings.pop("fps", None) or pipe.sampling.fps
-    made = _render(
-        *(pipe, prompt, None, task),
-        draft=lengths.held(pipe, draft),
-        shown=len(draft),
-        strength=strength,
-        fps=fps * times,
-        **settings,
-    )
-    frames = made.frames.copy()
-    frames[::times] = clip
-    return dataclasses.replace(made, frames=frames)
+    task = {"name": "interpolate", "clip": array_hash(clip), "times": times, "strength": strength}
+    draft = between(clip, times)
+    held = lengths.held(pipe, draft)
+    if not strength:
+        return video_of(pipe, request, draft, task)
+    drawn |= {"draft": held, "shown": len(draft), "strength": strength, "on_step": on_step}
+    made = _render(pipe, prompt, None, task, **drawn, **settings)
+    through = to_bytes(pipe.decode(pipe.encode(held[None])))[0, : len(draft)]
+    changed = draft.astype(int) + made.frames - through
+    changed[::times] = clip
+    return dataclasses.replace(made, frames=np.clip(changed, 0, 255).astype(np.uint8))
 
 
 def long(
