@@ -5,19 +5,33 @@ Transparent pixels lie on white, and what is deeper than 8 bits becomes 8.
 """
 
 import itertools
+import os
 import struct
 import zlib
 from collections.abc import Iterator
 from fractions import Fraction
+from numbers import Rational
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from sora_jax.video_io.paths import ffmpeg_name
+
 DEFAULT_FRAME_SECONDS = 0.1  # what browsers give a GIF frame without a delay
 ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
 BT709, UNSPECIFIED = 1, 2  # ITU-T H.273 table 4
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # Pillow's names for grey of 16 bits
+
+
+def open_container(path: str | os.PathLike, options: dict[str, str] | None = None) -> Any:
+    """FFmpeg's view of a file to read, whose words about itself need not be UTF-8."""
+    import av
+
+    # PyAV 19 has no such argument: there they never need.
+    is_lenient = int(av.__version__.split(".")[0]) >= 19
+    how = {} if is_lenient else {"metadata_errors": "replace"}
+    return av.open(ffmpeg_name(path), options=options or {}, **how)
 
 
 def playing_streams(container: Any) -> list[Any]:
@@ -40,7 +54,7 @@ class Upright:
         self._reformatter = VideoReformatter()  # one for all: making it takes a millisecond
         self._matrix: tuple[bool, slice, slice] | None = None
 
-    def size(self, frame: Any, aspect: Fraction | None) -> tuple[int, int]:
+    def size(self, frame: Any, aspect: Rational | None) -> tuple[int, int]:
         """(height, width) on show, where pixels are `aspect` times as wide as high."""
         width, height = _square_pixels(frame.width, frame.height, aspect)
         return (width, height) if self._turn(frame)[0] else (height, width)
@@ -62,7 +76,7 @@ class Upright:
         return self._matrix
 
 
-def _square_pixels(width: int, height: int, aspect: Fraction | None) -> tuple[int, int]:
+def _square_pixels(width: int, height: int, aspect: Rational | None) -> tuple[int, int]:
     """The size with square pixels that loses none and invents none: the longer side shrinks."""
     if not aspect or not Fraction(1, 8) <= aspect <= 8:
         return width, height

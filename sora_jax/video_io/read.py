@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sora_jax.video_io import pictures
-from sora_jax.video_io.paths import IMAGE_SUFFIXES, READABLE_SUFFIXES, ffmpeg_name
+from sora_jax.video_io.paths import IMAGE_SUFFIXES, READABLE_SUFFIXES
 from sora_jax.video_io.sheet import fit
 
 SCALED_BELOW = 0.5  # of a frame's size: there its chroma is no coarser than what is wanted
@@ -185,9 +185,7 @@ def _video_stream(container: Any, path: Path) -> Any:
 
 
 def _probe_video(path: Path) -> VideoInfo:
-    import av
-
-    with av.open(ffmpeg_name(path)) as container:
+    with pictures.open_container(path) as container:
         stream = _video_stream(container, path)
         frame = next(container.decode(stream), None)
         if frame is None:
@@ -202,9 +200,7 @@ def _probe_video(path: Path) -> VideoInfo:
 
 
 def _count_packets(path: Path) -> tuple[int, Fraction]:
-    import av
-
-    with av.open(ffmpeg_name(path)) as container:
+    with pictures.open_container(path) as container:
         stream = _video_stream(container, path)
         packets = container.demux(stream)
         times = sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
@@ -224,9 +220,7 @@ def _read_stream(
     info: VideoInfo,
     size: tuple[int, int] | None,
 ) -> list[np.ndarray]:
-    import av
-
-    with av.open(ffmpeg_name(path)) as container:
+    with pictures.open_container(path) as container:
         stream = _video_stream(container, path)
         first_pts = stream.start_time or 0
         if times[0] > 0:

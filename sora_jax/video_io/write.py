@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from sora_jax.video_io import containers
+from sora_jax.video_io import containers, pictures
 from sora_jax.video_io.paths import VIDEO_SUFFIXES, atomic_path, check_output_path, ffmpeg_name
 
 MAX_FPS = 240
@@ -83,7 +83,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file; give the path of a video or image.")
     try:
         if path.suffix.lower() in VIDEO_SUFFIXES:
-            with av.open(ffmpeg_name(path)) as container:
+            with pictures.open_container(path) as container:
                 tags = {key.lower(): value for key, value in container.metadata.items()}
             comment = tags.get("comment", "")
         else:

@@ -68,7 +68,7 @@ class FakePipeline:
         defaults["shift"] = self.sampling.shift.shift_lo
         defaults["guidance_2"] = self.sampling.guidance
         chosen = defaults | {name: value for name, value in given.items() if value is not None}
-        return Request(prompt=prompt, negative_prompt="", seed=seed, **chosen)
+        return Request(prompt=prompt, negative_prompt="", seed=seed, kv_cache=1, **chosen)
 
     def run(self, requests):
         self.batches.append(list(requests))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -259,10 +261,23 @@ def test_heads_that_do_not_divide_are_told_with_the_nearest_that_do():
         program.build(config, mesh, abstract=True)  # of `train` and of `plan`
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+
+
+def devices(count):
+    return tuple(map(Device, range(count)))
+
+
 @pytest.fixture(scope="module")
 def slice_():
     one = chip("v5p")
-    return topology.Slice("v5p:2x2x4", one, 1, tuple(range(16)), (2, 2, 4))
+    return topology.Slice("v5p:2x2x4", one, 1, devices(16), (2, 2, 4))
 
 
 def test_too_little_memory_names_the_knob_that_gives_most(slice_):
@@ -381,7 +396,7 @@ HALVES = ["optim.param_dtype=bfloat16", "optim.moment_dtype=bfloat16", "optim.em
 
 def test_search_counts_the_state_that_the_config_keeps():
     """Of a row of 75,600 tokens on four chips, where docs/plans.md has what the compiler finds."""
-    four = topology.Slice("v5p:2x2x1", chip("v5p"), 1, tuple(range(4)), (2, 2, 1))
+    four = topology.Slice("v5p:2x2x1", chip("v5p"), 1, devices(4), (2, 2, 1))
     mesh = {"data": 1, "fsdp": 1, "tensor": 1, "context": 4}
 
     def found(*overrides):

@@ -120,6 +120,17 @@ def test_a_cover_is_none_of_the_frames(tmp_path, shown):
     assert "\n" not in str(error.value)
 
 
+def test_words_that_are_not_utf_8_are_no_error(tmp_path, shown):
+    frames = np.stack([corners()] * 3)
+    video_io.write_video(tmp_path / "x.mp4", frames, fps=8, metadata={"prompt": "two words"})
+    data = (tmp_path / "x.mp4").read_bytes()
+    assert data.count(b"two words") == 1
+    path = tmp_path / "latin.mp4"
+    path.write_bytes(data.replace(b"two words", b"caf\xe9 noir"))
+    np.testing.assert_array_equal(shown(path), shown(tmp_path / "x.mp4"))
+    assert video_io.read_metadata(path)["prompt"].startswith("caf")
+
+
 def test_a_picture_hidden_in_a_jpeg_is_none_of_its_frames(tmp_path, shown):
     picture, gain_map = Image.new("RGB", (64, 48), "red"), Image.new("RGB", (32, 24), "blue")
     picture.save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[gain_map])

@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sora_jax.video_io import pictures
-from sora_jax.video_io.paths import ffmpeg_name
 
 MAGIC = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF"}
 # Demuxers that read one local file; playlists (HLS, DASH, concat) would open others.
@@ -135,15 +134,12 @@ class _Video:
         self.info = self._describe(first)
 
     def _open(self) -> None:
-        import av
-
         self.close()
         options = {"format_whitelist": DEMUXERS}
         if self._media._max_pixels is not None:
             # While it probes, FFmpeg decodes frames of whatever size a file declares.
             options["max_pixels"] = str(4 * self._media._max_pixels)
-        name = ffmpeg_name(self._media.path)
-        self._container = av.open(name, options=options, metadata_errors="replace")
+        self._container = pictures.open_container(self._media.path, options)
         streams = pictures.playing_streams(self._container)
         if not streams:
             raise ValueError("holds no video stream that can be decoded; leave it out.")
