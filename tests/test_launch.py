@@ -71,9 +71,10 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path):
     )
     assert two.shape == (2, 2)
     # Adam's first step is the sign of each gradient, so rounding decides where those near zero go:
-    # at the recipe's rate, 3e-3, that moved the next loss by 2.4e-5, at this one by 1e-7.
+    # at the recipe's rate, 3e-3, that moved the next loss by 2.4e-5, at this one by 1e-7. XLA
+    # optimises the two otherwise (conftest.py): with jax 0.12 the norm differs by 3.4e-5.
     np.testing.assert_allclose(two[0], one[0], rtol=1e-5)
-    np.testing.assert_allclose(two[1, 0], one[1, 0], rtol=2e-5)
+    np.testing.assert_allclose(two[1, 0], one[1, 0], rtol=5e-5)
 
 
 def test_a_failing_process_stops_the_others_and_gives_the_status():

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from sora_jax import attention, layers, sharding
-from sora_jax.dit import heads, model, rope
+from sora_jax.dit import block, heads, model, rope
 from sora_jax.dit.config import DiTConfig
 
 E = 128  # channels of a head, which the kernel asks for
@@ -99,7 +99,7 @@ def as_on_a_tpu(monkeypatch):
     monkeypatch.setattr(heads, "is_fused", lambda *_, **__: True)
     monkeypatch.setattr(heads, "Pass", functools.partial(heads.Pass, interpret=True))
     attend = functools.partial(attention.attention, interpret=True)
-    monkeypatch.setattr(model.attention, "attention", attend)
+    monkeypatch.setattr(block.attention, "attention", attend)
     monkeypatch.setattr(heads, "_TILE", 128)
 
 
