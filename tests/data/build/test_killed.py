@@ -1,5 +1,6 @@
 """Killed anywhere and started again, a build ends in the bytes of one that nobody disturbed."""
 
+import contextlib
 import os
 import random
 import signal
@@ -111,7 +112,8 @@ def test_killed_at_ten_moments_the_shards_are_those_of_an_undisturbed_build(
         while progress(out) < wanted and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
-        os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
         if attempts.end() == 0:  # it was quicker than us: on with another
             assert contents(out) == contents(whole)
             out = tmp_path / "another"
