@@ -11,7 +11,7 @@ from rich.console import Console
 import sora_jax
 from sora_jax import agreement, task_command, video_io
 from sora_jax.convert import folder
-from sora_jax.generate import Pipeline, Request, Video, array_hash, conditions
+from sora_jax.generate import Pipeline, Request, Video, array_hash, conditions, given_kv
 from sora_jax.generate.preview import check_preview, watched
 from sora_jax.generate.video import Film, check_beside, sheet_path
 from sora_jax.progress import LearnedProgress, Progress
@@ -119,6 +119,7 @@ def run(args: Namespace) -> list[Path]:
         for prompt in prompts
         for i in range(args.batch)
     ]
+    given_kv.check(requests[0], given=pictures[0] is not None)
     video_io.check_rate(out, requests[0].fps)
     if writes():
         for i in range(len(requests)):

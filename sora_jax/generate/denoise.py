@@ -15,7 +15,7 @@ from sora_jax.diffusion import feature_cache, path, sampler, times
 from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion.feature_cache import ChangeCurve
 from sora_jax.dit.kv_cache import KV
-from sora_jax.generate import conditions
+from sora_jax.generate import conditions, given_kv
 from sora_jax.generate.conditions import Conditions, Text, Tiles
 from sora_jax.generate.experts import Experts
 from sora_jax.generate.given_kv import GivenKV, Taken
@@ -117,11 +117,7 @@ class Denoiser:
         Raises:
           ValueError: a strength out of range, or a `kv_cache` over tiles.
         """
-        if tiles is not None and request.kv_cache > 1:
-            raise ValueError(
-                "kv_cache (--kv-cache) keeps what one window is given, and here several are "
-                "denoised together; leave it out."
-            )
+        given_kv.check(request, tiles=tiles is not None)
         table, told = times.schedule(request.schedule, request.steps, shift=request.shift)
         first, x = 0, noise
         if start is not None:

@@ -6,11 +6,28 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from sora_jax.dit.kv_cache import KV, KVCache
+from sora_jax.generate.request import Request
 
-NOTHING_KEPT = (
-    "kv_cache (--kv-cache) is for videos of which a part is given as clean tokens, and of this one "
-    "none is; leave it out."
-)
+
+def check(request: Request, *, given: bool = True, tiles: bool = False) -> None:
+    """Raises ValueError for a `kv_cache` where nothing could be kept.
+
+    Args:
+      given: some tokens of the video are.
+      tiles: several windows, or parts of a large picture, are denoised together.
+    """
+    if request.kv_cache == 1:
+        return
+    if not given:
+        raise ValueError(
+            "kv_cache (--kv-cache) is for videos of which a part is given as clean tokens, and of "
+            "this one none is; leave it out."
+        )
+    if tiles:
+        raise ValueError(
+            "kv_cache (--kv-cache) keeps what one window is given, and here several are "
+            "denoised together; leave it out."
+        )
 
 
 class Taken(NamedTuple):

@@ -175,6 +175,7 @@ class Pipeline:
                 "cache_threshold needs a checkpoint whose features were measured; run "
                 "tools/calibrate_cache.py --checkpoint DIR, or leave it out."
             )
+        given_kv.check(request, given=self.way == "clean")  # as other models take nothing
         if settings.get("shift") is not None:
             return request
         shift = times.shift_for_tokens(self.num_tokens(request), self.sampling.shift)
@@ -229,8 +230,8 @@ class Pipeline:
           shift: moves steps towards noise; by default it follows from the number of tokens.
           cache_threshold: above 0, steps may reuse what the transformer computed in one before,
             as long as that is not measured to change by more; .06 halves the work. 0 is exact.
-          kv_cache: with pictures, every such step alone computes keys and values of tokens that
-            are given, and the steps between work on the others; 1, the default, is exact.
+          kv_cache: with pictures, keys and values of tokens that are given are computed at every
+            so many steps, and the steps between work on the others; 1, the default, is exact.
           seed: the noise; equal arguments and checkpoint give equal frames on one machine.
 
         Raises:
@@ -306,8 +307,7 @@ class Pipeline:
                 canvas_of.of_pictures(shown, shared.frames, size=(shared.width, shared.height))
             ] * len(requests)
         self._check_videos(requests, canvases, drafts)
-        if shared.kv_cache > 1 and (canvases is None or self.way == "channels"):
-            raise ValueError(given_kv.NOTHING_KEPT)
+        given_kv.check(shared, given=canvases is not None)
         latents = self.noise(requests) if noise is None else self._given(noise, requests)
         clock = _Clock(on_stage)
         text = texts.embed(self, requests)

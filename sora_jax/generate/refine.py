@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from sora_jax.generate import lengths, tasks, texts
+from sora_jax.generate import given_kv, lengths, tasks, texts
 from sora_jax.generate.conditions import Tiles
 from sora_jax.generate.denoise import OnStep, Start, check_strength
 from sora_jax.generate.video import Video, array_hash, to_bytes
@@ -84,6 +84,7 @@ def refine(
         )
     settings = settings | {"size": (columns, rows), "frames": len(held)}
     request = pipe.request(prompt, **settings)
+    given_kv.check(request, tiles=True)
     words = timed.change(prompt, pipe.sampling.refine_prefix.__add__)
     part = min(len(held), pipe.sampling.frames)
     if part < len(held) and timed.is_timed(prompt):

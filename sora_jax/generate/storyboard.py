@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from sora_jax import video_io
 from sora_jax.dit.flops import flops
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import lengths, texts, trained, windows
+from sora_jax.generate import given_kv, lengths, texts, trained, windows
 from sora_jax.generate.board import Board, Shot
 from sora_jax.generate.conditions import Picture
 from sora_jax.generate.denoise import OnStep
@@ -55,7 +55,7 @@ def plan(pipe, board: Board, **settings: Any) -> list[Part]:
     if "frames" in settings:
         raise ValueError("frames follow from the seconds of the shots; give window.")
     settings["window"] = window_of(pipe, board, **settings)
-    parts = []
+    parts, given = [], False
     for number, shot in enumerate(board.shots, start=1):
         request = _request(pipe, board, shot, number, **settings)
         _check_prompts(board, shot, number)
@@ -70,6 +70,7 @@ def plan(pipe, board: Board, **settings: Any) -> list[Part]:
                 )
         for mask in _needs(shot, number, frames > request.frames):
             trained.check(pipe, mask)
+            given = True
         cost = flops(
             pipe.dit.config,
             tokens=pipe.num_tokens(request),
@@ -79,6 +80,7 @@ def plan(pipe, board: Board, **settings: Any) -> list[Part]:
         count = _windows(pipe, shot, number, frames, request.frames)
         tflops = cost * pipe.denoise.forwards(request) * count / 1e12
         parts.append(Part(number, shot, frames, count, tflops, _picture(shot, number)))
+    given_kv.check(request, given=given)
     return parts
 
 

@@ -16,13 +16,12 @@ from sora_jax import video_io
 from sora_jax.diffusion.tasks import FRAME_TIMES
 from sora_jax.dit.patchify import check_frames
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import lengths, texts, trained, windows
+from sora_jax.generate import given_kv, lengths, texts, trained, windows
 from sora_jax.generate import rolling as rolling_of
 from sora_jax.generate.between import between
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Picture
 from sora_jax.generate.denoise import OnStep, check_strength
-from sora_jax.generate.given_kv import NOTHING_KEPT
 from sora_jax.generate.request import Request
 from sora_jax.generate.video import Film, Video, array_hash, to_bytes
 from sora_jax.generate.windows import Sweep
@@ -85,6 +84,7 @@ def _render(
         trained.check(pipe, "prefix")
     settings = settings | {"frames": window}
     request = pipe.request(prompt, **settings)
+    given_kv.check(request, given=canvas is not None or total > window)
     made = windows.film(
         pipe,
         lambda *_: [request],
@@ -277,7 +277,8 @@ def loop(
         request = pipe.request(prompt, **(settings | {"frames": length}))
         _check_untimed(request)
         _gap(pipe, request, seconds)
-        clip = pipe.run([pipe.request(prompt, **settings)], on_step=on_step)[0].frames
+        alone = pipe.request(prompt, **(settings | {"kv_cache": 1}))  # of which nothing is given
+        clip = pipe.run([alone], on_step=on_step)[0].frames
     clip = _fitted(clip, lengths.size_of(pipe, settings))
     settings = {k: v for k, v in settings.items() if k != "frames"}
     request, gap = bridge(pipe, prompt, clip, clip, seconds=seconds, on_step=on_step, **settings)
@@ -456,9 +457,7 @@ def long(
     if image is not None:
         trained.check(pipe, "first")
         canvases = [canvas_of.of_pictures({0: image}, window, size=(request.width, request.height))]
-    nothing_given = frames <= window and image is None and not rolling
-    if request.kv_cache > 1 and (nothing_given or pipe.way == "channels"):
-        raise ValueError(NOTHING_KEPT)
+    given_kv.check(request, given=frames > window or image is not None or rolling, tiles=joint)
     sweep = Sweep(frames, window, lengths.overlap_of(pipe, window) if overlap is None else overlap)
     texts.check(pipe, prompt, frames=frames, fps=request.fps)
     if joint:

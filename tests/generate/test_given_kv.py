@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sora_jax
 from sora_jax import cli
 from sora_jax.diffusion.feature_cache import ChangeCurve
 from sora_jax.dit.kv_cache import KVCache
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import rolling, tasks, texts
+from sora_jax.generate import refine, rolling, storyboard, tasks, texts
+from sora_jax.generate.board import Board, Shot
 from sora_jax.generate.denoise import Denoiser
 from sora_jax.generate.experts import Experts, Part
 from sora_jax.generate.given_kv import GivenKV
@@ -20,6 +22,9 @@ from sora_jax.generate.windows import Sweep
 
 PROMPT = "a red ball rolls left"
 SETTINGS = {"frames": 9, "steps": 6, "seed": 3}
+FRAMES = np.zeros((9, 16, 16, 3), np.uint8)
+ALONE = Board(shots=(Shot(spans=((0.0, PROMPT),), seconds=1.0),))
+NONE = "of this one none is"
 
 
 def without_attention(pipe, **kwargs):
@@ -155,8 +160,8 @@ def test_a_film_takes_its_past_and_says_so(pipe, clip, tmp_path, tasks_folder, c
     assert json.loads(out.with_suffix(".json").read_text())["kv_cache"] == 2
     capsys.readouterr()
     assert cli.main([*command, "--kv-cache", "2", "--out", str(tmp_path / "none.mp4")]) == 2
-    told = capsys.readouterr().err
-    assert "of this one none is" in told.splitlines()[-1]
+    (told,) = capsys.readouterr().err.splitlines()  # and no line that weights were read
+    assert NONE in told
 
 
 @pytest.mark.parametrize(
@@ -164,16 +169,49 @@ def test_a_film_takes_its_past_and_says_so(pipe, clip, tmp_path, tasks_folder, c
     [
         (lambda pipe: pipe.request(PROMPT, kv_cache=0), r"kv_cache 0 is out of range; use 1"),
         (lambda pipe: pipe.request(PROMPT, kv_cache=2, solver="heun"), "heun does 2 times"),
-        (lambda pipe: pipe(PROMPT, kv_cache=2), "of this one none is"),
-        (lambda pipe: tasks.long(pipe, PROMPT, frames=9, window=9, kv_cache=2), "none is"),
+        (lambda pipe: pipe(PROMPT, kv_cache=2), NONE),
+        (lambda pipe: tasks.long(pipe, PROMPT, frames=9, window=9, kv_cache=2), NONE),
+        (lambda pipe: tasks.edit(pipe, PROMPT, FRAMES, kv_cache=2), NONE),
+        (lambda pipe: tasks.interpolate(pipe, PROMPT, FRAMES[:5], strength=0.5, kv_cache=2), NONE),
+        (lambda pipe: storyboard.plan(pipe, ALONE, kv_cache=2), NONE),
+        (
+            lambda pipe: tasks.long(pipe, PROMPT, frames=17, window=9, joint=True, kv_cache=2),
+            "several are denoised together",
+        ),
+        (
+            lambda pipe: refine.refine(pipe, PROMPT, FRAMES, kv_cache=2),
+            "several are denoised together",
+        ),
     ],
 )
-def test_what_it_cannot_do_is_told(pipe, ask, words):
+def test_what_it_cannot_do_is_told_before_weights_are_read(tasks_folder, ask, words):
+    pipe = sora_jax.load(tasks_folder, weights=False)
     with pytest.raises(ValueError, match=words):
         ask(pipe)
+    assert not any(part.is_read for part in (pipe.dit, pipe.vae, pipe.text))
 
 
-def test_windows_denoised_together_have_no_past(pipe):
-    film = tasks.long(pipe, PROMPT, frames=17, window=9, joint=True, kv_cache=2)
-    with pytest.raises(ValueError, match="several are denoised together"):
-        list(film.parts)
+def test_models_that_are_given_nothing_clean_are_told(pipe, monkeypatch):
+    for way in ("channels", ""):
+        monkeypatch.setattr(pipe, "way", way)
+        assert pipe.request(PROMPT, kv_cache=1).kv_cache == 1
+        with pytest.raises(ValueError, match=NONE):
+            pipe.request(PROMPT, kv_cache=2)
+
+
+def test_a_loop_is_made_of_a_video_of_which_nothing_is_given(pipe):
+    exact, kept = (tasks.loop(pipe, PROMPT, steps=3, kv_cache=n) for n in (1, 3))
+    np.testing.assert_array_equal(kept.frames[:9], exact.frames[:9])
+    assert np.abs(kept.frames[9:].astype(int) - exact.frames[9:]).max() > 0
+    assert kept.metadata["kv_cache"] == 3
+
+
+def test_shots_go_on_from_what_is_given(pipe):
+    (shot,) = ALONE.shots
+    board = Board(shots=(shot, dataclasses.replace(shot, begins="continue")))
+    exact, kept = (
+        np.concatenate(list(storyboard.render(pipe, board, steps=3, kv_cache=n).parts)).astype(int)
+        for n in (1, 3)
+    )
+    np.testing.assert_array_equal(kept[:8], exact[:8])
+    assert np.abs(kept - exact).max() > 0
