@@ -23,7 +23,7 @@ from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Picture
 from sora_jax.generate.denoise import OnStep, check_strength
 from sora_jax.generate.request import Request
-from sora_jax.generate.video import Film, Video, array_hash, to_bytes
+from sora_jax.generate.video import Film, Video, array_hash
 from sora_jax.generate.windows import Sweep
 from sora_jax.prompts import timed
 
@@ -393,7 +393,7 @@ def interpolate(
     if strength:
         check_strength(strength)
     settings["fps"] = times * (settings.get("fps") or pipe.sampling.fps)
-    drawn = {name: settings.pop(name, None) for name in ("window", "overlap")}
+    window, overlap = (settings.pop(name, None) for name in ("window", "overlap"))
     request = pipe.request(prompt, **settings)
     clip = _fitted(clip, lengths.size_of(pipe, settings))
     task = {"name": "interpolate", "clip": array_hash(clip), "times": times, "strength": strength}
@@ -401,10 +401,14 @@ def interpolate(
     held = lengths.held(pipe, draft)
     if not strength:
         return video_of(pipe, request, draft, task)
-    drawn |= {"draft": held, "shown": len(draft), "strength": strength, "on_step": on_step}
+    window = lengths.window_of(pipe, len(held), window=window, settings=settings)
+    overlap = lengths.overlap_of(pipe, window) if overlap is None else overlap
+    drawn = {"draft": held, "shown": len(draft), "strength": strength, "on_step": on_step}
+    drawn |= {"window": window, "overlap": overlap}
     made = _render(pipe, prompt, None, task, **drawn, **settings)
-    through = to_bytes(pipe.decode(pipe.encode(held[None])))[0, : len(draft)]
-    changed = draft.astype(int) + made.frames - through
+    through = windows.through(pipe, held[None], Sweep(len(held), window, overlap))
+    lost = np.concatenate(list(through), axis=1)[0, : len(draft)]
+    changed = draft.astype(np.int16) + made.frames - lost
     changed[::times] = clip
     return dataclasses.replace(made, frames=np.clip(changed, 0, 255).astype(np.uint8))
 

@@ -108,10 +108,7 @@ def film(
             start=start,
             on_step=_counted(on_step, number, len(begins)),
         )
-        fresh = latents
-        if known:
-            fresh = latents[:, 1 + (known - 1) // pipe.vae.config.scale_factor_temporal :]
-        made = to_bytes(decoder(fresh))
+        made = to_bytes(decoder(_fresh(pipe, latents, known)))
         if canvases is not None:
             local = cut(canvases, begin + known, made.shape[1])
             finished = [
@@ -121,6 +118,24 @@ def film(
         yield made
         frames = made if frames is None else np.concatenate([frames, made], axis=1)
         frames, end = frames[:, -sweep.window :], begin + length
+
+
+def through(
+    pipe, drafts: UInt8[np.ndarray, "b F H W 3"], sweep: Sweep
+) -> Iterator[UInt8[np.ndarray, "b n H W 3"]]:
+    """Yields what a `film` from `drafts` would be if nothing were drawn: the VAE alone."""
+    decoder, end = pipe.decoder(), None
+    for begin in sweep.begins:
+        latents = pipe.encode(drafts[:, begin : begin + sweep.window])
+        yield to_bytes(decoder(_fresh(pipe, latents, 0 if end is None else end - begin)))
+        end = begin + sweep.window
+
+
+def _fresh(
+    pipe, latents: Float[jax.Array, "b f h w c"], known: int
+) -> Float[jax.Array, "b n h w c"]:
+    """Latents of a window without those of its `known` first frames."""
+    return latents[:, 1 + (known - 1) // pipe.vae.config.scale_factor_temporal if known else 0 :]
 
 
 def finish(

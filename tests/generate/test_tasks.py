@@ -124,6 +124,21 @@ def test_interpolation_keeps_every_given_frame(pipe, clip, tasks_folder):
     assert 0 < near < far
 
 
+def test_frames_between_that_drawing_leaves_alone_stay(pipe, clip, monkeypatch):
+    def denoise(*_, start, **__):
+        return start.latents
+
+    seen, encode = [], pipe.encode
+    monkeypatch.setattr(pipe, "denoise", denoise)
+    monkeypatch.setattr(
+        pipe, "encode", lambda frames: (seen.append(len(frames[0])), encode(frames))[1]
+    )
+    for more in ({}, {"window": 7, "overlap": 3}):
+        made = tasks.interpolate(pipe, PROMPT, clip, strength=0.5, **more)
+        same(made.frames, between(clip, 2))
+    assert max(seen) == 9 < len(made.frames), "no more than a window at once"
+
+
 def test_a_film_is_made_part_by_part_and_saved(pipe, tmp_path):
     film = tasks.long(pipe, PROMPT, frames=lengths.seconds_to_frames(pipe, 2), **FEW)
     path = film.save(tmp_path / "film.mp4")
