@@ -144,12 +144,13 @@ class Denoiser:
             )
             if not self.experts.placed(expert):
                 jax.block_until_ready(state.x)  # steps under way hold the other's memory
+            of_given = kv.next(fresh=bool(regimes[i - first]), runs=bool(runs))
             step, before = self._step(kind), state.x
             params, taken = self.experts.params(expert), None if runs else residual
-            of_given = kv.next(fresh=bool(regimes[i - first]), runs=bool(runs))
             state, (stored, own) = step(state, i - first, params, text, given, taken, of_given)
             residual = stored if runs else residual
             kv.store(own)
+            del own  # or it would lie beside what the next step stores
             if on_residual is not None and runs:
                 on_residual(float(told[i]), residual)
             if on_step is not None:

@@ -122,6 +122,7 @@ def film(
                 state, progress, shared, _at(text, begin, size), seen, of_given=kv.next()
             )
             kv.store(own)
+            del own  # or it would lie beside what the next step stores
             step += 1
             if on_step is not None:
                 jax.block_until_ready(state.x)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,29 @@ def test_what_it_cannot_do_is_told_before_weights_are_read(tasks_folder, ask, wo
     with pytest.raises(ValueError, match=words):
         ask(pipe)
     assert not any(part.is_read for part in (pipe.dit, pipe.vae, pipe.text))
+
+
+def test_two_sets_of_keys_and_values_are_never_held(pipe, clip, monkeypatch):
+    stored, held, store = [], [], GivenKV.store
+
+    def spy_store(self, kv):
+        stored.extend([] if kv is None else [weakref.ref(kv.keys)])
+        store(self, kv)
+
+    monkeypatch.setattr(GivenKV, "store", spy_store)
+    make_step = pipe.denoise._step
+
+    def spy_step(kind):
+        def step(*arguments):
+            held.append(sum(kv() is not None for kv in stored) + (arguments[-1].kv is None))
+            return make_step(kind)(*arguments)
+
+        return step
+
+    monkeypatch.setattr(pipe.denoise, "_step", spy_step)
+    # The first step is not guided, so that the second stores as well.
+    latents(pipe, clip, kv_cache=3, schedule="linear", shift=1.0, guidance_interval=(0.0, 0.9))
+    assert len(stored) == 3 and held == [1] * 6
 
 
 def test_models_that_are_given_nothing_clean_are_told(pipe, monkeypatch):
