@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from sora_jax import sharding
+
 
 class KV(NamedTuple):
     """Keys and values in heads, of one block or stacked for all of them."""
@@ -35,7 +37,11 @@ class KVCache:
     def seen(self, kv: KV, *, dtype: str) -> KV:
         """What queries of one block see, of whose tokens `kv` are the keys and values."""
         if self.taken is None:
-            self.stored = KV(*(part[:, self.given].astype(dtype) for part in kv))
+            kept = (part[:, self.given].astype(dtype) for part in kv)
+            # Cut as tokens are, or every device that shares them would keep them all.
+            self.stored = KV(
+                *(sharding.constrain(part, "batch", "tokens", "act_heads", None) for part in kept)
+            )
             return kv
         pairs = zip(self.taken, kv, strict=True)
         return KV(*(jnp.concatenate([old.astype(new.dtype), new], axis=1) for old, new in pairs))

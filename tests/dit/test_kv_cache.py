@@ -102,5 +102,7 @@ def test_devices_that_share_the_tokens_give_the_same(context):
     whole, kept = evaluate(model, latents, own_time(t), text_emb, mesh=mesh)
     np.testing.assert_allclose(whole, alone, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), kept, stored)
+    for part in kept:  # each holds its share
+        assert part.sharding.shard_shape(part.shape)[2] == len(GIVEN) // 8
     rest, _ = evaluate(model, latents, own_time(t), text_emb, taken=kept, mesh=mesh)
     np.testing.assert_allclose(rest[:, REST], alone[:, REST], atol=1e-5)
