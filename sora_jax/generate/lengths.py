@@ -45,7 +45,7 @@ def window_of(
     Args:
       frames: of the film, where it may be shorter.
       window: what is asked for; None leaves it to checkpoint and memory.
-      settings: the film's, for its size.
+      settings: the film's, for its size, and for whether keys and values are kept.
 
     Raises:
       ValueError: a window that the model does not take, or too short to move over the film.
@@ -71,10 +71,13 @@ def _fitting(pipe, frames: int | None, settings: Mapping[str, Any]) -> int:
     most = trained if frames is None else min(frames, trained)
     width, height = size_of(pipe, settings)
     cells = (height // pipe.cell[1]) * (width // pipe.cell[2])
+    each = memory.window_bytes(pipe.dit.config, cells, mesh=pipe.mesh)
+    if settings.get("kv_cache") not in (None, 1):  # as if all were given, as nearly all may be
+        each += memory.kept_bytes(pipe.dit.config, cells, mesh=pipe.mesh)
     return memory.fitting(
         most,
         temporal=pipe.vae.config.scale_factor_temporal,
-        per_latent_frame=memory.window_bytes(pipe.dit.config, cells, mesh=pipe.mesh),
+        per_latent_frame=each,
         # All run the same program, and beside the weights.
         free=min(agreement.gather(memory.free_bytes() - pipe.unread_bytes())),
     )

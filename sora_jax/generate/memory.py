@@ -25,13 +25,26 @@ def window_bytes(config: DiTConfig, tokens: int, *, mesh: Mesh | None = None) ->
     A block at a time is alive: its streams and the hidden layer of its MLP. Attention's kernels
     keep no table of pairs.
     """
-    streams, hidden, shards = _STREAMS * config.width, 2 * config.ffn_dim, 1
+    streams, hidden = _STREAMS * config.width, 2 * config.ffn_dim
     if mesh is not None:
         hidden /= mesh.shape["tensor"]  # streams are whole there
-        rows = sharding.fitted(mesh, (ROWS,), "batch")
-        # Tokens are filled up to what `context` divides: `dit.heads.spare_tokens`.
-        shards = sharding.shards_of(mesh, rows, 0) * mesh.shape[sharding.CONTEXT]
-    return ROWS * tokens * 4.0 * (streams + hidden) / shards
+    return ROWS * tokens * 4.0 * (streams + hidden) / _shards(mesh)
+
+
+def kept_bytes(config: DiTConfig, tokens: int, *, mesh: Mesh | None = None) -> float:
+    """Keys and values of all blocks on one device, for `ROWS` videos of `tokens` given each."""
+    heads = 1 if mesh is None else mesh.shape["tensor"]
+    both = 2.0 * config.width * config.depth * jnp.dtype(config.dtype).itemsize
+    return ROWS * tokens * both / (heads * _shards(mesh))
+
+
+def _shards(mesh: Mesh | None) -> int:
+    """Devices over which `ROWS` videos and their tokens are cut."""
+    if mesh is None:
+        return 1
+    rows = sharding.fitted(mesh, (ROWS,), "batch")
+    # Tokens are filled up to what `context` divides: `dit.heads.spare_tokens`.
+    return sharding.shards_of(mesh, rows, 0) * mesh.shape[sharding.CONTEXT]
 
 
 def weights_bytes(abstract: Any, *, dtype: str, mesh: Mesh | None = None) -> float:

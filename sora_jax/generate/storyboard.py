@@ -145,7 +145,7 @@ def window_of(pipe, board: Board, **settings: Any) -> int:
     step = pipe.vae.config.scale_factor_temporal
     least = 1 + -(-3 // step) * step
     window, size = settings.get("window"), settings.get("size") or board.size
-    given = lengths.window_of(pipe, window=window, settings={} if size is None else {"size": size})
+    given = lengths.window_of(pipe, window=window, settings=settings | {"size": size})
     if window is None:
         return max(least, given)
     lengths.check_window(given, least=least, to="show both sides of a cut")

@@ -11,7 +11,8 @@ import pytest
 from sora_jax import sharding
 from sora_jax.dit.config import DiTConfig
 from sora_jax.generate import canvas as canvas_of
-from sora_jax.generate import memory, windows
+from sora_jax.generate import lengths, memory, storyboard, windows
+from sora_jax.generate.board import Board, Shot
 from sora_jax.generate.video import to_bytes
 from sora_jax.generate.windows import Sweep
 
@@ -140,3 +141,18 @@ def test_devices_share_the_memory_that_a_window_takes():
         devices = jax.devices()[: math.prod(axes.values())]
         mesh = sharding.make_mesh(**{"fsdp": 1} | axes, devices=devices)
         assert memory.window_bytes(config, 100, mesh=mesh) == pytest.approx(alone / parts)
+
+
+def test_keys_and_values_that_are_kept_lie_beside_a_window(pipe, monkeypatch):
+    config = pipe.dit.config
+    cells = (pipe.sampling.height // pipe.cell[1]) * (pipe.sampling.width // pipe.cell[2])
+    assert memory.kept_bytes(config, 1) == 2 * 2 * config.width * config.depth * 4
+    mesh = sharding.make_mesh(fsdp=1, context=2, tensor=2, devices=jax.devices()[:4])
+    assert memory.kept_bytes(config, 8, mesh=mesh) == memory.kept_bytes(config, 2)
+    window, kept = (f(config, cells) for f in (memory.window_bytes, memory.kept_bytes))
+    board = Board(shots=(Shot(spans=((0.0, "a red ball"),), seconds=1.0),))
+    for free, kv_cache, frames in ((window, 1, 9), (window, 4, 5), (window + kept, 4, 9)):
+        monkeypatch.setattr(memory, "free_bytes", lambda free=free: 5.01 * free / memory.SHARE)
+        settings = {"kv_cache": kv_cache}
+        assert lengths.window_of(pipe, settings=settings) == frames
+        assert storyboard.window_of(pipe, board, **settings) == frames
