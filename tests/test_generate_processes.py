@@ -43,7 +43,7 @@ def storyboard(folder, out):
     shots = [{"prompt": f"a red ball {verb}", "seconds": 0.625} for verb in ("rolls", "falls")]
     board.write_text(json.dumps({"size": "32x32", "shots": shots}))
     given = ("storyboard", board, "--checkpoint", folder, "--out", out, "--steps", "2")
-    return [str(x) for x in (*given, *MESH)]
+    return [str(x) for x in (*given, "--kv-cache", "2", *MESH)]
 
 
 def test_two_processes_sample_as_one_with_as_many_devices(pipeline_folder, tasks_folder, tmp_path):
