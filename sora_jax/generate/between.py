@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 from jaxtyping import Float, UInt8
 
-_FLOW_SIDE = 256  # the shorter side, in pixels, of what flow is read from: patches are of 8
+_FLOW_SIDE = 256  # pixels to which a shorter side is enlarged to read flow: patches are of 8
 _CUT = 12.0  # of 255: frames that differ by as much once they are warped, and by half of what
 _SHARE = 0.5  # they did before, are of two shots
 

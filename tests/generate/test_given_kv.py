@@ -114,6 +114,17 @@ def test_guidance_that_ends_stores_anew(pipe, clip):
     np.testing.assert_allclose(latents(pipe, clip, denoise, **settings), exact, atol=2e-5)
 
 
+def test_another_transformer_stores_its_own(pipe, clip):
+    (first,) = without_attention(pipe).experts.parts
+    params = jax.tree.map(lambda p: 1.1 * p, first.params)
+    second = Part(first.config, first.graphdef, first.abstract, lambda: params)
+    both = Denoiser(Experts([first, second], 0.55), lambda f, *, stays=False: jax.jit(f))
+    exact, kept = (
+        latents(pipe, clip, both, kv_cache=n, schedule="linear", shift=1.0) for n in (1, 100)
+    )
+    np.testing.assert_allclose(kept, exact, atol=2e-5)
+
+
 @pytest.mark.parametrize("every", [2, 100])
 def test_steps_that_reuse_features_reuse_those_of_the_rest(pipe, clip, every):
     curve = ChangeCurve(times=(1.0, 0.0), change=(0.0, 1.0))
