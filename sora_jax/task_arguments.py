@@ -54,7 +54,12 @@ def add(group) -> None:
     argument("--loop", action="store_true", help="make the end lead back to the beginning")
     argument("--join", nargs=2, metavar=("A", "B"), help="lead from video A to video B")
     argument("--edit", metavar="FILE", help="draw this video anew after the prompt")
-    argument("--strength", type=float, help="how much is drawn anew, up to 1")
+    argument(
+        "--strength",
+        type=float,
+        help="how much is drawn anew, up to 1, of --edit (default: .8), --refine (.1) or "
+        "--interpolate (0)",
+    )
     argument("--inpaint", metavar="FILE", help="make a part of this video anew: --mask")
     argument("--mask", metavar="FILE|X,Y,W,H", help="white is made anew; or a box in pixels")
     argument("--outpaint", metavar="WxH", help="put --video into a larger picture of this size")

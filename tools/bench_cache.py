@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     from sora_jax.evaluate import paperworld
     from sora_jax.progress import Progress
 
-    if args.prompts < 1 or args.prompts % args.batch_size:
+    if args.prompts < 1 or args.batch_size < 1 or args.prompts % args.batch_size:
         raise ValueError(f"--prompts {args.prompts} must be a multiple of --batch-size.")
     pipe = Timed(sora_jax.load(args.checkpoint))
     options = [{"cache_threshold": t, "steps": args.steps} for t in (0.0, *args.thresholds)]

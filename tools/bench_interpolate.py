@@ -49,9 +49,16 @@ def main() -> None:
     from sora_jax.evaluate import scores
     from sora_jax.evaluate.intervals import median_interval
     from sora_jax.generate.between import between
+    from sora_jax.generate.denoise import check_strength
     from sora_jax.generate.tasks import interpolate
     from sora_jax.video_io.sheet import save_image
 
+    try:
+        for strength in args.strengths:
+            check_strength(strength)
+    except ValueError as refused:
+        print(f"bench_interpolate: {refused}", file=sys.stderr)
+        sys.exit(2)
     cli.setup_jax()
     pipe, found, shown = sora_jax.load(args.checkpoint), {}, []
     moving = [

@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=5, help="of scenes and noise")
     parser.add_argument("--out", type=Path, help="also write the rows here, as .json")
     args = parser.parse_args(arguments)
-    if args.films < 1 or args.films % args.batch_size:
+    if args.films < 1 or args.batch_size < 1 or args.films % args.batch_size:
         raise ValueError(f"--films {args.films} must be a multiple of --batch-size.")
     return args
 
@@ -102,6 +102,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         if prompt.scene.subject.verb in ONGOING
     ][: args.films]
     first = lengths.window_of(pipe)
+    if lengths.seconds_to_frames(pipe, args.seconds) <= first:
+        raise ValueError(f"--seconds {args.seconds:g} is one window, which has no past; use more.")
     batches = list(paperworld.batches(prompts, args.batch_size))
     with Progress("batches", total=len(ways) * (1 + len(batches)), unit="batches") as progress:
         for number, way in enumerate(ways):  # compiles
