@@ -10,6 +10,7 @@ fall on all alike; times and ratios are medians over batches.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,18 +169,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> int:
-    args = parse()
+def run(name: str, parse: Callable, measure: Callable, table: Callable) -> int:
+    """A benchmark's command: rows as a table, and as JSON where `--out` asks for it."""
     from sora_jax import video_io
     from sora_jax.cli import setup_jax
 
-    setup_jax()
     try:
+        args = parse()
+        setup_jax()
         if args.out:
             video_io.check_output_path(args.out, allowed=(".json",))
         rows = measure(args)
     except ValueError as error:
-        print(f"bench_cache: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     print(table(rows))
     if args.out:
@@ -189,4 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("bench_cache", parse, measure, table))

@@ -9,7 +9,6 @@ first window, against those of every step's own keys and values; the oracle read
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_cache import run
 
 JUDGED = 17  # frames at the end
 ONGOING = ("bounces", "spins", "stays")  # what the end of a film still shows
@@ -140,25 +140,5 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> int:
-    from sora_jax import video_io
-    from sora_jax.cli import setup_jax
-
-    try:
-        args = parse()
-        setup_jax()
-        if args.out:
-            video_io.check_output_path(args.out, allowed=(".json",))
-        rows = measure(args)
-    except ValueError as error:
-        print(f"bench_kv_cache: {error}", file=sys.stderr)
-        return 2
-    print(table(rows))
-    if args.out:
-        with video_io.atomic_path(args.out) as temporary:
-            temporary.write_text(json.dumps(rows, indent=2) + "\n")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("bench_kv_cache", parse, measure, table))
