@@ -38,6 +38,19 @@ def compilation_cache(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(shared / "xla"))
 
 
+def stopped_at_every_second(function):
+    """`function`, whose every second call is Ctrl-C."""
+    calls = []
+
+    def stopped(*args, **options):
+        calls.append(args)
+        if len(calls) % 2 == 0:
+            raise KeyboardInterrupt
+        function(*args, **options)
+
+    return stopped
+
+
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory) -> Path:
     """A complete inference folder with small random weights: 4x4x4 latents, 8x8 pixels a token."""

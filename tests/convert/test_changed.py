@@ -8,6 +8,7 @@ import pytest
 from sora_jax.convert import rewrite
 from sora_jax.train.export import export
 from sora_jax.train.verify import verify
+from tests.conftest import stopped_at_every_second
 
 TOOLS = {
     "average_weights": ("--checkpoints",),
@@ -41,15 +42,8 @@ def test_a_tool_that_is_stopped_leaves_what_was_there(
     change, pipeline_folder, tmp_path, monkeypatch
 ):
     out, new = export(pipeline_folder, tmp_path / "out", max_shard_size=3000), tmp_path / "new"
-    write, calls, before = rewrite.write_shards, [], held(out)
-
-    def stopped(*args, **options):
-        calls.append(args)
-        if len(calls) % 2 == 0:
-            raise KeyboardInterrupt
-        write(*args, **options)
-
-    monkeypatch.setattr(rewrite, "write_shards", stopped)
+    before, write = held(out), rewrite.write_shards
+    monkeypatch.setattr(rewrite, "write_shards", stopped_at_every_second(write))
     for target in (out, new):
         with pytest.raises(KeyboardInterrupt):
             change(pipeline_folder, target)

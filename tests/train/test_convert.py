@@ -17,6 +17,7 @@ from sora_jax.train.export import export, parse_bytes, write_index, write_pipeli
 from sora_jax.train.loop import train
 from sora_jax.train.program import STAGES
 from sora_jax.train.verify import verify
+from tests.conftest import stopped_at_every_second
 
 WORDS = {"dit": "transformer's config", "vae": "VAE's config"}
 
@@ -80,15 +81,7 @@ def expert_folder(pipeline_folder, target):
 def test_an_export_that_is_stopped_leaves_the_earlier_one(pipeline_folder, tmp_path, monkeypatch):
     out, again = tmp_path / "out", tmp_path / "again"
     export(pipeline_folder, out)
-    write, calls = rewrite.write_shards, []
-
-    def stopped(*args, **options):
-        calls.append(args)
-        if len(calls) % 2 == 0:
-            raise KeyboardInterrupt
-        write(*args, **options)
-
-    monkeypatch.setattr(rewrite, "write_shards", stopped)
+    monkeypatch.setattr(rewrite, "write_shards", stopped_at_every_second(rewrite.write_shards))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     for target in (out, again):
         with pytest.raises(KeyboardInterrupt):
