@@ -73,7 +73,7 @@ def run(args: Namespace) -> None:
     settings["window"] = storyboard.window_of(pipe, board, **settings)
     parts = storyboard.plan(pipe, board, **settings)
     console = Console(stderr=not args.plan, highlight=False, quiet=not writes)
-    console.print(_table(pipe, board, parts))
+    console.print(_table(pipe, board, parts, saves=_caches(pipe, settings)))
     if args.plan:
         return
     with LearnedProgress("denoising") as progress:
@@ -85,13 +85,22 @@ def run(args: Namespace) -> None:
     console.print(f"in all {time.perf_counter() - begun:.2f} s")
 
 
-def _table(pipe, board: Any, parts: list[Any]) -> Any:
+def _caches(pipe, settings: dict[str, Any]) -> bool:
+    """Whether steps leave out a part of the work, as asked or by the checkpoint's settings."""
+    names = ("cache_threshold", "kv_cache")
+    asked = {name: settings[name] for name in names if settings[name] is not None}
+    request = pipe.request("any", **asked)
+    return bool(request.cache_threshold) or request.kv_cache > 1
+
+
+def _table(pipe, board: Any, parts: list[Any], *, saves: bool) -> Any:
     from rich.table import Table
 
+    without = ", less what the caches save" if saves else ""
     table = Table(
         title=f"{len(parts)} shots, {board.seconds:g} s, "
         f"{sum(part.frames for part in parts)} frames by {pipe.info['checkpoint']}",
-        caption=f"{sum(part.tflops for part in parts):.3g} TFLOP of denoising in all",
+        caption=f"{sum(part.tflops for part in parts):.3g} TFLOP of denoising in all{without}",
     )
     table.add_column("shot", justify="right")
     table.add_column("begins")

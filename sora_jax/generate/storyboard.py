@@ -153,7 +153,7 @@ def window_of(pipe, board: Board, **settings: Any) -> int:
 
 
 def render(pipe, board: Board, *, on_step: OnStep | None = None, **settings: Any) -> Film:
-    """The film of a storyboard; each shot is made when its part is asked for.
+    """The film of a storyboard, window by window, each made when its part is asked for.
 
     Raises:
       ValueError: as `plan`, before anything is made.
@@ -213,9 +213,12 @@ def _shots(
             given = begun = _cut_to(pipe, board, clip, before, shot, request, on_step)
         else:
             given = None
-        made = _go_on(pipe, board, part, request, given, begun, on_step)
-        kept.append(made[-window:])
-        yield made
+        last = None
+        for made in _go_on(pipe, board, part, request, given, begun, on_step):
+            last = made if last is None else np.concatenate([last, made])
+            last = last[-window:]
+            yield made
+        kept.append(last)
 
 
 def _cut_to(
@@ -244,11 +247,13 @@ def _cut_to(
 
 def _go_on(
     pipe, board: Board, part: Part, request, given: Frames | None, begun: Frames | None, on_step
-) -> Frames:
+) -> Iterator[Frames]:
     """A whole shot from the frames that it goes on from; `begun` are those that are its own."""
     own = 0 if begun is None else len(begun)
+    if own:
+        yield begun[: part.frames]
     if own >= part.frames:
-        return begun[: part.frames]
+        return
     window, known = request.frames, given
     if own > 1:
         known = begun[-lengths.whole(pipe, min(own, lengths.overlap_of(pipe, window))) :]
@@ -265,8 +270,13 @@ def _go_on(
         canvases=None if known is None else [canvas_of.of_clip(known, held, at=0)],
         on_step=on_step,
     )
-    made = np.concatenate(list(film), axis=1)[0, held:]
-    return np.concatenate([begun, made] if own else [made])[: part.frames]
+    end = held + part.frames - own  # in frames of the sweep, whose last window may be longer
+    at = 0
+    for (made,) in film:
+        fresh = made[max(held - at, 0) : max(end - at, 0)]
+        at += len(made)
+        if len(fresh):
+            yield fresh
 
 
 def _timed(

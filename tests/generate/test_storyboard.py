@@ -15,14 +15,14 @@ SETTINGS = {"steps": 2}
 def made(pipe, *shots, **options):
     values = {"shots": [{"prompt": "a red ball", "seconds": 1, **shot} for shot in shots]}
     film = storyboard.render(pipe, board.parse(values), **SETTINGS, **options)
-    return film, [np.asarray(part) for part in film.parts]
+    return film, np.concatenate(list(film.parts))
 
 
 def test_every_shot_has_its_length_and_the_plan_says_so(pipe):
     shots = ({"seconds": 0.5}, {"seconds": 2}, {"begins": "continue"}, {"carry": 0})
     steps = []
-    film, parts = made(pipe, *shots, on_step=lambda i, n, x: steps.append((i, n)))
-    assert [len(part) for part in parts] == [4, 16, 8, 8]
+    film, frames = made(pipe, *shots, on_step=lambda i, n, x: steps.append((i, n)))
+    assert len(frames) == 36
     values = {"shots": [{"prompt": "a red ball", "seconds": 1, **shot} for shot in shots]}
     plan = storyboard.plan(pipe, board.parse(values), **SETTINGS)
     assert [part.frames for part in plan] == [4, 16, 8, 8]
@@ -30,11 +30,21 @@ def test_every_shot_has_its_length_and_the_plan_says_so(pipe):
     assert film.metadata["frames"] == 36 and film.metadata["task"]["name"] == "storyboard"
 
 
+def test_frames_of_a_shot_leave_before_the_shot_is_whole(pipe):
+    steps, left = [], []
+    shots = board.parse({"shots": [{"prompt": "a red ball", "seconds": 3}]})
+    film = storyboard.render(pipe, shots, **SETTINGS, on_step=lambda i, n, x: steps.append((i, n)))
+    for part in film.parts:
+        left.append((len(part), *steps[-1]))
+    assert sum(count for count, _, _ in left) == 24
+    assert left[0][1] == SETTINGS["steps"] < left[0][2]  # after the first window's last step
+
+
 def test_a_shot_begins_with_its_picture(pipe, tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     path = video_io.save_image(tmp_path / "a.png", picture)
-    _, parts = made(pipe, {}, {"keyframe": str(path)})
-    np.testing.assert_array_equal(parts[1][0], picture)
+    _, frames = made(pipe, {}, {"keyframe": str(path)})
+    np.testing.assert_array_equal(frames[8], picture)
 
 
 def test_memory_that_the_system_would_give_back_counts_as_free(monkeypatch):
@@ -133,7 +143,7 @@ def test_a_window_fits_the_memory_of_the_process_that_has_least(pipe, monkeypatc
 
 def test_another_seed_makes_another_film(pipe):
     (_, first), (_, second) = (made(pipe, {"seed": seed}) for seed in (1, 2))
-    assert (first[0] != second[0]).any()
+    assert (first != second).any()
 
 
 def test_what_a_checkpoint_cannot_do_is_refused_before_work(pipeline_folder):
@@ -147,7 +157,10 @@ def test_the_command_plans_and_renders(tasks_folder, tmp_path, capsys):
     file.write_text("shots: [{prompt: a red ball, seconds: 1}, {prompt: it stays, seconds: 1}]")
     base = ["storyboard", str(file), "--checkpoint", str(tasks_folder), "--steps", "1"]
     assert cli.main([*base, "--plan"]) == 0
-    assert "2 shots, 2 s, 16 frames" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "2 shots, 2 s, 16 frames" in told and "caches" not in told
+    assert cli.main([*base, "--plan", "--kv-cache", "2"]) == 0
+    assert "less what the caches save" in " ".join(capsys.readouterr().out.split())
     out = tmp_path / "film.mp4"
     assert cli.main([*base, "--out", str(out)]) == 0
     assert len(video_io.read_video(out).frames) == 16
