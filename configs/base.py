@@ -156,6 +156,8 @@ def get_config() -> ConfigDict:
     c.sample.steps = 30
     c.sample.guidance = 3.0
     c.sample.guidance_interval = (0.0, 1.0)  # flow times between which guidance acts
+    # The same in windows of a film that go on from the one before; () is as guidance_interval.
+    c.sample.past_guidance_interval = ()
     c.sample.guidance_rescale = 0.0  # in [0, 1]; against over-saturation at large scales
     # Blocks in which frames of guidance's half without the prompt do not see each other.
     c.sample.guidance_blocks = ()

@@ -88,6 +88,14 @@ def _add_sample(commands) -> None:
         help="flow times between which guidance acts, 0 is the video and 1 noise",
     )
     sample.add_argument(
+        "--past-guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="the same, in windows of a film that go on from the one before (default: the "
+        "checkpoint's)",
+    )
+    sample.add_argument(
         "--guidance-rescale", type=float, metavar="SHARE", help="0 to 1; against over-saturation"
     )
     sample.add_argument(

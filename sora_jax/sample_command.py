@@ -20,7 +20,8 @@ from sora_jax.prompts import timed, writers
 AT_ONCE = 8  # videos denoised together at most
 _NAMES = (
     *("negative_prompt", "frames", "fps", "steps", "guidance", "guidance_2"),
-    *("guidance_interval", "guidance_rescale", "guidance_blocks", "guidance_blocks_interval"),
+    *("guidance_interval", "past_guidance_interval", "guidance_rescale"),
+    *("guidance_blocks", "guidance_blocks_interval"),
     *("shift", "solver", "schedule", "cache_threshold", "kv_cache"),
 )
 _PICTURES = ("image", "last_image")
@@ -365,7 +366,7 @@ def _read_metadata(path: Path) -> dict:
     metadata = folder.read_json(path) if path.suffix == ".json" else video_io.read_metadata(path)
     needed = {"prompt", "seed", "width", "height", "checkpoint_sha256", *_NAMES}
     newer = {"guidance_blocks": (), "guidance_blocks_interval": (0.0, 1.0)}
-    newer |= {"cache_threshold": 0.0, "kv_cache": 1}
+    newer |= {"cache_threshold": 0.0, "kv_cache": 1, "past_guidance_interval": (0.0, 1.0)}
     needed -= {"guidance_2", *newer}  # what older files may lack
     if missing := needed - set(metadata):
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; give a video made here.")

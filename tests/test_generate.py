@@ -149,6 +149,8 @@ def test_the_negative_prompt_takes_the_place_of_the_empty_one(pipe):
         ({"shift": 0}, "shift"),
         ({"schedule": "wna"}, "Did you mean 'wan'"),
         ({"guidance_interval": (0.8, 0.2)}, "interval"),
+        ({"past_guidance_interval": (0.8, 0.2)}, "interval"),
+        ({"past_guidance_interval": 0.5}, r"past_guidance_interval is 0.5; give two times"),
         ({"guidance_rescale": 2}, "rescale"),
         ({"guidance_blocks": (1, 2)}, "this transformer's blocks are 0 to 1"),
         ({"guidance_blocks": (-1,)}, "different numbers from 0"),

@@ -15,12 +15,13 @@ from sora_jax.diffusion.times import NO_SHIFT, TokenShift
 class SamplingDefaults:
     """What `sora-jax sample` uses where the user says nothing; sizes in pixels.
 
-    `guidance_2` is for the second of two transformers, None the same. `text_tokens` is the longest
-    prompt in tokens, end of sequence included. `tasks` are the masks that it was trained with, by
-    the names in `diffusion.tasks.MASKS`, and FRAME_TIMES of there. `refine_prefix` are the words
-    before captions of parts of larger pictures, which refining puts before its prompt.
-    `feature_cache` was measured by `tools/calibrate_cache.py`, and is what `cache_threshold` needs:
-    without it, or where a solver or a film takes none, the default has no effect.
+    `guidance_2` is for the second of two transformers, None the same, and `past_guidance_interval`
+    for windows that go on from others, () the same. `text_tokens` is the longest prompt in tokens,
+    end of sequence included. `tasks` are the masks that it was trained with, by the names in
+    `diffusion.tasks.MASKS`, and FRAME_TIMES of there. `refine_prefix` are the words before captions
+    of parts of larger pictures, which refining puts before its prompt. `feature_cache` was measured
+    by `tools/calibrate_cache.py`, and is what `cache_threshold` needs: without it, or where a
+    solver or a film takes none, the default has no effect.
     """
 
     width: int = 64
@@ -31,6 +32,7 @@ class SamplingDefaults:
     guidance: float = 3.0
     guidance_2: float | None = None
     guidance_interval: Sequence[float] = (0.0, 1.0)
+    past_guidance_interval: Sequence[float] = ()
     guidance_rescale: float = 0.0
     guidance_blocks: Sequence[int] = ()
     guidance_blocks_interval: Sequence[float] = (0.0, 1.0)

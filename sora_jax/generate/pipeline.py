@@ -202,6 +202,7 @@ class Pipeline:
         guidance: float | None = None,
         guidance_2: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        past_guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float | None = None,
         guidance_blocks: Sequence[int] | None = None,
         guidance_blocks_interval: tuple[float, float] | None = None,
@@ -221,6 +222,7 @@ class Pipeline:
           size: (width, height) in pixels.
           guidance_2: guidance of the second of two transformers; by default the same.
           guidance_interval: flow times (lo, hi) between which guidance acts; 1 is noise.
+          past_guidance_interval: of films, the same in windows that go on from the one before.
           guidance_rescale: in [0, 1]; against over-saturation at large scales.
           guidance_blocks: blocks of the transformer, counted from 0, in which frames of what is
             steered away from do not see each other; () for none (`diffusion.guidance`).
@@ -247,6 +249,7 @@ class Pipeline:
             guidance=guidance,
             guidance_2=guidance_2,
             guidance_interval=guidance_interval,
+            past_guidance_interval=past_guidance_interval,
             guidance_rescale=guidance_rescale,
             guidance_blocks=guidance_blocks,
             guidance_blocks_interval=guidance_blocks_interval,
@@ -448,7 +451,8 @@ class Pipeline:
         from sora_jax import __version__
 
         # Lists, as JSON gives back what the files hold.
-        names = ("guidance_interval", "guidance_blocks", "guidance_blocks_interval")
+        names = ("guidance_interval", "past_guidance_interval", "guidance_blocks")
+        names += ("guidance_blocks_interval",)
         settings = {name: list(getattr(request, name)) for name in names}
         if request.cache_threshold:
             settings["cache_sha256"] = self.cache_hash

@@ -24,6 +24,8 @@ class Request:
     """Everything that decides a video, pictures apart; what `Pipeline.request` makes.
 
     `guidance_2` is the scale for the second transformer, of little noise, in models with two.
+    `past_guidance_interval` takes the place of `guidance_interval` where a window goes on from one
+    that was made before (`going_on`).
     `cache_threshold` is how far the residual of the transformer's blocks may move before they run
     again (`diffusion.feature_cache`); 0 runs them at every step. Keys and values of given tokens
     are computed at every `kv_cache`-th step that runs them; 1 is every one.
@@ -39,6 +41,7 @@ class Request:
     guidance: float
     guidance_2: float
     guidance_interval: tuple[float, float]
+    past_guidance_interval: tuple[float, float]
     guidance_rescale: float
     guidance_blocks: tuple[int, ...]
     guidance_blocks_interval: tuple[float, float]
@@ -58,6 +61,11 @@ class Request:
             blocks=self.guidance_blocks,
             blocks_interval=self.guidance_blocks_interval,
         )
+
+    def going_on(self) -> "Request":
+        """As a window that goes on from one made before is guided: made anew again and again, what
+        guidance does to edges near t = 0 would add up."""
+        return dataclasses.replace(self, guidance_interval=self.past_guidance_interval)
 
 
 def of_settings(
@@ -103,12 +111,15 @@ def of_settings(
     if second is None and "guidance" not in given:
         second = defaults.guidance_2
 
-    def interval(name: str) -> tuple[float, float]:
+    def interval(name: str, value: Any) -> tuple[float, float]:
         try:
-            lo, hi = chosen(name)
+            lo, hi = value
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} is {chosen(name)!r}; give two times (lo, hi).") from error
+            raise ValueError(f"{name} is {value!r}; give two times (lo, hi).") from error
         return _number(name, lo), _number(name, hi)
+
+    guided = interval("guidance_interval", chosen("guidance_interval"))
+    past = interval("past_guidance_interval", chosen("past_guidance_interval") or guided)
 
     blocks = chosen("guidance_blocks")
     if not isinstance(blocks, Iterable) or isinstance(blocks, str):
@@ -124,10 +135,13 @@ def of_settings(
         steps=_whole("steps", chosen("steps")),
         guidance=guidance,
         guidance_2=guidance if second is None else _number("guidance_2", second),
-        guidance_interval=interval("guidance_interval"),
+        guidance_interval=guided,
+        past_guidance_interval=past,
         guidance_rescale=_number("guidance_rescale", chosen("guidance_rescale")),
         guidance_blocks=tuple(_whole("guidance_blocks", block) for block in blocks),
-        guidance_blocks_interval=interval("guidance_blocks_interval"),
+        guidance_blocks_interval=interval(
+            "guidance_blocks_interval", chosen("guidance_blocks_interval")
+        ),
         shift=_number("shift", given.get("shift", 1.0)),
         solver=solver,
         schedule=_text("schedule", chosen("schedule")),
@@ -196,7 +210,7 @@ def check(request: Request, *, cell: tuple[int, int, int], blocks: int) -> None:
             raise ValueError(
                 f"guidance {scale} is out of range; use 0 to {MAX_GUIDANCE:g}, 1 is off."
             )
-    _ = request.guide()  # checks interval, rescale and blocks
+    _ = request.guide(), request.going_on().guide()  # checks intervals, rescale and blocks
     if any(block >= blocks for block in request.guidance_blocks):
         raise ValueError(
             f"guidance_blocks {request.guidance_blocks}: this transformer's blocks are 0 to "

@@ -75,7 +75,8 @@ def film(
     Args:
       pipe: a `Pipeline` whose model was trained with a time for every frame
         (`config.tasks.frame_noise`) and on clips that go on ("prefix"); see `trained.check`.
-      requests: of one window each, or of the whole film if that is shorter.
+      requests: of one window each, or of the whole film if that is shorter; guided as
+        `Request.going_on` says from where the window moves.
       sweep: `overlap` frames of a window are finished ones.
       canvases: what is given of each film's beginning, at most a window.
       on_step: called with steps over the whole film.
@@ -110,6 +111,7 @@ def film(
             state = jax.tree.map(lambda a, b: jnp.concatenate([a[:, 1:], b], 1), state, fresh)
             before = pipe.encode(last_pictures.pop(begin)[:, None])
             here = _here(given, state.x, begin, before, patch_size=patch)
+            shared = requests[0].going_on()
         while step < roll.stride * frame + shared.steps:
             progress, x = roll.progress(step, begin), state.x
             finished = jnp.asarray(progress >= shared.steps)[None, :, None, None]

@@ -78,7 +78,8 @@ def film(
     Args:
       pipe: a `Pipeline` whose model was trained on clips that go on ("prefix"), unless one
         window is all.
-      requests_at: requests of each window, `sweep.window` frames long, or the whole film's.
+      requests_at: requests of each window, `sweep.window` frames long, or the whole film's; all
+        but the first are guided as `Request.going_on` says, unless there are drafts.
       canvases: what is given of each film, over its whole length or its beginning.
       drafts, strength: as in `Pipeline.run`, over the whole length.
       on_step: called with steps over all windows.
@@ -89,6 +90,8 @@ def film(
     references: list[list[Reference]] = [[] for _ in canvases or ()]
     for number, begin in enumerate(begins):
         requests = requests_at(number, begin)
+        if number and drafts is None:  # of drafts nothing is made again and again
+            requests = [request.going_on() for request in requests]
         length = requests[0].frames
         known = 0 if end is None else end - begin
         local = _local(canvases, begin, length, known, frames, requests[0])
@@ -278,6 +281,8 @@ def before(
     made = clips[:, :overlap]
     for number in range(windows):
         canvases = [canvas_of.of_clip(clip, length, at=length - overlap) for clip in made]
+        if number:
+            requests = [request.going_on() for request in requests]
         begin = total - (number + 1) * (length - overlap)  # below 0 it is cut off in the end
         latents = pipe.denoise(
             _noise(pipe, requests, number),

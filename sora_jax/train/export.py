@@ -356,6 +356,7 @@ def _write_sampling(out: Path, config, stage) -> None:
         steps=config.sample.steps,
         guidance=config.sample.guidance,
         guidance_interval=config.sample.guidance_interval,
+        past_guidance_interval=config.sample.get("past_guidance_interval", ()),
         guidance_rescale=config.sample.guidance_rescale,
         guidance_blocks=config.sample.get("guidance_blocks", ()),
         guidance_blocks_interval=config.sample.get("guidance_blocks_interval", (0.0, 1.0)),

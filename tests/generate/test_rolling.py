@@ -46,7 +46,7 @@ def test_frames_begin_one_after_the_other_and_all_under_way_are_in_the_window(wi
     assert everywhere[-1] == steps - 1, "the last step finishes the last frame"
 
 
-def by_hand(pipe, *, steps, guidance, blocks=()):
+def by_hand(pipe, *, steps, guidance, blocks=(), past=(0.0, 1.0)):
     """The film by Euler's method, frame by frame; every latent is kept, the whole decoded."""
     request = pipe.request(PROMPT, steps=steps, frames=9)
     total, size, clean = 9, 5, 3
@@ -77,6 +77,9 @@ def by_hand(pipe, *, steps, guidance, blocks=()):
         grid = np.broadcast_to(t[None, :, None, None], (2, size, *np.array(window.shape[1:3]) // 2))
         cond, uncond = np.asarray(velocity(np.stack([window, window]), jnp.asarray(grid)))
         guided = uncond + guidance * (cond - uncond)
+        if begin:
+            is_guided = (t >= past[0]) & (t <= past[1])
+            guided = np.where(is_guided[:, None, None, None], guided, cond)
         for place, j in enumerate(range(begin, begin + size)):
             at = step - stride * j
             if 0 <= at < steps:
@@ -84,15 +87,16 @@ def by_hand(pipe, *, steps, guidance, blocks=()):
     return film, to_bytes(pipe.decode(film[None]))[0]
 
 
-@pytest.mark.parametrize("blocks", [(), (1,)])
-def test_a_film_is_what_a_loop_over_frames_makes(pipe, blocks):
+@pytest.mark.parametrize(("blocks", "past"), [((), (0.0, 1.0)), ((1,), (0.0, 1.0)), ((), (0.7, 1))])
+def test_a_film_is_what_a_loop_over_frames_makes(pipe, blocks, past):
     seen = []
     settings = {"guidance": 2.0, "solver": "euler", "schedule": "wan"}
     settings |= {"guidance_blocks": blocks, "guidance_blocks_interval": (0.0, UNTIL)}
+    settings["past_guidance_interval"] = past
     parts = film(pipe, on_step=lambda *told: seen.append(told), **settings)
     assert [part.shape[1] for part in parts] == [1] + 8 * [2], "each frame as soon as it is made"
     made = np.concatenate(parts, axis=1)[0].astype(int)
-    latents, wanted = by_hand(pipe, steps=4, guidance=2.0, blocks=blocks)
+    latents, wanted = by_hand(pipe, steps=4, guidance=2.0, blocks=blocks, past=past)
     assert wanted.std() > 1
     assert np.abs(made - wanted).max() <= 1
     np.testing.assert_allclose(seen[-1][2].x[0], latents[-5:], atol=1e-5)

@@ -79,13 +79,14 @@ def test_cached_embeddings_give_the_loss_of_the_frozen_encoder(config, cache, ba
 def test_a_run_on_cached_embeddings_previews_exports_and_samples(config, cache, tmp_path):
     config.data.update(path=cache, text_embeddings=True, batching="pack")
     config.num_steps, config.sample_every = 2, 2
-    config.sample.cache_threshold = 0.07
+    config.sample.cache_threshold, config.sample.past_guidance_interval = 0.07, (0.8, 1.0)
     config.sample.guidance_blocks, config.sample.guidance_blocks_interval = (0,), (0.0, 0.5)
     train(config, tmp_path / "run", devices=jax.devices()[:1])
     assert (tmp_path / "run" / "samples" / "0000002.png").is_file()
     out = export(tmp_path / "run", tmp_path / "export")
     defaults = folder.read_json(out / "sampling.json")
     assert defaults["cache_threshold"] == 0.07
+    assert defaults["past_guidance_interval"] == [0.8, 1.0]
     assert defaults["guidance_blocks"] == [0] and defaults["guidance_blocks_interval"] == [0.0, 0.5]
     _, _, given = folder.load_component(config.text_checkpoint, "text")
     _, _, written = folder.load_component(out, "text")
