@@ -30,6 +30,7 @@ MESHES = {
     "data, fsdp": {"data": 4, "fsdp": 2},
     "fsdp, context": {"fsdp": 2, "context": 4},
     "tensor, context": {"fsdp": 1, "tensor": 2, "context": 4},
+    "all, with pictures": {"fsdp": 2, "tensor": 2, "context": 2, "image_dim": 10},
 }
 
 
@@ -45,11 +46,12 @@ def arguments():
         "positions": np.broadcast_to(rng.integers(0, 9, (1, TOKENS, 3)), (ROWS, TOKENS, 3)),
         "ids": np.broadcast_to(ids, (ROWS, TOKENS)),
         "text_ids": np.broadcast_to([0, 0, 0, 1, 1, 1], (ROWS, 6)),
+        "image": rng.standard_normal((ROWS, SEGMENTS, 3, 10), np.float32),
     }
 
 
-def model_and_loss(context="auto", heads=CONFIG.num_heads):
-    config = dataclasses.replace(CONFIG, context=context, num_heads=heads, remat="attention_out")
+def model_and_loss(context="auto", **changes):
+    config = dataclasses.replace(CONFIG, context=context, remat="attention_out", **changes)
     graph, params = nnx.split(DiT(config, rngs=nnx.Rngs(0)), nnx.Param)
     rng = np.random.default_rng(1)
     # No zero initialisation may hide a path.
@@ -67,6 +69,7 @@ def model_and_loss(context="auto", heads=CONFIG.num_heads):
             text_segment_ids=batch["text_ids"],
             num_segments=SEGMENTS,
             t_of_segments=True,
+            image_emb=None if config.image_dim is None else batch["image"],
         )
         return jnp.mean(jnp.where(batch["ids"][..., None] >= 0, velocity, 0) ** 2)
 
@@ -75,11 +78,11 @@ def model_and_loss(context="auto", heads=CONFIG.num_heads):
 
 @pytest.fixture(scope="module")
 def alone():
-    """heads -> loss and gradients of one device."""
+    """What a config changes -> loss and gradients of one device."""
 
     @functools.cache
-    def of(heads):
-        params, step = model_and_loss(heads=heads)
+    def of(**changes):
+        params, step = model_and_loss(**changes)
         return jax.jit(step)(params, jax.tree.map(jnp.asarray, arguments()))
 
     return of
@@ -88,9 +91,10 @@ def alone():
 @pytest.mark.parametrize("name", MESHES)
 def test_loss_and_gradients_equal_one_device(name, alone):
     sizes = dict(MESHES[name])
-    heads = sizes.pop("heads", CONFIG.num_heads)
-    alone_loss, alone_grads = alone(heads)
-    params, step = model_and_loss(sizes.pop("way", "auto"), heads)
+    changes = {"num_heads": sizes.pop("heads", CONFIG.num_heads)}
+    changes["image_dim"] = sizes.pop("image_dim", None)
+    alone_loss, alone_grads = alone(**changes)
+    params, step = model_and_loss(sizes.pop("way", "auto"), **changes)
     mesh = sharding.make_mesh(**sizes)
     stored = sharding.tree_shardings(params, mesh)
     batch = jax.device_put(arguments(), sharding.named(mesh, "batch"))

@@ -34,6 +34,19 @@ class Apart(NamedTuple):
     given: Int[Array, "b g"] | None = None
 
 
+class Pictures(NamedTuple):
+    """Embedded image features, and in rows of several segments which of them each token sees.
+
+    Attributes:
+      ids: segment of each of the features; None: every token sees all.
+      of_tokens: segment whose features a token sees.
+    """
+
+    rows: Float[Array, "b i d"]
+    ids: Int[Array, "b i"] | None = None
+    of_tokens: Int[Array, "b n"] | None = None
+
+
 class Attention(nnx.Module):
     """Multi-head attention with q and k RMS-normalised over the full width.
 
@@ -100,7 +113,7 @@ class Attention(nnx.Module):
         kv_segment_ids: Int[Array, "b s"] | None = None,
         kv_bias: Float[Array, "b s"] | None = None,
         runs: int | None = None,
-        image: Float[Array, "b i d"] | None = None,
+        image: Pictures | None = None,
     ) -> Float[Array, "b n d"]:
         """Queries from `x`, turned by `rotation`, see `kv`."""
         config = self.config
@@ -121,11 +134,13 @@ class Attention(nnx.Module):
             runs=runs,
         )
         if self.k_image is not None and image is not None:
-            shape = (*image.shape[:2], *kv.keys.shape[2:])
+            shape = (*image.rows.shape[:2], *kv.keys.shape[2:])
             y = y + attention.attention(
                 q,
-                self.norm_k_image(self.k_image(image)).reshape(shape),
-                self.v_image(image).reshape(shape),
+                self.norm_k_image(self.k_image(image.rows)).reshape(shape),
+                self.v_image(image.rows).reshape(shape),
+                q_segment_ids=image.of_tokens,
+                kv_segment_ids=image.ids,
                 kv_axis=kv_axis,
                 implementation=config.attention,
                 dtype=config.dtype,
@@ -189,7 +204,7 @@ class DiTBlock(nnx.Module):
         segment_ids: Int[Array, "b n"] | None = None,
         text_segment_ids: Int[Array, "b s"] | None = None,
         text_of_tokens: Int[Array, "b n"] | None = None,
-        image: Float[Array, "b i d"] | None = None,
+        image: Pictures | None = None,
         membership: Float[Array, "b n times"] | None = None,
         num_segments: int = 1,
         apart: tuple[Apart, Bool[Array, ""]] | None = None,

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax import layers, sharding, types
 from sora_jax.dit import embed, heads, patchify, rope
-from sora_jax.dit.block import Apart, DiTBlock, to_tokens
+from sora_jax.dit.block import Apart, DiTBlock, Pictures, to_tokens
 from sora_jax.dit.config import REMAT, DiTConfig
 from sora_jax.dit.kv_cache import KVCache
 
@@ -167,7 +167,7 @@ class DiT(nnx.Module):
         text_of_tokens: Int[Array, "b n"] | None = None,
         num_segments: int = 1,
         t_of_segments: bool = False,
-        image_emb: Float[Array, "b i d_image"] | None = None,
+        image_emb: Float[Array, "b i d_image"] | Float[Array, "b s i d_image"] | None = None,
         apart: Apart | None = None,
         around: Around | None = None,
         cache: KVCache | None = None,
@@ -186,13 +186,13 @@ class DiT(nnx.Module):
           text_segment_ids: the same for text; needed with more than one segment.
           text_of_tokens: the segment of text that a token attends to, where it is not its own.
           num_segments: static bound on the number of segments in a row.
-          image_emb: image features of the whole row.
+          image_emb: image features of the whole row, or of each of s = `num_segments` segments.
           apart: blocks in which other segments than `segment_ids` see each other.
           around, cache: as in `__call__`; tokens are those that are worked on.
 
         Raises:
           ValueError: if the text is longer than `config.text_len`, or segment ids are given
-            for text but not for video.
+            for text or image features but not for video.
         """
         config, count = self.config, x.shape[1]
         spare = heads.spare_tokens(config, count)
@@ -226,8 +226,6 @@ class DiT(nnx.Module):
         text_of_tokens = segment_ids if text_of_tokens is None else text_of_tokens
         if text_segment_ids is not None and text_of_tokens is None:
             raise ValueError("text_segment_ids need segment_ids; give both or neither.")
-        if image_emb is not None and self.image_embed is None:
-            raise ValueError("image features were given to a model whose dit.image_dim is None.")
         if text_mask is None:
             text_mask = jnp.ones(text_emb.shape[:2], bool)
         if text_segment_ids is None and heads.takes_whole_text(config, count, length):
@@ -259,7 +257,7 @@ class DiT(nnx.Module):
             segment_ids=segment_ids,
             text_segment_ids=text_segment_ids,
             text_of_tokens=text_of_tokens,
-            image=None if image_emb is None else self.image_embed(image_emb),
+            image=self._pictures(image_emb, segment_ids, num_segments),
             membership=membership,
             num_segments=num_segments,
             apart=apart,
@@ -269,6 +267,30 @@ class DiT(nnx.Module):
         modulation_out = time[:, :, None] + self.modulation_out[...][None, None]
         shift, scale = (to_tokens(modulation_out[:, :, i], membership) for i in range(2))
         return self.proj_out(self.norm_out(x) * (1 + scale) + shift)
+
+    def _pictures(
+        self,
+        image_emb: jax.Array | None,
+        segment_ids: Int[Array, "b n"] | None,
+        num_segments: int,
+    ) -> Pictures | None:
+        """Embedded image features, of the row or of its segments."""
+        if image_emb is None:
+            return None
+        if self.image_embed is None:
+            raise ValueError("image features were given to a model whose dit.image_dim is None.")
+        if image_emb.ndim == 3:
+            return Pictures(self.image_embed(image_emb))
+        if segment_ids is None or image_emb.shape[1] != num_segments:
+            raise ValueError(
+                f"image features of {image_emb.shape[1]} segments need segment_ids, and "
+                f"num_segments {num_segments} to be as many."
+            )
+        b, _, i, d = image_emb.shape
+        rows = self.image_embed(image_emb.reshape(-1, i, d)).reshape(b, num_segments * i, -1)
+        numbers = jnp.arange(num_segments, dtype=segment_ids.dtype)
+        ids = jnp.broadcast_to(jnp.repeat(numbers, i)[None], rows.shape[:2])
+        return Pictures(rows, ids, segment_ids)
 
     def _run_blocks(
         self,

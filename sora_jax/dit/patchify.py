@@ -3,6 +3,8 @@
 A token holds its patch in the order (frame, row, column, channel) of Wan's unpatchify.
 """
 
+import math
+
 import einops
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -88,6 +90,15 @@ def unpatchify(
     return einops.rearrange(
         tokens, "b (f h w) (i j k c) -> b (f i) (h j) (w k) c", f=f, h=h, w=w, i=pt, j=ph, k=pw
     )
+
+
+def beside(
+    x: Float[Array, "b n p"], others: Float[Array, "b n q"], patch_size: PatchSize
+) -> Float[Array, "b n r"]:
+    """Tokens of latents with further channels, from those of both: a patch's channels come last."""
+    patches = math.prod(patch_size)
+    parts = [tokens.reshape(*tokens.shape[:2], patches, -1) for tokens in (x, others)]
+    return jnp.concatenate(parts, axis=-1).reshape(*x.shape[:2], -1)
 
 
 def spread(

@@ -311,11 +311,23 @@ def test_shortened_text_equals_text_padded_to_its_full_length():
     assert np.abs(apply(unpadded, latents, t, text_emb) - expected).max() > 1e-2
 
 
-def test_packed_examples_equal_separate_ones():
-    model = random_model()
+PICTURED = dataclasses.replace(TINY, image_dim=10, image_positions=3)
+
+
+@pytest.mark.parametrize("config", [TINY, PICTURED], ids=["text", "pictures"])
+def test_packed_examples_equal_separate_ones(config):
+    model = random_model(config)
     sizes, lengths = [(3, 4, 4), (1, 6, 4), (2, 2, 6)], [5, 2, 7]
     examples = [inputs(1, *size, length) for size, length in zip(sizes, lengths, strict=True)]
-    separate = [patchify.patchify(apply(model, *example), TINY.patch_size) for example in examples]
+    shown, together = [{} for _ in sizes], {}
+    if config.image_dim is not None:
+        features = normal(3, 3, 10, seed=6)
+        shown = [{"image_emb": features[i : i + 1]} for i in range(3)]
+        together = {"image_emb": jnp.pad(features, ((0, 1), (0, 0), (0, 0)))[None]}
+    separate = [
+        patchify.patchify(apply(model, *example, **given), TINY.patch_size)
+        for example, given in zip(examples, shown, strict=True)
+    ]
     tokens = [patchify.patchify(x, TINY.patch_size) for x, _, _ in examples]
     counts = [x.shape[1] for x in tokens]
     grids = [patchify.grid(*size, patch_size=TINY.patch_size) for size in sizes]
@@ -342,6 +354,7 @@ def test_packed_examples_equal_separate_ones():
         text_mask=text_ids >= 0,
         segment_ids=packed(ids, jnp.full(fill, -1)),
         text_segment_ids=text_ids,
+        **together,
     )
     assert np.all(np.isfinite(together))
     start = 0
@@ -375,6 +388,14 @@ def test_bad_inputs_are_refused_before_compilation():
         model(latents, jnp.zeros((2, 7)), text_emb)
     with pytest.raises(ValueError, match=r"longer than dit.text_len 12"):
         model(latents, t, jnp.zeros((2, 13, 16)))
+    with pytest.raises(ValueError, match="features of 2 segments need segment_ids, and num_"):
+        random_model(PICTURED).tokens(
+            normal(1, 4, 16),
+            jnp.full((1, 1), 0.5),
+            normal(1, 5, TINY.text_dim),
+            positions=patchify.positions(1, 2, 2)[None],
+            image_emb=normal(1, 2, 3, 10),
+        )
     with pytest.raises(ValueError, match="need segment_ids"):
         model.tokens(
             jnp.zeros((2, 4, 16)),

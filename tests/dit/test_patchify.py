@@ -15,6 +15,14 @@ def test_unpatchify_inverts_patchify(patch_size):
     np.testing.assert_array_equal(patchify.unpatchify(tokens, patch_size, grid=grid), latents)
 
 
+@pytest.mark.parametrize("patch_size", [(1, 2, 2), (2, 1, 3)])
+def test_tokens_side_by_side_are_those_of_all_channels(patch_size):
+    latents = jax.random.normal(jax.random.key(0), (2, 4, 6, 12, 5))
+    parts = (patchify.patchify(x, patch_size) for x in (latents[..., :3], latents[..., 3:]))
+    joined = patchify.beside(*parts, patch_size)
+    np.testing.assert_array_equal(joined, patchify.patchify(latents, patch_size))
+
+
 def test_token_i_is_the_patch_at_position_i():
     latents = jnp.arange(2 * 4 * 6, dtype=jnp.float32).reshape(1, 2, 4, 6, 1)
     tokens = patchify.patchify(latents, (1, 2, 2))
