@@ -60,6 +60,12 @@ def add(actions: Any, command: Callable[..., Any]) -> None:
     cache.add_argument(
         "--text", action="store_true", help="encode captions too, by the checkpoint's text encoder"
     )
+    cache.add_argument(
+        "--pictures",
+        choices=("first", "first_last"),
+        help="for image-to-video models: encode what these frames show, and their features by the "
+        "image encoder of the checkpoint or of config.image_checkpoint, where there is one",
+    )
     cache.add_argument("--clips", type=int, metavar="N", help="the first N (all)")
     cache.add_argument(
         "--frames", type=int, metavar="N", help="of --data: at most so many a clip (all)"
@@ -110,13 +116,20 @@ def run_cache(args: Namespace) -> None:
             "--frames and --fps are for --data; set --config.data.frames and --config.data.fps."
         )
     from sora_jax import checkpoint_path
-    from sora_jax.train import latent_cache
+    from sora_jax.convert import folder
+    from sora_jax.train import frozen, latent_cache
 
+    checkpoint, image = checkpoint_path(args.checkpoint), ""
+    if args.pictures and "image" in folder.held(checkpoint):
+        image = checkpoint
     if args.config:
         from sora_jax import config_file
         from sora_jax.data import mixture, sources
 
-        data = config_file.load(args.config, args.overrides).data
+        config = config_file.load(args.config, args.overrides)
+        if args.pictures and not image and config.image_checkpoint:
+            image = frozen.path_of(config, "image_checkpoint")
+        data = config.data
         source = mixture.make_mixture(
             data, lambda part: sources.make_source({**part, "random_start": False})
         )
@@ -126,13 +139,19 @@ def run_cache(args: Namespace) -> None:
         )
     found = latent_cache.build(
         source,
-        checkpoint_path(args.checkpoint),
+        checkpoint,
         args.out,
         clips=args.clips or 0,
-        text_folder=checkpoint_path(args.checkpoint) if args.text else "",
+        text_folder=checkpoint if args.text else "",
+        pictures=args.pictures or "",
+        image_folder=image,
         shard_clips=args.shard_clips,
     )
-    print(f"{args.out}: latents of {len(found)} clips.")
+    beside = ""
+    if args.pictures:
+        seen = "seen by the image encoder" if image else "and no image encoder's features of them"
+        beside = f", with the pictures of {args.pictures}, {seen}"
+    print(f"{args.out}: latents of {len(found)} clips{beside}.")
 
 
 def run_inspect(args: Namespace) -> None:

@@ -7,7 +7,9 @@
 
 A record is a safetensors file of `mean` and `logvar` (f, h, w, c) in bfloat16: the posterior of
 the normalised latents. Where captions were encoded too, `text_emb` (tokens of all captions, d) and
-`text_lengths` (captions,). `index.npz` is written last: its presence says that all is there.
+`text_lengths` (captions,). For models that go on from pictures, `given` (f, h, w, c), latents of
+the video that shows the given frames and is grey elsewhere, and where an image encoder saw them,
+`image_emb` (rows, d_image). `index.npz` is written last: its presence says that all is there.
 """
 
 import json
@@ -23,6 +25,7 @@ from safetensors.numpy import save
 from sora_jax.data.transforms import RandomTransform
 
 INDEX, CAPTIONS, META = "index.npz", "captions.jsonl", "meta.json"
+PICTURES = ("given", "image_emb")  # what a record may hold of them
 
 
 class Encoded(NamedTuple):
@@ -33,6 +36,8 @@ class Encoded(NamedTuple):
     captions: list[str]
     fps: float
     text_emb: list[Float[np.ndarray, "_ d"]] | None = None  # one array a caption
+    given: Float[np.ndarray, "f h w c"] | None = None
+    image_emb: Float[np.ndarray, "i d_image"] | None = None
 
 
 def to_bytes(clip: Encoded) -> bytes:
@@ -41,6 +46,7 @@ def to_bytes(clip: Encoded) -> bytes:
     if clip.text_emb is not None:
         tensors["text_emb"] = np.concatenate(clip.text_emb)
         tensors["text_lengths"] = np.array([len(x) for x in clip.text_emb], np.int32)
+    tensors |= {name: x for name in PICTURES if (x := getattr(clip, name)) is not None}
     return save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
 
 
@@ -63,7 +69,8 @@ def is_complete(path: Path) -> bool:
 class LatentSource:
     """Random-access records of a cache: `latents` and `logvar` (float32), `captions`, `fps`.
 
-    With encoded captions, `text_emb` is a list of one float32 array (l, d) a caption.
+    With encoded captions, `text_emb` is a list of one float32 array (l, d) a caption; `given` and
+    `image_emb`, float32 too, are there where the cache has them.
 
     Attributes:
       sizes: latent frames, rows and columns of every record.
@@ -113,7 +120,7 @@ class LatentSource:
         if "text_emb" in tensors:
             ends = np.cumsum(tensors["text_lengths"])[:-1]
             record["text_emb"] = np.split(tensors["text_emb"].astype(np.float32), ends)
-        return record
+        return record | {n: tensors[n].astype(np.float32) for n in PICTURES if n in tensors}
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_reader": None}
@@ -132,10 +139,14 @@ class SampleLatents(RandomTransform):
 
 
 class FirstFrames:
-    """Keeps the first `frames` of a record's latents, exact because the VAE is causal."""
+    """Keeps the first `frames` of a record's latents, exact because the VAE is causal.
+
+    So it is of `given`, where that shows the first frame alone.
+    """
 
     def __init__(self, frames: int) -> None:
         self.frames = frames
 
     def __call__(self, record: dict) -> dict:
-        return record | {n: record[n][: self.frames] for n in ("latents", "logvar")}
+        names = [n for n in ("latents", "logvar", "given") if n in record]
+        return record | {n: record[n][: self.frames] for n in names}

@@ -1,5 +1,6 @@
-"""The frozen VAE over clips of mixed sizes: by groups of equal size, over all local devices."""
+"""The frozen encoders over clips: the VAE by groups of equal size, captions, and pictures."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from jaxtyping import Float, UInt8
 
 from sora_jax import sharding
 from sora_jax.convert import folder
+from sora_jax.train.pictures import known_frames, show
 from sora_jax.train.vae_stage import to_float
 from sora_jax.vae.streaming import encode_chunked
 
@@ -47,9 +49,12 @@ class ClipEncoder:
         # A clip of the stated mean and deviation, so that a cache needs no VAE to be read.
         scale = -2 * np.log(np.asarray(self.config.latents_std, np.float32))
 
-        def encode(params, video):
+        def encode(params, video, pictures):
             vae = nnx.merge(graphdef, params)
             pixels = to_float(video)
+            if pictures:  # grey is no byte
+                known = known_frames(pictures, video.shape[1])
+                pixels = jnp.where(known[None, :, None, None, None], pixels, 0.0)
             if np.prod(video.shape[1:4]) > PIXELS_AT_ONCE:
                 moments = encode_chunked(vae, pixels, chunk=CHUNK)
             else:
@@ -57,10 +62,15 @@ class ClipEncoder:
             logvar = moments.logvar + scale.reshape(1, 1, 1, 1, -1)
             return vae.normalize(moments.mean).astype(jnp.bfloat16), logvar.astype(jnp.bfloat16)
 
-        self._encode = jax.jit(encode)
+        self._encode = jax.jit(encode, static_argnames="pictures")
 
-    def __call__(self, videos: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> list[Posterior]:
+    def __call__(
+        self, videos: Sequence[UInt8[np.ndarray, "_ _ _ 3"]], *, pictures: str = ""
+    ) -> list[Posterior]:
         """The posterior of each clip, in the order given.
+
+        Args:
+          pictures: of the clip that shows what this mask gives and is grey elsewhere; "": of all.
 
         Raises:
           ValueError: for a frame count or size that the VAE does not take.
@@ -78,7 +88,8 @@ class ClipEncoder:
                 batch = np.stack([videos[i] for i in full])
                 placed = jax.device_put(batch, sharding.named(self._mesh, "batch"))
                 with sharding.use_mesh(self._mesh):
-                    mean, logvar = jax.device_get(self._encode(self._params, placed))
+                    encoded = self._encode(self._params, placed, pictures=pictures)
+                mean, logvar = jax.device_get(encoded)
                 for row, i in enumerate(part):
                     found[i] = Posterior(mean[row], logvar[row])
         return found
@@ -98,6 +109,11 @@ def vae_hash(vae_folder: Path) -> str:
 def text_hash(text_folder: Path) -> str:
     """Of the text encoder's weights and config."""
     return _hash(text_folder, "text")
+
+
+def image_hash(image_folder: Path) -> str:
+    """Of the image encoder's weights and config."""
+    return _hash(image_folder, "image")
 
 
 def _hash(path: Path, component: str) -> str:
@@ -140,3 +156,31 @@ class CaptionEncoder:
             for caption, row, real in zip(part, rows, mask, strict=False):
                 found[caption] = row[real].astype(ml_dtypes.bfloat16)
         return [found[caption] for caption in captions]
+
+
+class PictureEncoder:
+    """The frozen image encoder over clips' first frames, or first and last.
+
+    Args:
+      image_folder: inference folder that holds the image encoder.
+      pictures: of a clip, 1 or 2.
+    """
+
+    BATCH = 32  # pictures at once
+
+    def __init__(self, image_folder: str | Path, *, pictures: int):
+        config, graphdef, self._params = folder.load_component(Path(image_folder), "image")
+        self._show = functools.partial(show, size=config.image_size, pictures=pictures)
+        self._encode = jax.jit(lambda p, shown: nnx.merge(graphdef, p)(shown))
+
+    def __call__(
+        self, videos: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]
+    ) -> list[Float[np.ndarray, "i d"]]:
+        """Features of each clip's pictures, one after the other, in bfloat16."""
+        shown, found = np.concatenate([self._show(video) for video in videos]), []
+        for start in range(0, len(shown), self.BATCH):
+            part = shown[start : start + self.BATCH]
+            full = np.concatenate([part, part[-1:].repeat(self.BATCH - len(part), axis=0)])
+            found.append(np.asarray(self._encode(self._params, full))[: len(part)])
+        rows = np.concatenate(found).astype(ml_dtypes.bfloat16)
+        return list(rows.reshape(len(videos), -1, rows.shape[-1]))

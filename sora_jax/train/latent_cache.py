@@ -1,11 +1,11 @@
-"""Encodes clips once, so that the VAE stays off the training step's path."""
+"""Encodes clips once, so that VAE and image encoder stay off the training step's path."""
 
 import concurrent.futures
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,15 @@ from sora_jax.data.transforms import RandomTransform
 from sora_jax.progress import Progress
 from sora_jax.prompts import timed
 from sora_jax.text.tokenizer import Tokenizer
-from sora_jax.train.encode import CaptionEncoder, ClipEncoder, text_hash, vae_hash
+from sora_jax.train.encode import (
+    CaptionEncoder,
+    ClipEncoder,
+    PictureEncoder,
+    image_hash,
+    text_hash,
+    vae_hash,
+)
+from sora_jax.train.pictures import GIVEN
 from sora_jax.video_io import atomic_path
 
 READERS = 4  # threads that draw or decode clips
@@ -94,6 +102,8 @@ def build(
     clips: int = 0,
     text_folder: str | Path = "",
     text_tokens: int = 512,
+    pictures: str = "",
+    image_folder: str | Path = "",
     shard_clips: int = SHARD_CLIPS,
 ) -> LatentSource:
     """Encodes the first `clips` records of `source` into `path`, or finishes doing so.
@@ -105,11 +115,14 @@ def build(
       clips: 0 takes all.
       text_folder: inference folder whose text encoder encodes the captions; "" keeps them as text.
       text_tokens: captions are cut to so many, where they are encoded.
+      pictures: a mask of `pictures.GIVEN`, whose frames a model goes on from; "" stores none.
+      image_folder: inference folder whose image encoder sees those frames; "" has none do so.
       shard_clips: records of one file.
 
     Raises:
-      ValueError: a count out of range, or the cache, complete or not, was made by another
-        encoder or of another number or size of clips, or of another world (`source.origin`).
+      ValueError: a count out of range, another mask, or the cache, complete or not, was made by
+        other encoders, of other pictures, of another number or size of clips, or of another world
+        (`source.origin`).
     """
     path = Path(path)
     if clips < 0 or shard_clips < 1:
@@ -117,10 +130,15 @@ def build(
             f"cache_clips {clips} must be 0 (all) or more, and shard_clips {shard_clips} 1 or "
             "more; change config.data.cache_clips."
         )
+    if pictures and pictures not in GIVEN:
+        raise ValueError(f"pictures {pictures!r} is no mask of a cache; use {', '.join(GIVEN)}.")
+    image_folder = image_folder if pictures else ""
     count = min(clips, len(source)) if clips else len(source)
     wanted = {
         "vae_hash": vae_hash(Path(vae_folder)),
         "text_hash": text_hash(Path(text_folder)) if text_folder else None,
+        "pictures": pictures or None,
+        "image_hash": image_hash(Path(image_folder)) if image_folder else None,
         "clips": count,
         "clip_shape": list(source[0]["video"].shape),
         "shard_clips": shard_clips,
@@ -131,10 +149,13 @@ def build(
         wanted["origin"] = origin
     check_meta(path, wanted)
     if not latents.is_complete(path):
-        encode_captions = None
-        if text_folder:
-            encode_captions = CaptionEncoder(text_folder, max_tokens=text_tokens)
-        _encode(source, ClipEncoder(vae_folder), encode_captions, path, meta=wanted)
+        encoders = _Encoders(
+            ClipEncoder(vae_folder),
+            CaptionEncoder(text_folder, max_tokens=text_tokens) if text_folder else None,
+            pictures,
+            PictureEncoder(image_folder, pictures=len(GIVEN[pictures])) if image_folder else None,
+        )
+        _encode(source, encoders, path, meta=wanted)
     return LatentSource(path)
 
 
@@ -197,14 +218,32 @@ def _check_origin(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
         )
 
 
-def _encode(
-    source,
-    encode: ClipEncoder,
-    encode_captions: CaptionEncoder | None,
-    path: Path,
-    *,
-    meta: dict[str, Any],
-) -> None:
+class _Encoders(NamedTuple):
+    """What makes the records of clips; None and "" leave out what they would add."""
+
+    clips: ClipEncoder
+    captions: CaptionEncoder | None
+    pictures: str
+    images: PictureEncoder | None
+
+    def __call__(self, records: Sequence[dict], captions: Sequence[list[str]]) -> list[Encoded]:
+        videos = [record["video"] for record in records]
+        posteriors = self.clips(videos)
+        given = [None] * len(videos)
+        if self.pictures:
+            given = [shown.mean for shown in self.clips(videos, pictures=self.pictures)]
+        seen = [None] * len(videos) if self.images is None else self.images(videos)
+        encoded = []
+        for i, words in enumerate(captions):
+            emb = None
+            if self.captions is not None:
+                emb = self.captions([timed.as_one(caption) for caption in words])
+            fps = float(records[i]["fps"])
+            encoded.append(Encoded(*posteriors[i], words, fps, emb, given[i], seen[i]))
+        return encoded
+
+
+def _encode(source, encode: _Encoders, path: Path, *, meta: dict[str, Any]) -> None:
     clips, size = meta["clips"], meta["shard_clips"]
     path.mkdir(parents=True, exist_ok=True)
     rank, processes = jax.process_index(), jax.process_count()
@@ -215,7 +254,7 @@ def _encode(
     names = [path / f"latents-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
     mine = list(range(rank, shards, processes))
     done = [i for i in mine if names[i].is_file() and _is_told(_sidecar(names[i]))]
-    step = encode.config.scale_factor_temporal
+    step = encode.clips.config.scale_factor_temporal
     finished = min(len(done) * size, clips)
     with Progress("encoding", total=clips // processes, unit="clips", start=finished) as bar:
         for i in (i for i in mine if i not in done):
@@ -223,17 +262,11 @@ def _encode(
             rows, sizes, rates, captions = [], [], [], []
             for batch in _read_ahead(source, indices, step):
                 texts = [_captions(source, j, record) for j, record in batch]
-                posteriors = encode([record["video"] for _, record in batch])
-                for (_, record), words, posterior in zip(batch, texts, posteriors, strict=True):
-                    emb = None
-                    if encode_captions is not None:
-                        emb = encode_captions([timed.as_one(caption) for caption in words])
-                    fps = float(record["fps"])
-                    clip = Encoded(*posterior, captions=words, fps=fps, text_emb=emb)
+                for clip in encode([record for _, record in batch], texts):
                     rows.append(latents.to_bytes(clip))
-                    sizes.append(posterior.mean.shape[:3])
-                    rates.append(fps)
-                    captions.append(words)
+                    sizes.append(clip.mean.shape[:3])
+                    rates.append(clip.fps)
+                    captions.append(clip.captions)
                 bar.update(finished + len(rows))
             finished += len(rows)
             _write_shard(names[i], rows)

@@ -7,6 +7,7 @@ arXiv:2503.20314, section 5.1). Wan 2.1's models also attend to CLIP's features 
 or of the first and last, by a frozen tower. Every token is noisy and counted.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,9 +17,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt8
 
 from sora_jax.convert import folder
+from sora_jax.data import latents
 from sora_jax.diffusion import tasks
 from sora_jax.diffusion.tasks import TaskMixture
 from sora_jax.dit.config import DiTConfig
+from sora_jax.generate import conditions
 from sora_jax.image.clip import CLIPVisionConfig, preprocess
 from sora_jax.train import frozen
 from sora_jax.types import Video
@@ -27,6 +30,7 @@ from sora_jax.vae.config import VAEConfig
 IN_TIME = ("none", "first", "first_last", "keyframes", "prefix", "suffix", "middle", "loop")
 WITH_FIRST = ("first", "first_last", "prefix", "middle", "loop")  # those that give frame 0
 WITH_BOTH = ("first_last", "middle", "loop")  # and the last frame
+GIVEN = {"first": (0,), "first_last": (0, -1)}  # masks that a cache may be made for, their frames
 
 
 def show(video: UInt8[np.ndarray, "F H W 3"], *, size: int, pictures: int) -> np.ndarray:
@@ -39,6 +43,41 @@ def mask_channels(known: Bool[Array, "b F"], *, temporal: int) -> Float[Array, "
     first = jnp.repeat(known[:, :1], temporal, axis=1)
     spread = jnp.concatenate([first, known[:, 1:]], axis=1)
     return spread.reshape(known.shape[0], -1, temporal).astype(jnp.float32)
+
+
+def known_frames(mask: str, frames: int) -> Bool[np.ndarray, " F"]:
+    """Which frames of a clip a mask of GIVEN gives; none of an image, as in `Pictures.known`."""
+    known = np.zeros(frames, bool)
+    if frames > 1:
+        known[list(GIVEN[mask])] = True
+    return known
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """A cached record with what a model sees beside the noise: `given` with its mask as channels.
+
+    Args:
+      mask: that the cache was made for; "": the model takes no pictures, and they go.
+      temporal: video frames in a latent one.
+      rows: of image features that the model takes, the first ones; 0 takes none.
+    """
+
+    mask: str = ""
+    temporal: int = 1
+    rows: int = 0
+
+    def __call__(self, record: dict) -> dict:
+        kept = {name: value for name, value in record.items() if name not in latents.PICTURES}
+        if self.mask:
+            given = record["given"]
+            known = known_frames(self.mask, 1 + (len(given) - 1) * self.temporal)
+            mask = conditions.mask_channels(known, temporal=self.temporal)[:, None, None]
+            mask = np.broadcast_to(mask, (*given.shape[:-1], self.temporal))
+            kept["given"] = np.concatenate([mask, given], axis=-1)
+        if self.rows:
+            kept["image_emb"] = record["image_emb"][: self.rows]
+        return kept
 
 
 def _abstract_tower(dit: DiTConfig) -> folder.Opened:

@@ -104,6 +104,10 @@ def test_latents_can_be_drawn_from_their_posterior_and_cut_to_their_first_frames
     deviation = np.exp(record["logvar"] / 2)
     np.testing.assert_allclose(np.std(draws, 0) / deviation, 1, atol=0.1)
     assert latents.FirstFrames(1)(record)["latents"].shape == (1, 2, 2, 4)
+    shown = record | {"given": record["latents"]}
+    np.testing.assert_array_equal(latents.FirstFrames(1)(shown)["given"], record["latents"][:1])
+    drawn = latents.SampleLatents()(shown, np.random.default_rng(0))
+    np.testing.assert_array_equal(drawn["given"], record["latents"])
 
 
 def test_all_captions_of_a_clip_are_kept(cache, vae_folder, tmp_path):

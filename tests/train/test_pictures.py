@@ -1,5 +1,7 @@
 """Training of models that take what is given as channels: the same as sampling shows them."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,13 @@ from ml_collections import ConfigDict
 
 from sora_jax import config_file
 from sora_jax.convert import folder
+from sora_jax.diffusion.tasks import TaskMixture
 from sora_jax.generate import conditions
 from sora_jax.image.clip import CLIPVision, CLIPVisionConfig
-from sora_jax.train import program
+from sora_jax.train import latent_cache, program
 from sora_jax.train.dit_stage import DiTStage
 from sora_jax.train.loop import train
-from sora_jax.train.pictures import mask_channels
+from sora_jax.train.pictures import GIVEN, Beside, known_frames, mask_channels
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,28 @@ def config_of_both(config):
     config.dit.image_positions = 10
     config.tasks.weights = ConfigDict({"first_last": 1.0})
     return config
+
+
+class Clips:
+    """Clips of noise, of 2x2x2 and of 2x1x2 latents in turn."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        shape = (5, 16 if index % 2 else 32, 32, 3)
+        video = np.random.default_rng(index).integers(0, 256, shape, np.uint8)
+        return {"video": video, "caption": "a ball" * index, "fps": 8.0}
+
+
+def check_cached(video, checkpoint, path, *, shown, mask):
+    """What a cache holds of a clip is what sampling shows, in bfloat16."""
+    source = [{"video": video, "caption": "a ball", "fps": 8.0}]
+    folders = {"vae_folder": checkpoint, "image_folder": checkpoint}
+    found = latent_cache.build(source, path=path, pictures=mask, **folders)
+    record = Beside(mask, 4, shown.features.shape[1])(found[0])
+    for got, expected in zip((record["given"], record["image_emb"]), shown[:2], strict=True):
+        np.testing.assert_allclose(got, expected[0], rtol=2**-8, atol=1e-4)
 
 
 def test_masks_are_those_that_sampling_shows():
@@ -91,6 +116,7 @@ def test_first_and_last_frames_are_shown_as_sampling_shows_them(config_of_both, 
     np.testing.assert_allclose(channels, shown.channels, atol=1e-5)
     made = pipe("a ball", image=pictures[0], last_image=pictures[1], steps=1)
     assert made.frames.shape == (5, 32, 32, 3)
+    check_cached(video, out, tmp_path / "cache", shown=shown, mask="first_last")
 
 
 def test_a_run_learns_and_goes_into_a_pipeline(config, tmp_path):
@@ -104,8 +130,10 @@ def test_a_run_learns_and_goes_into_a_pipeline(config, tmp_path):
     assert index["_class_name"] == "WanImageToVideoPipeline"
     pipe = sora_jax.load(out)
     assert pipe.way == "channels" and pipe.tasks == ("first",)
-    picture = np.full((32, 32, 3), 200, np.uint8)
-    assert pipe("a ball", image=picture, steps=1).frames.shape == (5, 32, 32, 3)
+    video = Clips()[0]["video"]
+    assert pipe("a ball", image=video[0], steps=1).frames.shape == (5, 32, 32, 3)
+    shown = pipe.conditions(pipe.request("a ball", size=(32, 32), frames=5), (video[0], None))
+    check_cached(video, out, tmp_path / "cache", shown=shown, mask="first")
 
 
 def test_the_loss_depends_on_the_picture_by_either_road(config):
@@ -125,6 +153,14 @@ def test_the_loss_depends_on_the_picture_by_either_road(config):
 
     other = dict(batch, image=batch["image"] + 1)
     assert loss(batch) != loss(other)
+
+
+def test_known_frames_are_those_that_are_drawn(config_of_both):
+    stage = DiTStage(config_of_both)
+    for mask, frames in itertools.product(GIVEN, (5, 1)):
+        stage.pictures.mixture = TaskMixture({mask: 1.0})
+        drawn = stage.pictures.known(jax.random.key(0), 2, frames)
+        np.testing.assert_array_equal(drawn[1], known_frames(mask, frames))
 
 
 @pytest.mark.parametrize(
