@@ -10,8 +10,9 @@ the way: --config.data.kind=folder --config.data.batching=fixed
 
 Variants: full (the first) and smoke; t2v_1.3b, t2v_14b, i2v_14b, flf2v_14b (Wan 2.1); ti2v_5b,
 t2v_a14b, i2v_a14b (2.2; each expert of the last two has these sizes). ti2v_5b is given the first
-frame in half of the examples. The image-to-video variants read pixels, and those of Wan 2.1 the
-image encoder of --config.image_checkpoint=DIR; flf2v_14b is given the first and last frame.
+frame in half of the examples. The image-to-video variants read pixels, or with data.kind=latents
+what `data cache --pictures first` made, packed as well (docs/training.md); those of Wan 2.1 need
+the image encoder of --config.image_checkpoint=DIR. flf2v_14b is given the first and last frame.
 
 A row holds a clip: 81 frames of 832x480 are 21 x 30 x 52 = 32,760 tokens, and of the 5B, whose VAE
 folds 16x16 pixels, 121 of 1280x704 are 31 x 22 x 40 = 27,280. Slices and meshes: SLICES and

@@ -269,6 +269,8 @@ class Segment(NamedTuple):
     positions: Int[np.ndarray, "n 3"]  # time, row and column within its own video
     texts: list[np.ndarray]  # of each text (l,) ids of its tokens, or (l, d) their embeddings
     text_of_tokens: Int[np.ndarray, " n"] | None = None  # which of them each follows; None: one
+    given: np.ndarray | None = None  # (n, q): patches of what a model sees beside the noise
+    image_emb: np.ndarray | None = None  # (i, d): image features of the segment
 
 
 def pack(segments: Sequence[Segment], settings: PackSettings) -> dict[str, np.ndarray]:
@@ -277,7 +279,8 @@ def pack(segments: Sequence[Segment], settings: PackSettings) -> dict[str, np.nd
     Returns:
       `tokens` (N, p), `positions` (N, 3), `segment_ids` (N,), `text_of_tokens` (N,), the text that
       each follows, and of these texts `ids` (L,) or `text_emb` (L, d), `text_segment_ids` (L,),
-      the text that each belongs to, and `text_positions` (L,), each token's place in it.
+      the text that each belongs to, and `text_positions` (L,), each token's place in it. Where
+      segments have them, `given` (N, q), and `image_emb` (max_segments, i, d) by segment.
       Segments and texts count from 0; the rest of a row is PADDING_SEGMENT, and zeros.
 
     Raises:
@@ -328,6 +331,12 @@ def pack(segments: Sequence[Segment], settings: PackSettings) -> dict[str, np.nd
             0,
         ),
     }
+    if segments[0].given is not None:
+        given = np.concatenate([s.given for s in segments])
+        columns["given"] = (given, settings.tokens, 0)
+    if segments[0].image_emb is not None:
+        features = np.stack([s.image_emb for s in segments])
+        columns["image_emb"] = (features, settings.max_segments, 0)
     return {name: _padded(*column, name=name) for name, column in columns.items()}
 
 

@@ -98,7 +98,8 @@ def denoise(config: Any, host: Slice) -> steps.Step:
         counts = count.of_jaxpr(traced.jaxpr.jaxpr)
         lowered = traced.lower()
     forwards = branches * sampler.num_evaluations(config.sample.solver, 1)
-    flops = {name: forwards * v for name, v in steps.dit_flops(stage, tokens, length).items()}
+    one = steps.dit_flops(stage, tokens, length, image_rows=stage.image_rows)
+    flops = {name: forwards * v for name, v in one.items()}
     return steps.compile_step(
         *("sample", mesh, lowered, host, memory, steps.device_bytes(state), counts, flops),
         *(branches * tokens, begun),

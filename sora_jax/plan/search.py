@@ -70,7 +70,8 @@ def workload(config: Any) -> Workload:
     dit = stage.dit_config
     length = batch["text_emb" if stage.text.is_cached else "ids"].shape[1]
     tokens = stage.tokens_per_clip(batch)
-    counted = dit_flops(dit, tokens=tokens, text_tokens=length, image_rows=stage.image_rows)
+    places = stage.image_places(batch)
+    counted = dit_flops(dit, tokens=tokens, text_tokens=length, image_rows=places)
     d = dit.width
     parameters = dit.depth * (8 * d * d + 2 * d * dit.ffn_dim) + 7 * d * d
     return Workload(

@@ -181,7 +181,8 @@ def flops_by_part(config: Any, stage: Any, batch: dict[str, Any]) -> dict[str, f
         return {}
     rows = stage.rows(batch)
     length = batch["text_emb" if stage.text.is_cached else "ids"].shape[1]
-    forward = dit_flops(stage, stage.tokens_per_clip(batch), length)
+    places = stage.image_places(batch)
+    forward = dit_flops(stage, stage.tokens_per_clip(batch), length, image_rows=places)
     parts = {name: 3 * rows * value for name, value in forward.items()}
     if "video" in batch:
         vae, video = stage.vae, batch["video"]
@@ -195,11 +196,9 @@ def flops_by_part(config: Any, stage: Any, batch: dict[str, Any]) -> dict[str, f
     return parts
 
 
-def dit_flops(stage: Any, tokens: int, text_tokens: int) -> dict[str, float]:
+def dit_flops(stage: Any, tokens: int, text_tokens: int, *, image_rows: int) -> dict[str, float]:
     from sora_jax.dit.flops import flops
 
-    counted = flops(
-        stage.dit_config, tokens=tokens, text_tokens=text_tokens, image_rows=stage.image_rows
-    )
+    counted = flops(stage.dit_config, tokens=tokens, text_tokens=text_tokens, image_rows=image_rows)
     names = {"attention": "self-attention", "mlp": "MLP", "cross": "cross-attention"}
     return {names.get(name, name): value for name, value in counted._asdict().items()}

@@ -17,7 +17,8 @@ from sora_jax.data.packing import Lengths, PackSettings, Segment
 from sora_jax.prompts import timed
 from sora_jax.text.tokenizer import Tokenizer
 from sora_jax.train import frozen, latent_cache
-from sora_jax.train.encode import ClipEncoder, text_hash, vae_hash
+from sora_jax.train.encode import ClipEncoder, image_hash, text_hash, vae_hash
+from sora_jax.train.pictures import Beside
 
 BATCHING = ("fixed", "pack", "bucket")
 
@@ -77,7 +78,7 @@ def make_source(config, stage) -> tuple[Any, list]:
     if config.stage != "dit":
         return mixture.make_mixture(data, sources.make_source), [*opening, *flipping]
     pick = make_pick(config, stage)
-    source = mixture.make_mixture(data, functools.partial(_part, config=config))
+    source = mixture.make_mixture(data, functools.partial(_part, config=config, stage=stage))
     cached = [is_cached(part) for part in mixture.parts_of(source)]
     if any(cached) != all(cached):
         raise ValueError(
@@ -88,7 +89,8 @@ def make_source(config, stage) -> tuple[Any, list]:
     drawing = [latents.SampleLatents()] if data.get("sample_posterior", False) else []
     first = data.get("first_frames", 0)
     cutting = [latents.FirstFrames(first)] if first else []
-    return source, [*drawing, *cutting, pick]
+    beside = Beside() if stage.pictures is None else stage.pictures.of_records
+    return source, [*drawing, *cutting, pick, beside]  # last: draws depend on the place in the list
 
 
 def make_pick(config, stage) -> latent_cache.PickCaption:
@@ -105,11 +107,16 @@ def make_pick(config, stage) -> latent_cache.PickCaption:
     )
 
 
-def _part(settings: Mapping[str, Any], *, config) -> Any:
+def _part(settings: Mapping[str, Any], *, config, stage) -> Any:
     """The source of one part of `config.data`, or its cache."""
     vae, text = _encoders(config)
+    shown = {}
+    if stage.pictures is not None:
+        seen = stage.pictures.feature_rows > 0
+        image = str(frozen.path_of(config, "image_checkpoint")) if seen else ""
+        shown = {"pictures": stage.pictures.cached, "image_folder": image}
     if settings["kind"] == "latents":
-        return open_cache(settings["path"], vae, text)
+        return open_cache(settings["path"], vae, text, **shown)
     if not settings["cache"]:
         return sources.make_source(settings)
     # What is encoded once shows one window for ever.
@@ -121,6 +128,7 @@ def _part(settings: Mapping[str, Any], *, config) -> Any:
         clips=settings["cache_clips"],
         text_folder=text,
         text_tokens=config.text_tokens,
+        **shown,
     )
 
 
@@ -132,19 +140,39 @@ def _encoders(config) -> tuple[str, str]:
     return vae, text
 
 
-def open_cache(path: str, vae_folder: str, text_folder: str = "") -> latents.LatentSource:
+def open_cache(
+    path: str,
+    vae_folder: str,
+    text_folder: str = "",
+    *,
+    pictures: str = "",
+    image_folder: str = "",
+) -> latents.LatentSource:
     """The cache at `path`, made by `sora-jax data cache`.
 
     Args:
       text_folder: whose text encoder must have encoded its captions; "" asks for none.
+      pictures: the mask whose frames it must hold; "" asks for none.
+      image_folder: whose image encoder must have seen them; "" asks for none.
 
     Raises:
-      ValueError: it is not complete, or other encoders made it.
+      ValueError: it is not complete, other encoders made it, or of other pictures.
     """
     source = latents.LatentSource(path)
+    found = source.meta.get("pictures")
+    if pictures and found != pictures:
+        made = f"with --pictures {found}" if found else "without --pictures"
+        raise ValueError(
+            f"the latents in {path} were made {made}, config.tasks.weights asks for {pictures!r}; "
+            f"encode them again with `sora-jax data cache --pictures {pictures}`, or change "
+            "config.tasks.weights."
+        )
     wanted = [("vae", "latents", vae_folder, vae_hash(Path(vae_folder)))]
     if text_folder:
         wanted.append(("text", "captions' embeddings", text_folder, text_hash(Path(text_folder))))
+    if image_folder:
+        seen = image_hash(Path(image_folder))
+        wanted.append(("image", "pictures' features", image_folder, seen))
     for name, what, given, value in wanted:
         found = source.meta.get(f"{name}_hash")
         if found != value:
@@ -209,14 +237,14 @@ class Segmenter:
     temporal: int | None = None
 
     def __call__(self, record: Mapping[str, Any]) -> Segment:
-        pt, ph, pw = self.patch_size
         x = np.asarray(record["latents"], np.float32)
-        # As dit.patchify does it on devices.
-        tokens = einops.rearrange(x, "(f i) (h j) (w k) c -> (f h w) (i j k c)", i=pt, j=ph, k=pw)
+        tokens = self._patches(x)
+        beside = {"image_emb": record.get("image_emb")}
+        beside["given"] = self._patches(record["given"]) if "given" in record else None
         grid = [n // p for n, p in zip(x.shape[:3], self.patch_size, strict=True)]
         positions = np.indices(grid, np.int32).reshape(3, -1).T
         if "text_emb" in record:
-            return Segment(tokens, positions, [record["text_emb"][: self.text_tokens]])
+            return Segment(tokens, positions, [record["text_emb"][: self.text_tokens]], **beside)
         words, of_latents = [timed.as_one(record["caption"])], np.zeros(len(x), np.int32)
         if self.temporal is not None and timed.is_timed(record["caption"]):
             words, of_latents = timed.latent_texts(
@@ -229,7 +257,13 @@ class Segmenter:
             words, length=self.text_tokens, max_length=self.text_tokens
         )
         texts = [np.asarray(row[real], np.int32) for row, real in zip(ids, mask, strict=True)]
-        return Segment(tokens, positions, texts, of_latents[::pt][positions[:, 0]])
+        text_of_tokens = of_latents[:: self.patch_size[0]][positions[:, 0]]
+        return Segment(tokens, positions, texts, text_of_tokens, **beside)
+
+    def _patches(self, x: np.ndarray) -> np.ndarray:
+        """As dit.patchify makes them on devices."""
+        pt, ph, pw = self.patch_size
+        return einops.rearrange(x, "(f i) (h j) (w k) c -> (f h w) (i j k c)", i=pt, j=ph, k=pw)
 
 
 @dataclasses.dataclass(frozen=True)

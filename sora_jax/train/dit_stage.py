@@ -12,7 +12,7 @@ from flax import nnx
 
 from sora_jax import sharding
 from sora_jax.convert import folder
-from sora_jax.data import packing
+from sora_jax.data import latents, packing
 from sora_jax.diffusion import objective, times
 from sora_jax.diffusion.tasks import TaskMixture, TokenTimes
 from sora_jax.dit import patchify
@@ -34,9 +34,10 @@ T_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 class Prepare:
     """Per-record numpy work in the loader: token ids and mask beside the pixels or latents.
 
-    Cached embeddings of the caption, where a record has them, take the place of its ids; with
-    `image_size` the first of `pictures` frames, or the first and last, are there as an image
-    encoder takes them. Apart from the stage, so that reader processes are not sent the VAE.
+    Cached embeddings of the caption, where a record has them, take the place of its ids, and cached
+    pictures go along. With `image_size` the first of `pictures` frames, or the first and last, are
+    there as an image encoder takes them. Apart from the stage, so that reader processes are not
+    sent the VAE.
     """
 
     tokenizer: Tokenizer
@@ -45,7 +46,8 @@ class Prepare:
     pictures: int = 1
 
     def __call__(self, record: dict) -> dict:
-        pixels = {name: record[name] for name in ("video", "latents") if name in record}
+        names = ("video", "latents", *latents.PICTURES)
+        pixels = {name: record[name] for name in names if name in record}
         if self.image_size is not None:
             pixels["image"] = show(record["video"], size=self.image_size, pictures=self.pictures)
         if "text_emb" in record:
@@ -191,11 +193,14 @@ class DiTStage:
     def _pictured(self, params, frozen, batch, key, text_emb, mask):
         """Velocity function of a model that takes what is given as channels."""
         dit = nnx.merge(self.dit_graphdef, params["dit"])
-        video = to_float(batch["video"])
-        vae = nnx.merge(self.vae.graphdef, frozen["vae"])
-        known = self.pictures.known(jax.random.fold_in(key, 1), *video.shape[:2])
-        channels = self.pictures.channels(vae, video, known)
-        features = self.pictures.features(frozen, batch)
+        if self.pictures.cached:
+            channels, features = batch["given"].astype(jnp.float32), batch.get("image_emb")
+        else:
+            video = to_float(batch["video"])
+            vae = nnx.merge(self.vae.graphdef, frozen["vae"])
+            known = self.pictures.known(jax.random.fold_in(key, 1), *video.shape[:2])
+            channels = self.pictures.channels(vae, video, known)
+            features = self.pictures.features(frozen, batch)
         return lambda x_t, t: dit(
             jnp.concatenate([x_t, channels], axis=-1),
             t,
@@ -234,7 +239,7 @@ class DiTStage:
         ids, counted = batch["segment_ids"], None
         t_tokens = packed.spread(t, ids)
         velocity = self.packed_velocity(params, text, batch)
-        if self.tasks.is_plain:
+        if self.tasks.is_plain or self.pictures is not None:
             at = functools.partial(velocity, t=t, t_of_segments=True)
         else:
             t_tokens, counted = masks.assign(
@@ -262,15 +267,15 @@ class DiTStage:
         return packed.mean_over_segments(losses, sizes, weight=self.pack_weight), metrics
 
     def packed_velocity(self, params, text: packed.PackedText, batch):
-        """Velocity function of (tokens, t) for a batch of packed rows.
+        """Velocity function of tokens and, by name, `t` for a batch of packed rows.
 
-        Its `t` is of each token, or with `t_of_segments` of each segment, which is cheaper.
+        `t` is of each token, or with `t_of_segments` of each segment, which is cheaper.
 
         Args:
           text: embedded captions.
         """
         dit = nnx.merge(self.dit_graphdef, params["dit"])
-        return functools.partial(
+        velocity = functools.partial(
             dit.tokens,
             text_emb=text.values,
             positions=batch["positions"],
@@ -279,7 +284,12 @@ class DiTStage:
             text_segment_ids=text.segment_ids,
             text_of_tokens=batch["text_of_tokens"],
             num_segments=self.max_segments,
+            image_emb=batch.get("image_emb"),
         )
+        if self.pictures is None:
+            return velocity
+        given, patch = batch["given"].astype(jnp.float32), self.dit_config.patch_size
+        return lambda x_t, **times: velocity(patchify.beside(x_t, given, patch), **times)
 
     def tokens(self, batch) -> int:
         """Places for video tokens in one step on `batch`."""
@@ -291,14 +301,18 @@ class DiTStage:
             self.dit_config,
             tokens=self.tokens_per_clip(batch),
             text_tokens=batch["text_emb" if self.text.is_cached else "ids"].shape[1],
-            image_rows=self.image_rows,
+            image_rows=self.image_places(batch),
         )
         return self.rows(batch) * forward.training
 
     @property
     def image_rows(self) -> int:
-        """Rows of image features that cross-attention sees."""
+        """Rows of image features that cross-attention sees of a clip."""
         return 0 if self.pictures is None else self.pictures.feature_rows
+
+    def image_places(self, batch) -> int:
+        """Places for rows of image features beside a clip, or a packed row."""
+        return self.image_rows * (self.max_segments if "tokens" in batch else 1)
 
     def rows(self, batch) -> int:
         """Clips, or packed rows of several."""

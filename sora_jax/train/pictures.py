@@ -5,6 +5,10 @@ time for every token, drawn over video frames: beside the noisy latents lie the 
 that are given and the latents of a video that shows them and is grey elsewhere (Wan Team 2025,
 arXiv:2503.20314, section 5.1). Wan 2.1's models also attend to CLIP's features of the first frame,
 or of the first and last, by a frozen tower. Every token is noisy and counted.
+
+From pixels of one size, what is given is encoded in every step. A cache of latents holds it encoded
+for one mask of GIVEN; then neither VAE nor tower is on the step's path, and clips of mixed sizes
+train in buckets or packed rows.
 """
 
 import dataclasses
@@ -80,6 +84,16 @@ class Beside:
         return kept
 
 
+def reads_latents(data: Any) -> bool:
+    """Whether a run of `config.data`, or a part of it, reads latents that were encoded before."""
+    # `get`: the configs of earlier runs lack the key.
+    parts = (data.get("parts") or {"": {}}).values()
+    return any(
+        part.get("kind", data.kind) == "latents" or bool(part.get("cache", data.cache))
+        for part in parts
+    )
+
+
 def _abstract_tower(dit: DiTConfig) -> folder.Opened:
     settings = CLIPVisionConfig(width=dit.image_dim, dtype=dit.dtype)
     graphdef, shapes = folder.abstract_params("image", settings)
@@ -94,7 +108,11 @@ class Pictures:
       abstract: reads no file; the encoder is Wan's, in shapes alone.
 
     Raises:
-      ValueError: channels that fit no such model, masks in space, or batches without pixels.
+      ValueError: channels that fit no such model, masks in space, a cache of several masks, or
+        pixels of mixed sizes.
+
+    Attributes:
+      cached: the mask of GIVEN for which a cache holds what is given; "" with pixels.
     """
 
     def __init__(
@@ -124,12 +142,7 @@ class Pictures:
                     f"config.tasks.weights.{name}: this model is given whole frames{among}; "
                     f"use {', '.join(allowed)}."
                 )
-        data = config.data
-        if data.get("batching", "fixed") != "fixed" or data.kind == "latents" or data.cache:
-            raise ValueError(
-                "models that take pictures are trained on pixels of one size: set "
-                "config.data.batching to 'fixed', data.cache to '' and data.kind to a source."
-            )
+        self.cached = _cached_mask(config.data, mixture)
         if config.sample_every:
             raise ValueError(
                 f"config.sample_every {config.sample_every}: previews show no pictures so far; "
@@ -161,18 +174,23 @@ class Pictures:
         return 0 if self._tower is None else self.pictures * self._tower.config.num_positions
 
     @property
+    def of_records(self) -> Beside:
+        """What changes cached records."""
+        return Beside(self.cached, self._temporal, self.feature_rows)
+
+    @property
     def abstract(self) -> Any:
         """Shapes of the image encoder's parameters; an empty tree without one."""
         return {} if self._tower is None else self._tower.abstract
 
     def load(self) -> dict[str, Any]:
-        """Parameters of the frozen image encoder, if there is one."""
-        return {} if self._tower is None else {"image": self._tower.load()}
+        """Parameters of the frozen image encoder, if steps need one."""
+        return {} if self._tower is None or self.cached else {"image": self._tower.load()}
 
     @property
     def image_size(self) -> int | None:
-        """Pixels a side of what the image encoder takes; None without one."""
-        return None if self._tower is None else self._tower.config.image_size
+        """Pixels a side of what the image encoder takes in a step; None where none does."""
+        return None if self._tower is None or self.cached else self._tower.config.image_size
 
     def known(self, key: jax.Array, clips: int, frames: int) -> Bool[Array, "b F"]:
         """Which frames of each clip are given."""
@@ -210,3 +228,34 @@ class Pictures:
         shown = batch["image"]
         rows = jax.lax.stop_gradient(tower(shown.reshape(-1, *shown.shape[2:])))
         return rows.reshape(len(shown), -1, rows.shape[-1])
+
+
+def _cached_mask(data: Any, mixture: TaskMixture) -> str:
+    """`Pictures.cached` of `config.data`."""
+    batching = data.get("batching", "fixed")
+    if not reads_latents(data):
+        if batching != "fixed":
+            raise ValueError(
+                f"config.data.batching {batching!r}: models that take pictures are trained on "
+                "pixels of one size; set it to 'fixed', or give a cache (config.data.cache, or "
+                "kind 'latents' and what `sora-jax data cache --pictures` made)."
+            )
+        return ""
+    if len(mixture.trained) > 1 or mixture.trained[0] not in GIVEN:
+        raise ValueError(
+            f"config.tasks.weights {', '.join(mixture.trained)}: a cache holds the pictures of one "
+            f"mask; use {' or '.join(GIVEN)} alone, or pixels (data.cache '', data.kind a source)."
+        )
+    (mask,) = mixture.trained
+    first = data.get("first_frames", 0)
+    if first and mask != "first":
+        raise ValueError(
+            f"config.data.first_frames {first} cuts off the last frame, which "
+            f"config.tasks.weights.{mask} gives; set it to 0 (all)."
+        )
+    if first == 1:
+        raise ValueError(
+            "config.data.first_frames 1 leaves nothing beside the frame that is given; set it to 2 "
+            "or more, or to 0 (all)."
+        )
+    return mask

@@ -15,6 +15,7 @@ from sora_jax import compile_options, sharding
 from sora_jax.train import shown, storage
 from sora_jax.train.dit_stage import DiTStage
 from sora_jax.train.optimizer import OptimConfig, make_optimizer
+from sora_jax.train.pictures import reads_latents
 from sora_jax.train.state import TrainState, abstract_state, make_init
 from sora_jax.train.step import make_train_step
 from sora_jax.train.vae_stage import VAEStage
@@ -88,7 +89,8 @@ def abstract_arguments(program: Program, batch: dict[str, jax.ShapeDtypeStruct])
 def abstract_batch(config, stage, *, shards: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the largest batch that `config`'s loader gives `stage`, over all devices.
 
-    Cached latents and embeddings where the config reads them ("latents", `text_embeddings`).
+    Cached latents, pictures and embeddings where the config reads them (kind "latents", `cache`,
+    `text_embeddings`).
 
     Args:
       shards: devices that rows are cut over, times `optim.accumulate`: buckets divide over them.
@@ -108,6 +110,7 @@ def abstract_batch(config, stage, *, shards: int = 1) -> dict[str, jax.ShapeDtyp
         text = {"ids": array((rows, length), jnp.int32)}
     if packed:
         n, width = data.pack.tokens, math.prod(stage.dit_config.patch_size) * latent[-1]
+        text |= _given(config, stage, rows, latent)
         return text | {
             "tokens": array((rows, n, width), jnp.float32),
             "positions": array((rows, n, 3), jnp.int32),
@@ -116,8 +119,9 @@ def abstract_batch(config, stage, *, shards: int = 1) -> dict[str, jax.ShapeDtyp
             "text_segment_ids": array((rows, length), jnp.int32),
             "text_positions": array((rows, length), jnp.int32),
         }
-    if data.kind == "latents" or data.cache:
+    if reads_latents(data):
         pixels = {"latents": array((rows, *latent), jnp.bfloat16)}
+        pixels |= _given(config, stage, rows, latent)
     else:
         pixels = {"video": array((rows, data.frames, data.height, data.width, 3), jnp.uint8)}
     pictures = stage.pictures
@@ -125,6 +129,23 @@ def abstract_batch(config, stage, *, shards: int = 1) -> dict[str, jax.ShapeDtyp
         size = pictures.image_size
         pixels["image"] = array((rows, pictures.pictures, size, size, 3), jnp.float32)
     return pixels | text | {"mask": array((rows, length), jnp.bool_)}
+
+
+def _given(config, stage, rows: int, latent: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of cached pictures, for models that take any."""
+    if stage.pictures is None:
+        return {}
+    dit, pack = stage.dit_config, config.data.pack
+    channels = dit.in_channels - latent[-1]
+    given, segments = (*latent[:-1], channels), ()
+    if config.data.batching == "pack":
+        given, segments = (pack.tokens, math.prod(dit.patch_size) * channels), (pack.max_segments,)
+    shapes = {"given": given}
+    if stage.image_rows:
+        shapes["image_emb"] = (*segments, stage.image_rows, dit.image_dim)
+    return {
+        name: jax.ShapeDtypeStruct((rows, *shape), jnp.float32) for name, shape in shapes.items()
+    }
 
 
 def check(config) -> None:

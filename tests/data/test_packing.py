@@ -136,6 +136,19 @@ def test_a_row_tells_its_segments_apart_and_pads():
     np.testing.assert_array_equal(row["text_positions"], [0, 1, 0, 0, 0])
 
 
+def test_what_lies_beside_tokens_and_segments_is_padded_like_them():
+    segments = [
+        segment(tokens, 1, 0.0)._replace(
+            given=np.full((tokens, 3), v), image_emb=np.full((2, 4), v)
+        )
+        for tokens, v in ((3, 1.0), (2, 2.0))
+    ]
+    row = pack(segments, PackSettings(6, 5, 3))
+    np.testing.assert_array_equal(row["given"][:, 2], [1, 1, 1, 2, 2, 0])
+    np.testing.assert_array_equal(row["image_emb"][:, 1, 3], [1, 2, 0])
+    assert row["image_emb"].shape == (3, 2, 4)
+
+
 def test_a_segment_of_several_texts_counts_as_several():
     both = segment(3, 2, 1.0)._replace(
         texts=[np.array([7, 8]), np.array([9])], text_of_tokens=np.array([0, 1, 1])
