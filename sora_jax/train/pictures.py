@@ -161,6 +161,11 @@ class Pictures:
                 if abstract
                 else folder.open_component(frozen.path_of(config, "image_checkpoint"), "image")
             )
+            if self._tower.config.width != dit.image_dim:
+                raise ValueError(
+                    f"config.dit.image_dim {dit.image_dim}: the image encoder {path} gives "
+                    f"features of width {self._tower.config.width}; use that, or another encoder."
+                )
             rows = self.feature_rows
             if dit.image_positions not in (None, rows):
                 raise ValueError(

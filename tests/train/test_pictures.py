@@ -376,6 +376,7 @@ def test_text_to_video_trains_from_caches_with_pictures_and_without(cached, cach
     ("change", "message"),
     [
         ({"dit.in_channels": 9}, "it is 0 for text to video, or 12"),
+        ({"dit.image_dim": 24}, "image_dim 24: the image encoder .* gives features of width"),
         ({"dit.image_positions": 9, "tasks.weights": {"loop": 1.0}}, "gives 10 rows for two"),
         ({"dit.image_positions": 10}, "the first and the last among them; use first_last"),
         ({"tasks.weights": {"suffix": 1.0}}, "suffix: this model is given whole frames, the first"),
