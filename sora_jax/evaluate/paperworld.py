@@ -4,7 +4,6 @@ A pipeline is anything with `request`, `run`, `sampling`, `info` and `vae` like 
 `sora_jax.generate.Pipeline`.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -255,11 +254,9 @@ def header(suite: str, pipeline, request, **run: int) -> dict[str, Any]:
 
     from sora_jax import __version__
 
-    settings = dataclasses.asdict(request)
+    settings = request.settings()
     for name in ("prompt", "seed"):
         del settings[name]
-    for name in ("guidance_interval", "guidance_blocks", "guidance_blocks_interval"):
-        settings[name] = list(settings[name])  # as JSON gives it back
     return {
         "suite": suite,
         **pipeline.info,

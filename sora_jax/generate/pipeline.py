@@ -450,10 +450,7 @@ class Pipeline:
     ) -> dict[str, Any]:
         from sora_jax import __version__
 
-        # Lists, as JSON gives back what the files hold.
-        names = ("guidance_interval", "past_guidance_interval", "guidance_blocks")
-        names += ("guidance_blocks_interval",)
-        settings = {name: list(getattr(request, name)) for name in names}
+        settings = request.settings()
         if request.cache_threshold:
             settings["cache_sha256"] = self.cache_hash
         shown = {
@@ -461,9 +458,7 @@ class Pipeline:
             for name, picture in zip(("image", "last_image"), pictures, strict=True)
             if picture is not None
         }
-        return (
-            dataclasses.asdict(request) | settings | shown | self.info | {"sora_jax": __version__}
-        )
+        return settings | shown | self.info | {"sora_jax": __version__}
 
 
 class _Clock:

@@ -67,6 +67,11 @@ class Request:
         guidance does to edges near t = 0 would add up."""
         return dataclasses.replace(self, guidance_interval=self.past_guidance_interval)
 
+    def settings(self) -> dict[str, Any]:
+        """Its fields as JSON gives them back, lists in place of tuples."""
+        fields = dataclasses.asdict(self)
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in fields.items()}
+
 
 def of_settings(
     prompt: str,

@@ -67,6 +67,7 @@ class FakePipeline:
             del defaults[name]
         defaults["shift"] = self.sampling.shift.shift_lo
         defaults["guidance_2"] = self.sampling.guidance
+        defaults["past_guidance_interval"] = self.sampling.guidance_interval
         chosen = defaults | {name: value for name, value in given.items() if value is not None}
         return Request(prompt=prompt, negative_prompt="", seed=seed, kv_cache=1, **chosen)
 
