@@ -263,6 +263,8 @@ def _go_on(
     begin = own - held if own else -held  # of the sweep, in frames of the shot
     prompt = _timed(part.shot.prompts(board.style), begin, total, request.fps, least=step)
     request = dataclasses.replace(request, prompt=prompt)
+    if known is not None and part.picture is None:  # the first window, too, goes on
+        request = request.going_on()
     film = windows.film(
         pipe,
         lambda *_: [request],
