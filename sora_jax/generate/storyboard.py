@@ -78,7 +78,7 @@ def plan(pipe, board: Board, **settings: Any) -> list[Part]:
             image_rows=pipe.image_rows,
         ).total
         count = _windows(pipe, shot, number, frames, request.frames)
-        tflops = cost * pipe.denoise.forwards(request) * count / 1e12
+        tflops = cost * _forwards(pipe, shot, number, request, count) / 1e12
         parts.append(Part(number, shot, frames, count, tflops, _picture(shot, number)))
     given_kv.check(request, given=given)
     return parts
@@ -125,6 +125,13 @@ def _windows(pipe, shot: Shot, number: int, frames: int, window: int) -> int:
     if number > 1 and shot.carry and shot.keyframe is None:
         first = window - window // 2
     return 1 + max(0, math.ceil((frames - first) / step))
+
+
+def _forwards(pipe, shot: Shot, number: int, request, count: int) -> int:
+    """Forward passes of a shot in `count` windows; all but one that begins anew go on."""
+    anew = int(number == 1 or shot.begins == "cut")
+    first, others = (pipe.denoise.forwards(r) for r in (request, request.going_on()))
+    return anew * first + (count - anew) * others
 
 
 def _request(pipe, board: Board, shot: Shot, number: int, **settings: Any):

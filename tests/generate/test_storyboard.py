@@ -12,9 +12,13 @@ from sora_jax.generate import Pipeline, board, memory, storyboard
 SETTINGS = {"steps": 2}
 
 
-def made(pipe, *shots, **options):
+def board_of(*shots):
     values = {"shots": [{"prompt": "a red ball", "seconds": 1, **shot} for shot in shots]}
-    film = storyboard.render(pipe, board.parse(values), **SETTINGS, **options)
+    return board.parse(values)
+
+
+def made(pipe, *shots, **options):
+    film = storyboard.render(pipe, board_of(*shots), **SETTINGS, **options)
     return film, np.concatenate(list(film.parts))
 
 
@@ -23,8 +27,7 @@ def test_every_shot_has_its_length_and_the_plan_says_so(pipe):
     steps = []
     film, frames = made(pipe, *shots, on_step=lambda i, n, x: steps.append((i, n)))
     assert len(frames) == 36
-    values = {"shots": [{"prompt": "a red ball", "seconds": 1, **shot} for shot in shots]}
-    plan = storyboard.plan(pipe, board.parse(values), **SETTINGS)
+    plan = storyboard.plan(pipe, board_of(*shots), **SETTINGS)
     assert [part.frames for part in plan] == [4, 16, 8, 8]
     assert steps[-1] == (len(steps), 2 * sum(part.windows for part in plan))
     assert film.metadata["frames"] == 36 and film.metadata["task"]["name"] == "storyboard"
@@ -122,6 +125,10 @@ def test_whatever_goes_on_from_what_was_made_is_guided_as_such(pipe, tmp_path, m
     made(pipe, *shots, past_guidance_interval=late)
     # Shots of 8 frames by windows of 9, of which 5 are taken over; a cut's makes 5 of its shot.
     assert seen == [whole, late, late, whole, late, whole]
+    plan = storyboard.plan(pipe, board_of(*shots), **SETTINGS, past_guidance_interval=late)
+    cost = [part.tflops / plan[0].tflops for part in plan]
+    # A guided window is of two steps and four passes; one that goes on guides the first alone.
+    np.testing.assert_allclose(cost, [4 / 4, (3 + 3) / 4, (4 + 3) / 4, 4 / 4])
 
 
 @pytest.mark.parametrize("fps, frames", [(24, 37), (30, 77)])
