@@ -280,15 +280,20 @@ def make_planned_loader(
 
 
 class _MeshRows:
-    """This host's rows of a batch, found once for each number of rows; pickles without devices."""
+    """This host's rows of batches of any size; pickles, for readers, without devices."""
 
     def __init__(self, mesh: Mesh | None) -> None:
-        self._mesh, self._known = mesh, {}
+        self._shards = jax.process_count() if mesh is None else sharding.axis_size(mesh, "batch")
+        self._own = list(_host_rows(self._shards, mesh=mesh, shard=None))  # with one row in each
 
-    def __call__(self, batch_size: int) -> Sequence[int]:
-        if batch_size not in self._known:
-            self._known[batch_size] = _host_rows(batch_size, mesh=self._mesh, shard=None)
-        return self._known[batch_size]
+    def __call__(self, batch_size: int) -> list[int]:
+        if batch_size % self._shards:
+            raise ValueError(
+                f"a batch of {batch_size} rows is not divisible by the {self._shards} shards of "
+                f"the mesh or the processes; use {_near(batch_size, self._shards)}."
+            )
+        rows = batch_size // self._shards
+        return [shard * rows + i for shard in self._own for i in range(rows)]
 
 
 def _host_rows(

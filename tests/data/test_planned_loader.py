@@ -3,9 +3,11 @@
 import dataclasses
 import re
 
+import jax
 import numpy as np
 import pytest
 
+from sora_jax import sharding
 from sora_jax.data.loader import _HostBatches, make_planned_loader
 from sora_jax.data.mixture import MixtureSource, make_mixture, parts_of
 from sora_jax.data.packing import BucketPlan, Lengths, PackPlan, PackSettings
@@ -74,7 +76,8 @@ def assert_same(batches, others):
 @pytest.mark.parametrize("make_plan", [pack_plan, bucket_plan])
 @pytest.mark.parametrize("how", [{"num_threads": 0}, {"num_threads": 4}, {"num_workers": 2}])
 def test_threads_and_workers_change_nothing(make_plan, how):
-    assert_same(take(loader(make_plan(), **how), 12), take(loader(make_plan()), 12))
+    mesh = sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    assert_same(take(loader(make_plan(), mesh=mesh, **how), 12), take(loader(make_plan()), 12))
 
 
 @pytest.mark.parametrize("make_plan", [pack_plan, bucket_plan])
