@@ -85,6 +85,12 @@ def test_forward_passes_are_those_of_the_solver_and_of_guided_steps(pipe, settin
     assert pipe.denoise.forwards(request) == forwards
 
 
+@pytest.mark.parametrize("name", ["guidance_interval", "past_guidance_interval"])
+def test_an_interval_is_any_two_numbers(pipe, name):
+    request = pipe.request("a ball", **{name: np.array([0.25, 1.0])})
+    assert getattr(request, name) == (0.25, 1.0)
+
+
 def test_an_empty_guidance_interval_is_no_guidance(pipe):
     frames = pipe("a red ball", guidance=5.0, guidance_interval=(1.0, 1.0)).frames
     np.testing.assert_array_equal(frames, pipe("a red ball", guidance=1.0).frames)
@@ -151,6 +157,7 @@ def test_the_negative_prompt_takes_the_place_of_the_empty_one(pipe):
         ({"guidance_interval": (0.8, 0.2)}, "interval"),
         ({"past_guidance_interval": (0.8, 0.2)}, "interval"),
         ({"past_guidance_interval": 0.5}, r"past_guidance_interval is 0.5; give two times"),
+        ({"past_guidance_interval": 0}, r"past_guidance_interval is 0; give two times"),
         ({"guidance_rescale": 2}, "rescale"),
         ({"guidance_blocks": (1, 2)}, "this transformer's blocks are 0 to 1"),
         ({"guidance_blocks": (-1,)}, "different numbers from 0"),

@@ -124,7 +124,9 @@ def of_settings(
         return _number(name, lo), _number(name, hi)
 
     guided = interval("guidance_interval", chosen("guidance_interval"))
-    past = interval("past_guidance_interval", chosen("past_guidance_interval") or guided)
+    past = chosen("past_guidance_interval")
+    unset = isinstance(past, list | tuple) and not past
+    past = guided if unset else interval("past_guidance_interval", past)
 
     blocks = chosen("guidance_blocks")
     if not isinstance(blocks, Iterable) or isinstance(blocks, str):
