@@ -18,7 +18,7 @@ from sora_jax.generate import canvas as canvas_of
 from sora_jax.generate import detail, texts
 from sora_jax.generate.canvas import Canvas
 from sora_jax.generate.conditions import Conditions, Tiles
-from sora_jax.generate.denoise import OnStep, Start
+from sora_jax.generate.denoise import Moment, OnStep, Start
 from sora_jax.generate.detail import Reference
 from sora_jax.generate.request import Request
 from sora_jax.generate.video import to_bytes
@@ -87,11 +87,14 @@ def film(
     begins = sweep.begins
     decoder = pipe.decoder()
     frames = latents = end = None
+    steps: list[int | None] = [None] * len(begins)
     references: list[list[Reference]] = [[] for _ in canvases or ()]
     for number, begin in enumerate(begins):
         requests = requests_at(number, begin)
         if number and drafts is None:  # of drafts nothing is made again and again
             requests = [request.going_on() for request in requests]
+        elif drafts is None:
+            steps = _steps(pipe, requests[0], len(begins))
         length = requests[0].frames
         known = 0 if end is None else end - begin
         local = _local(canvases, begin, length, known, frames, requests[0])
@@ -109,7 +112,7 @@ def film(
             ),
             given,
             start=start,
-            on_step=_counted(on_step, number, len(begins)),
+            on_step=_counted(on_step, number, steps),
         )
         made = to_bytes(decoder(_fresh(pipe, latents, known)))
         if canvases is not None:
@@ -255,10 +258,22 @@ def _carried(
     return given._replace(clean=given.clean.at[:, 1 : 1 + count].set(old))
 
 
-def _counted(on_step: OnStep | None, number: int, windows: int) -> OnStep | None:
+def _steps(pipe, request: Request, windows: int) -> list[int]:
+    """Steps of each window, of which all but the first go on: those that run the blocks."""
+    first, others = (int(pipe.denoise.computed(r).sum()) for r in (request, request.going_on()))
+    return [first, *[others] * (windows - 1)]
+
+
+def _counted(on_step: OnStep | None, number: int, steps: Sequence[int | None]) -> OnStep | None:
+    """`on_step` over all windows; None is as many steps as the window at hand has."""
     if on_step is None:
         return None
-    return lambda step, total, x: on_step(number * total + step, windows * total, x)
+
+    def told(step: int, total: int, x: Moment) -> None:
+        each = [total if count is None else count for count in steps]
+        on_step(sum(each[:number]) + step, sum(each), x)
+
+    return told
 
 
 def before(
@@ -278,7 +293,7 @@ def before(
     """
     length = requests[0].frames
     windows = -(-total // (length - overlap))
-    made = clips[:, :overlap]
+    made, steps = clips[:, :overlap], _steps(pipe, requests[0], windows)
     for number in range(windows):
         canvases = [canvas_of.of_clip(clip, length, at=length - overlap) for clip in made]
         if number:
@@ -289,7 +304,7 @@ def before(
             requests[0],
             texts.embed(pipe, requests, begin=begin, total=total + clips.shape[1]),
             pipe.conditions(requests[0], canvases=canvases),
-            on_step=_counted(on_step, number, windows),
+            on_step=_counted(on_step, number, steps),
         )
         decoded = to_bytes(pipe.decode(latents))
         finished = [detail.finish(*pair) for pair in zip(canvases, decoded, strict=True)]

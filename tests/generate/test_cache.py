@@ -16,7 +16,7 @@ from sora_jax.diffusion import guidance as guidances
 from sora_jax.diffusion import sampler, times
 from sora_jax.diffusion.feature_cache import ChangeCurve
 from sora_jax.dit import patchify
-from sora_jax.generate import calibration, conditions, tasks, texts
+from sora_jax.generate import calibration, conditions, tasks, texts, windows
 from sora_jax.generate import canvas as canvas_of
 from sora_jax.generate.conditions import Conditions, Tiles
 from sora_jax.generate.denoise import Denoiser, Moment
@@ -168,6 +168,18 @@ def test_steps_count_by_what_takes_time(pipe):
     seen = []
     latents(pipe, cache_threshold=HALF, on_step=lambda i, n, _: seen.append((i, n)))
     assert seen == [(1, 3), (1, 3), (2, 3), (2, 3), (3, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("past, of_each", [((0.0, 1.0), [3, 3, 3]), ((0.3, 0.7), [3, 4, 4])])
+def test_windows_that_go_on_count_steps_of_their_own(pipe, past, of_each):
+    settings = SETTINGS | {"cache_threshold": HALF, "past_guidance_interval": past, "frames": 9}
+    request, seen = pipe.request("a red ball", **settings), []
+    options = {"on_step": lambda i, n, _: seen.append((i, n))}
+    list(windows.film(pipe, lambda *_: [request], windows.Sweep(17, 9, 5), **options))
+    clip = np.zeros((1, 4, 16, 16, 3), np.uint8)
+    windows.before(pipe, [request], clip, overlap=4, total=15, **options)
+    steps, total = range(1, sum(of_each) + 1), sum(of_each)
+    assert [told for told, _ in itertools.groupby(seen)] == 2 * [(i, total) for i in steps]
 
 
 def test_rows_that_come_or_go_with_guidance_are_computed(pipe):
