@@ -67,8 +67,9 @@ def batch_shapes(config, stage, tokens: int):
     if "latents" in batch:
         frames, rows, columns = stage.dit_config.patch_size
         size = (tokens // SIDE**2 * frames, SIDE * rows, SIDE * columns)
-        shape = (config.batch_size, *size, stage.vae_config.z_dim)
-        batch["latents"] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for name in {"latents", "given"} & batch.keys():
+            shape = (config.batch_size, *size, batch[name].shape[-1])
+            batch[name] = jax.ShapeDtypeStruct(shape, batch[name].dtype)
     return batch
 
 
