@@ -35,7 +35,7 @@ def get_config(arg: str = "full"):
     c.diffusion.shift.update(shift_lo=5.0, shift_hi=5.0)
     c.diffusion.std = 1.5
     c.optim.update(name="muon", peak_lr=3e-3, warmup_steps=200, final_lr=0.02, ema_decay=0.999)
-    c.sample.update(steps=24, guidance=3.5, past_guidance_interval=(0.8, 1.0))
+    c.sample.update(steps=24, guidance=3.5, past_guidance_interval=(0.2, 1.0))
     c.sample.prompts = (
         "a red ball rolls left in the meadow",
         "a yellow bird flies right at night",
