@@ -211,7 +211,7 @@ def test_a_devices_work_and_memory_stay_as_rows_grow_with_devices(axis):
     are short beside the video's tokens. Heads are enough for Ulysses: a ring of blocks computes
     them again for its gradients.
     """
-    params, step = model_and_loss(heads=8)
+    params, step = model_and_loss(num_heads=8)
     costs = []
     for count in (1, 4, 8):
         mesh = sharding.make_mesh(**{"fsdp": 1} | {axis: count}, devices=jax.devices()[:count])
