@@ -12,5 +12,18 @@ def pipe(tasks_folder):
 
 
 @pytest.fixture
+def guided_at(pipe, monkeypatch) -> list[tuple[float, float]]:
+    """Times between which guidance acted in every window that was denoised since."""
+    seen, denoise = [], type(pipe.denoise).__call__
+
+    def spy(self, noise, request, *args, **options):
+        seen.append(request.guidance_interval)
+        return denoise(self, noise, request, *args, **options)
+
+    monkeypatch.setattr(type(pipe.denoise), "__call__", spy)
+    return seen
+
+
+@pytest.fixture
 def clip():
     return np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)

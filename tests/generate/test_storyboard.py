@@ -110,21 +110,13 @@ def test_prompts_change_within_a_shot(pipe, monkeypatch):
         made(pipe, {"prompt": short})
 
 
-def test_whatever_goes_on_from_what_was_made_is_guided_as_such(pipe, tmp_path, monkeypatch):
-    seen = []
-    denoise = type(pipe.denoise).__call__
-
-    def spy(self, noise, request, *args, **options):
-        seen.append(request.guidance_interval)
-        return denoise(self, noise, request, *args, **options)
-
-    monkeypatch.setattr(type(pipe.denoise), "__call__", spy)
+def test_whatever_goes_on_from_what_was_made_is_guided_as_such(pipe, tmp_path, guided_at):
     picture = video_io.save_image(tmp_path / "a.png", np.zeros((16, 16, 3), np.uint8))
     shots = ({}, {"begins": "continue"}, {}, {"keyframe": str(picture)})
     whole, late = (0.0, 1.0), (0.9, 1.0)
     made(pipe, *shots, past_guidance_interval=late)
     # Shots of 8 frames by windows of 9, of which 5 are taken over; a cut's makes 5 of its shot.
-    assert seen == [whole, late, late, whole, late, whole]
+    assert guided_at == [whole, late, late, whole, late, whole]
     plan = storyboard.plan(pipe, board_of(*shots), **SETTINGS, past_guidance_interval=late)
     cost = [part.tflops / plan[0].tflops for part in plan]
     # A guided window is of two steps and four passes; one that goes on guides the first alone.

@@ -101,15 +101,7 @@ def test_going_back_ends_where_the_clip_begins(pipe, clip):
     np.testing.assert_array_equal(made[:, 2:], one)
 
 
-def test_windows_that_go_on_are_guided_at_times_of_their_own(pipe, clip, monkeypatch):
-    seen = []
-    denoise = type(pipe.denoise).__call__
-
-    def spy(self, noise, request, *args, **options):
-        seen.append(request.guidance_interval)
-        return denoise(self, noise, request, *args, **options)
-
-    monkeypatch.setattr(type(pipe.denoise), "__call__", spy)
+def test_windows_that_go_on_are_guided_at_times_of_their_own(pipe, clip, guided_at):
     whole, late = (0.0, 1.0), (0.9, 1.0)
     request = request_of(pipe, guidance=20, past_guidance_interval=late)
     sweep, draft = Sweep(17, 9, 5), np.repeat(clip[None, :1], 17, axis=1)
@@ -117,14 +109,14 @@ def test_windows_that_go_on_are_guided_at_times_of_their_own(pipe, clip, monkeyp
         np.concatenate(list(windows.film(pipe, lambda *_, r=r: [r], sweep)), axis=1)
         for r in (request, request_of(pipe, guidance=20))
     )
-    assert seen == [whole, late, late] + [whole] * 3
+    assert guided_at == [whole, late, late] + [whole] * 3
     assert (first[:, :9] == other[:, :9]).all() and (first[:, 9:] != other[:, 9:]).any()
-    seen.clear()
+    guided_at.clear()
     list(windows.film(pipe, lambda *_: [request], sweep, drafts=draft, strength=0.5))
-    assert seen == [whole] * 3, "of drafts nothing is made again and again"
-    seen.clear()
+    assert guided_at == [whole] * 3, "of drafts nothing is made again and again"
+    guided_at.clear()
     windows.before(pipe, [request], clip[None], overlap=4, total=7)
-    assert seen == [whole, late]
+    assert guided_at == [whole, late]
     early = request_of(pipe, guidance_interval=(0.0, 0.9))
     assert early.past_guidance_interval == (0.0, 0.9), "unless it is told"
 
